@@ -1,0 +1,48 @@
+"""Package metadata: the plain install trains and runs the demo on a CPU, without torch."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TORCH = "torch==2.13.0"  # reads .bin files and serves as the reference in tests
+
+setup(
+    name="redvillm_jax",
+    version="0.1.0",
+    description="Turn an image LLM into a video LLM by training its projector and one copy of it (RED-VILLM), in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["redvillm_jax*", "configs*", "data_pipeline*", "conversion*"]),
+    package_data={"redvillm_jax": ["demo_bases/*/*"]},
+    install_requires=[
+        "absl-py>=2.3,<3",
+        "array_record==0.8.*",
+        "av>=18.1,<19",
+        "einops==0.8.*",
+        "flax==0.12.8",
+        "grain==0.2.18",
+        "jax>=0.10.2,<0.11.1",
+        "matplotlib>=3.10,<4",
+        "ml-collections==1.1.*",
+        "ml_dtypes>=0.5,<0.7",
+        "numpy>=2.2,<3",
+        "openai>=3,<4",
+        "optax==0.2.8",
+        "orbax-checkpoint==0.12.8",
+        "pillow>=12,<14",
+        "safetensors==0.8.*",
+        "sentencepiece==0.2.*",
+        "tensorflow-datasets==4.9.10",
+        "tiktoken>=0.12,<0.15",
+        "tqdm>=4.67,<5",
+        "transformers==5.23.*",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10.2,<0.11.1"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11.1"],
+        "convert": [TORCH],
+        "test": [TORCH, "pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.5"],
+    },
+)

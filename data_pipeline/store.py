@@ -1,0 +1,233 @@
+"""The frame store: a folder of ArrayRecord shards, one record a video, that TFDS reads as well.
+
+    dataset_info.json  features.json  frames-train.array_record-0000i-of-0000n     TFDS's, split "train"
+    videos.jsonl        one line a record, in record order
+    instructions.jsonl  the questions on these videos
+    report.json         what was found, used and left out
+    store.json          how the frames were made; written last, so that a folder with it is whole
+    parts/              what a restart needs: plan.json, and per shard the lines of its videos
+
+A record is {"video": text, "frames": (n, S, S, 3) uint8, "timestamps": (n,) float32 seconds}.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from data_pipeline.errors import UserError
+
+NAME = "frames"
+FORMATS = ("jpeg", "raw")
+VIDEOS_PER_SHARD = 64
+
+Source = dict[str, Any]  # {"video": id, "source": relative file, "bytes": its size}
+Result = dict[str, Any]  # {"line": of videos.jsonl, "record": {"frames", "timestamps"}} or {"reason": why not}
+
+
+class FrameStore:
+    """A whole frame store: `store[i]` is record i. Opened lazily and pickled as its path, for Grain's workers."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / "store.json").is_file():
+            half = (self.path / "parts" / "plan.json").is_file()
+            problem = "is not finished: run the same prepare again" if half else "is not a frame store: see prepare"
+            raise UserError(f"{self.path}: {problem} (python -m data_pipeline.prepare --help)")
+        self.meta: dict[str, Any] = _read_json(self.path / "store.json")
+
+    @functools.cached_property
+    def videos(self) -> list[dict[str, Any]]:
+        """The lines of videos.jsonl, by record index."""
+        return _read_lines(self.path / "videos.jsonl")
+
+    @functools.cached_property
+    def instructions(self) -> list[dict[str, Any]]:
+        """The questions, each on a video of the store."""
+        return _read_lines(self.path / "instructions.jsonl")
+
+    @functools.cached_property
+    def _records(self):
+        logging.getLogger("absl").addFilter(lambda record: "OpenCV" not in str(record.msg))  # PIL will do
+        return tfds.builder_from_directory(self.path).as_data_source("train")
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns {"video": str, "frames": (n, S, S, 3) uint8, "timestamps": (n,) float32 seconds}."""
+        record = self._records[index]
+        return {
+            "video": record["video"].decode(),
+            "frames": np.asarray(record["frames"]),
+            "timestamps": record["timestamps"],
+        }
+
+    def __reduce__(self):
+        return FrameStore, (self.path,)
+
+
+def open_store(path: str | Path) -> FrameStore:
+    """Opens a store for reading. Raises UserError for a folder that is none, or not finished."""
+    return FrameStore(path)
+
+
+def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.ndarray | list[bytes]:
+    """Turns (n, S, S, 3) uint8 into what a record holds: a JPEG per frame (no chroma subsampling), or itself."""
+    if format == "raw":
+        return frames
+    images = [io.BytesIO() for _ in frames]
+    for frame, image in zip(frames, images, strict=True):
+        Image.fromarray(frame).save(image, "JPEG", quality=quality, subsampling=0)
+    return [image.getvalue() for image in images]
+
+
+def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> None:
+    """Raises UserError unless `path` is absent, empty, or a store (whole or begun) of just this plan."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / "parts" / "plan.json").is_file():
+        raise UserError(f"{path}: exists and is not a frame store; choose another --out")
+    made = _read_json(path / "parts" / "plan.json")
+    differs = [
+        f"{name}={made['settings'].get(name)} (now {value})"
+        for name, value in settings.items()
+        if made["settings"].get(name) != value
+    ]
+    before, now = ({tuple(source.values()) for source in plan} for plan in (made["sources"], sources))
+    if changed := sorted({video for video, *_ in before ^ now}):
+        differs.append(f"other videos ({len(changed)} added, removed or changed, the first: {changed[0]})")
+    if differs:
+        raise UserError(f"{path}: was made with {', '.join(differs)}; choose another --out or delete it")
+
+
+def write_shards(
+    path: str | Path,
+    settings: dict[str, Any],
+    sources: list[Source],
+    encode: Callable[[list[Source]], Iterable[Result]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes the shards that are missing and returns (videos, left out), both over the whole store.
+
+    settings: num_frames, sampling, image_size, resize, format, quality. sources: in record order; a video's place
+    decides its shard. encode: called once with the sources of all missing shards, yields their results in order.
+    A shard has its name only when it is whole, and then `parts/` has the lines of its videos.
+    """
+    path = Path(path)
+    check_plan(path, settings, sources)
+    shards = [sources[i : i + VIDEOS_PER_SHARD] for i in range(0, len(sources), VIDEOS_PER_SHARD)]
+    names = [f"{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    (path / "parts").mkdir(parents=True, exist_ok=True)
+    write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": sources}))
+    missing = [i for i, name in enumerate(names) if not _shard(path, name).is_file()]
+    results = iter(encode([source for i in missing for source in shards[i]]))
+    features = _features(settings)
+    for i in missing:
+        pairs = zip(shards[i], itertools.islice(results, len(shards[i])), strict=True)
+        _write_shard(path, names[i], features, pairs)
+    parts = [_read_json(path / "parts" / f"{name}.json") for name in names]
+    videos = [line for part in parts for line in part["videos"]]
+    return videos, [line for part in parts for line in part["left_out"]]
+
+
+def _write_shard(path: Path, name: str, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
+    """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
+    part: dict[str, Any] = {"videos": [], "left_out": [], "num_bytes": 0}
+    temporary = _temporary(_shard(path, name))
+    writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+    for source, result in pairs:
+        if "reason" in result:
+            part["left_out"].append({**source, "reason": result["reason"]})
+            continue
+        record = features.serialize_example({"video": source["video"], **result["record"]})
+        writer.write(record)
+        part["num_bytes"] += len(record)
+        part["videos"].append(result["line"])
+    writer.close()
+    write_text(path / "parts" / f"{name}.json", _json(part))
+    os.replace(temporary, _shard(path, name))
+
+
+def finish_store(
+    path: str | Path,
+    settings: dict[str, Any],
+    videos: list[dict[str, Any]],
+    instructions: list[dict[str, Any]],
+    report: dict[str, Any],
+) -> None:
+    """Writes what describes the shards, store.json last; running it again changes nothing.
+
+    store.json holds the settings and a fingerprint of settings, videos and instructions.
+    """
+    path = Path(path)
+    parts = [_read_json(part) for part in sorted(path.glob("parts/*-of-*.json"))]
+    if not (path / "store.json").is_file():
+        split = tfds.core.SplitInfo(
+            name="train",
+            shard_lengths=[len(part["videos"]) for part in parts],
+            num_bytes=sum(part["num_bytes"] for part in parts),
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=path, features=_features(settings), split_infos=[split], check_data=False
+        )
+    texts = {"videos.jsonl": _lines(videos), "instructions.jsonl": _lines(instructions)}
+    described = _json(settings) + "".join(texts.values())
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    texts |= {"report.json": _json(report), "store.json": _json({**settings, "fingerprint": fingerprint})}
+    for name, text in texts.items():
+        write_text(path / name, text)
+    for leftover in path.glob("**/*.tmp"):  # of runs that were killed
+        leftover.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is never seen half-written."""
+    temporary = _temporary(path)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def _shard(path: Path, name: str) -> Path:
+    return path / f"{NAME}-train.array_record-{name}"
+
+
+def _features(settings: dict[str, Any]) -> tfds.features.FeaturesDict:
+    shape = (settings["image_size"], settings["image_size"], 3)
+    if settings["format"] == "raw":
+        frames = tfds.features.Tensor(shape=(None, *shape), dtype=np.uint8, encoding="bytes")
+    else:
+        frames = tfds.features.Sequence(tfds.features.Image(shape=shape, encoding_format="jpeg"))
+    timestamps = tfds.features.Tensor(shape=(None,), dtype=np.float32)
+    return tfds.features.FeaturesDict({"video": tfds.features.Text(), "frames": frames, "timestamps": timestamps})
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,466 @@
+"""LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA (facts: the published sources).
+
+Module attributes carry the names that transformers 5 writes to disk; `CANONICAL` maps the other published forms.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from redvillm_jax.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    PatchEmbedding,
+    RMSNorm,
+    Stack,
+    attention,
+    broadcast_rows,
+    gelu,
+    merge_heads,
+    quick_gelu,
+    rotary_angles,
+    rotate,
+    split_heads,
+    update_cache,
+)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+RESIZE = "nearest"  # Video-ChatGPT squashes frames with torch's nearest neighbour before CLIP's normalisation
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches of one LLaVA; the defaults are LLaVA-1.5-7B."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    vision_hidden_size: int = 1024
+    vision_intermediate_size: int = 4096
+    vision_num_hidden_layers: int = 24
+    vision_num_attention_heads: int = 16
+    vision_layer_norm_eps: float = 1e-5
+    vision_feature_layer: int = -2
+    projector: str = "mlp2x_gelu"  # or "linear"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    image_markers: bool = False  # <im_start> and <im_end> around the visual tokens (v1)
+    system_prompt: str = SYSTEM_PROMPT
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def vision_layers_used(self) -> int:
+        """How many CLIP layers run: with feature layer -2 the last one never does."""
+        return self.vision_num_hidden_layers + 1 + self.vision_feature_layer
+
+    @classmethod
+    def from_published(cls, config: dict[str, Any], vision_config: dict[str, Any] | None = None) -> "Config":
+        """Reads a published config.json: transformers' LlavaConfig (has `text_config`) or an original one.
+
+        An original config names its CLIP in `mm_vision_tower`; its numbers come from `vision_config`, that
+        folder's config.json (CLIP ViT-L/14's defaults without it). Keys that a file omits have the values of
+        transformers' LlamaConfig and CLIPVisionConfig.
+        """
+        if "text_config" in config:
+            llm, vision = config["text_config"], config.get("vision_config", {})
+            projector, markers = "mlp2x_gelu", False
+            feature_layer = config.get("vision_feature_layer", -2)
+            llm_defaults = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+            vision_defaults = {"image_size": 336}
+        else:
+            llm, vision = config, vision_config or {}
+            vision = vision.get("vision_config", vision)
+            projector = config.get("mm_projector_type", "linear")
+            markers = config.get("mm_use_im_start_end", False)
+            feature_layer = config.get("mm_vision_select_layer", -2)
+            llm_defaults = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+            tower = str(config.get("mm_vision_tower", ""))
+            vision_defaults = {"image_size": 336 if tower.endswith("336") else 224}
+        if projector not in ("linear", "mlp2x_gelu"):
+            raise ValueError(f"mm_projector_type is {projector!r}, expected 'linear' or 'mlp2x_gelu'")
+        llm, vision = {**llm_defaults, **llm}, {**vision_defaults, **vision}
+        num_heads = llm.get("num_attention_heads", 32)
+        rope = llm.get("rope_parameters") or {}
+        return cls(
+            image_size=vision["image_size"],
+            patch_size=vision.get("patch_size", 14),
+            vision_hidden_size=vision.get("hidden_size", 1024),
+            vision_intermediate_size=vision.get("intermediate_size", 4096),
+            vision_num_hidden_layers=vision.get("num_hidden_layers", 24),
+            vision_num_attention_heads=vision.get("num_attention_heads", 16),
+            vision_layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
+            vision_feature_layer=feature_layer,
+            projector=projector,
+            vocab_size=llm["vocab_size"],
+            hidden_size=llm.get("hidden_size", 4096),
+            intermediate_size=llm.get("intermediate_size", 11008),
+            num_hidden_layers=llm.get("num_hidden_layers", 32),
+            num_attention_heads=num_heads,
+            num_key_value_heads=llm.get("num_key_value_heads") or num_heads,
+            max_position_embeddings=llm["max_position_embeddings"],
+            rms_norm_eps=llm["rms_norm_eps"],
+            rope_theta=llm.get("rope_theta") or rope.get("rope_theta", 10000.0),
+            image_markers=markers,
+            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
+        )
+
+
+SIZES = {
+    "v1-7b": Config(
+        image_size=224,
+        projector="linear",
+        vocab_size=32003,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=2048,
+        image_markers=True,
+    ),
+    "v1.5-7b": Config(),
+    "v1.5-7b-hf": Config(vocab_size=32064),
+    "tiny": Config(
+        image_size=32,
+        patch_size=8,
+        vision_hidden_size=96,
+        vision_intermediate_size=384,
+        vision_num_hidden_layers=4,
+        vision_num_attention_heads=4,
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        system_prompt="",
+    ),
+}
+
+
+# ---- vision tower: names under `vision_tower.`
+
+
+class ClipAttention(nnx.Module):
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
+        self.num_heads = num_heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(merge_heads(attention(q, k, v)))
+
+
+class ClipMLP(nnx.Module):
+    def __init__(self, width: int, intermediate_size: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, intermediate_size, rngs=rngs)
+        self.fc2 = Linear(intermediate_size, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class ClipLayer(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width, eps = config.vision_hidden_size, config.vision_layer_norm_eps
+        self.layer_norm1 = LayerNorm(width, eps=eps)
+        self.self_attn = ClipAttention(width, config.vision_num_attention_heads, rngs=rngs)
+        self.layer_norm2 = LayerNorm(width, eps=eps)
+        self.mlp = ClipMLP(width, config.vision_intermediate_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cache: None) -> tuple[jax.Array, None]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x)), None
+
+
+class ClipEmbeddings(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width = config.vision_hidden_size
+        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
+        self.patch_embedding = PatchEmbedding(width, config.patch_size, rngs=rngs)
+        self.position_embedding = Embedding(config.num_patches + 1, width, rngs=rngs)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        patches = self.patch_embedding(pixels)
+        cls = broadcast_rows(self.class_embedding[...][None].astype(patches.dtype), len(patches))
+        return jnp.concatenate([cls, patches], axis=1) + self.position_embedding.weight[...].astype(patches.dtype)
+
+
+class ClipLayers(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.layers = Stack(lambda rngs: ClipLayer(config, rngs=rngs), config.vision_layers_used, rngs=rngs)
+
+
+class Encoder(nnx.Module):
+    """CLIP's vision transformer up to the feature layer, without the class token.
+
+    pixels: (B, H, W, 3) normalised -> (B, N, D) in the dtype of `pixels`.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.embeddings = ClipEmbeddings(config, rngs=rngs)
+        self.pre_layrnorm = LayerNorm(config.vision_hidden_size, eps=config.vision_layer_norm_eps)
+        self.encoder = ClipLayers(config, rngs=rngs)
+
+    def hidden(self, pixels: jax.Array) -> jax.Array:
+        """The hidden state after the last layer used, class token first: (B, 1 + N, D)."""
+        return self.encoder.layers(self.pre_layrnorm(self.embeddings(pixels)))[0]
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        return self.hidden(pixels)[:, 1:]
+
+
+# ---- projector: names under `multi_modal_projector.`
+
+
+PROJECTOR_OPTIONS: tuple[str, ...] = ()
+
+
+def frozen_projector() -> tuple[str, ...]:
+    """Leaf paths of the projector that never train: none."""
+    return ()
+
+
+class Projector(nnx.Module):
+    """Maps every feature to one token: features (B, M, D) -> (B, M, K); the mask and the layout do not matter."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        if config.projector == "linear":
+            self.linear = Linear(config.vision_hidden_size, config.hidden_size, rngs=rngs)
+        else:
+            self.linear_1 = Linear(config.vision_hidden_size, config.hidden_size, rngs=rngs)
+            self.linear_2 = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
+        self.kind = config.projector
+
+    def num_tokens(self, layout: tuple[int, ...]) -> int:
+        """How many tokens come out for a picture (rows, cols) or a sequence (length,)."""
+        return layout[0] * layout[-1] if len(layout) == 2 else layout[0]
+
+    def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
+        if self.kind == "linear":
+            return self.linear(features)
+        return self.linear_2(gelu(self.linear_1(features)))
+
+
+# ---- language model: names under `language_model.`
+
+
+class LlamaAttention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        head_dim = config.hidden_size // config.num_attention_heads
+        kv_size = config.num_key_value_heads * head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+
+    def __call__(self, x, angles, attention_mask, cache_index, cache):
+        q = rotate(split_heads(self.q_proj(x), self.num_heads), angles)
+        k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        if cache is not None:
+            cache = k, v = update_cache(cache, k, v, cache_index)
+        return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache
+
+
+class LlamaMLP(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config, rngs=rngs)
+
+    def __call__(self, x, angles, attention_mask, cache_index, cache):
+        y, cache = self.self_attn(self.input_layernorm(x), angles, attention_mask, cache_index, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class LlamaModel(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = Stack(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_hidden_layers, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class LLM(nnx.Module):
+    """LLaMA with its output head."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.model = LlamaModel(config, rngs=rngs)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+        self.config = config
+
+    def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """token_ids: (B, S) int32 -> (B, S, K) in `dtype`."""
+        return self.model.embed_tokens(token_ids).astype(dtype)
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Empty keys and values: (num_layers, batch, length, num_key_value_heads, head_dim) each."""
+        c = self.config
+        head_dim = c.hidden_size // c.num_attention_heads
+        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        position_ids: jax.Array,
+        attention_mask: jax.Array,
+        *,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache_index: int | jax.Array = 0,
+        context_length: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Decoder body and final norm.
+
+        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
+        cache, its length; the new keys and values go to slots cache_index … cache_index + S - 1.
+        context_length is of no use here (LLaMA's rotary base does not depend on it). Returns hidden states
+        (B, S, K) and the updated cache.
+        """
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        angles = rotary_angles(position_ids, head_dim, self.config.rope_theta)
+        x, cache = self.model.layers(embeds, angles, attention_mask, cache_index, cache=cache, remat=remat)
+        return self.model.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: (..., K) -> (..., vocab_size) fp32."""
+        weight = self.lm_head.weight[...].astype(hidden.dtype)
+        return jnp.einsum("...k,vk->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+# ---- names
+
+PREFIX = {"encoder": "vision_tower.", "projector": "multi_modal_projector.", "llm": "language_model."}
+
+CANONICAL = (  # published name -> canonical name: original repository, transformers 4 and 5, a separate CLIP
+    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "vision_tower."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+    (r"^vision_model\.", "vision_tower."),
+    (r"^(model\.mm_projector|multi_modal_projector)\.(weight|bias)$", r"multi_modal_projector.linear.\2"),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+
+PROJECTOR_PREFIX = r"^(model\.mm_projector|(model\.)?multi_modal_projector)\."  # what a temporal module's leaf names lack
+
+IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folder, never loaded
+    r"\.inv_freq$",
+    r"\.position_ids$",
+    r"^text_model\.",
+    r"^(logit_scale|text_projection\.weight|visual_projection\.weight)$",
+)
+
+
+def unused(config: Config) -> dict[str, tuple[int, ...]]:
+    """Published tensors that are kept but never run: CLIP's layers above the feature layer and its post-norm.
+
+    Returns canonical names and shapes; a source may lack them.
+    """
+    width, intermediate = config.vision_hidden_size, config.vision_intermediate_size
+    layer = {f"layer_norm{i}.{leaf}": (width,) for i in (1, 2) for leaf in ("weight", "bias")}
+    for proj in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= {f"self_attn.{proj}.weight": (width, width), f"self_attn.{proj}.bias": (width,)}
+    layer |= {"mlp.fc1.weight": (intermediate, width), "mlp.fc1.bias": (intermediate,)}
+    layer |= {"mlp.fc2.weight": (width, intermediate), "mlp.fc2.bias": (width,)}
+    above = range(config.vision_layers_used, config.vision_num_hidden_layers)
+    shapes = {f"vision_tower.encoder.layers.{i}.{leaf}": shape for i in above for leaf, shape in layer.items()}
+    return shapes | {f"vision_tower.post_layernorm.{leaf}": (width,) for leaf in ("weight", "bias")}
+
+
+SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
+    (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.weight$", P("tensor", "fsdp")),
+    (r"(o_proj|out_proj|down_proj|fc2)\.weight$", P("fsdp", "tensor")),
+    (r"(embed_tokens|lm_head)\.weight$", P("tensor", "fsdp")),
+    (r"multi_modal_projector\.linear(_1|_2)?\.weight$", P("fsdp", None)),
+    (r"patch_embedding\.weight$", P()),
+    (r"(class_embedding|position_embedding\.weight)$", P()),
+    (r"(layer_?norm\d?|layrnorm|norm)\.(weight|bias)$", P()),
+    (r"\.bias$", P()),
+)
+
+# ---- text
+
+
+class Tokenizer:
+    """The folder's own tokenizer; strings that look like special tokens are plain text."""
+
+    def __init__(self, folder: str | Path):
+        from transformers import AutoTokenizer  # seconds to import, and only text needs it
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self.bos_id = self.tokenizer.bos_token_id
+        self.eos_id = self.tokenizer.eos_token_id
+        self.stop_ids = (self.eos_id,)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without markers at its ends."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+
+    def decode(self, token_ids: list[int], keep_special: bool = False) -> str:
+        """The text of ids; special tokens are dropped, or spelled out with `keep_special`."""
+        return self.tokenizer.decode(
+            token_ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
+        )
+
+    def special(self, token: str) -> int:
+        """The id of a special token such as "<im_start>"."""
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+
+Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
+
+
+def prompt(
+    tokenizer: Tokenizer, config: Config, question: str, answer: str | None, labels: str = "answer"
+) -> tuple[Segment, Segment]:
+    """What stands before and after the visual tokens: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`.
+
+    Without an answer the second part ends where the model starts to write. The loss counts the answer and
+    `</s>`; LLaVA's own fine-tuning counts the same, so both values of `labels` give the same rows.
+    """
+    markers = ("<im_start>", "<im_end>") if config.image_markers else ()
+    start, end = ([tokenizer.special(marker)] for marker in markers) if markers else ([], [])
+    system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
+    before = [tokenizer.bos_id, *tokenizer.encode(system), *start]
+    after = [*end, *tokenizer.encode(f"\n{question} ASSISTANT:")]
+    reply = [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos_id]
+    return [(i, False) for i in before], [(i, False) for i in after] + [(i, True) for i in reply]

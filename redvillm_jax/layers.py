@@ -1,0 +1,187 @@
+"""Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def pin_batch(x: jax.Array) -> jax.Array:
+    """Shards axis 0 of an activation over the batch axes of the current mesh; without a mesh, returns it as is.
+
+    Without these pins XLA shards activations along features and moves them instead of weights.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 1)))
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out_features, in_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.weight[...].T.astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of weight: (num_embeddings, features) looked up by id."""
+
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], ids, axis=0)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with weight and bias, computed in fp32 and returned in the dtype of x."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in fp32, cast back, then scaled in the dtype of x (as LLaMA and Qwen do)."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.weight = nnx.Param(jnp.ones(features))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class PatchEmbedding(nnx.Module):
+    """A convolution whose stride is its kernel, without bias; weight: (width, 3, patch_size, patch_size).
+
+    images: (B, H, W, 3) -> (B, N, width), patches in row-major order.
+    """
+
+    def __init__(self, width: int, patch_size: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, patch_size, patch_size)))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        p = self.weight.shape[-1]
+        patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=p, p2=p)
+        return patches @ rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
+
+
+class Stack(nnx.Module):
+    """Equal blocks whose weights carry a leading layer axis; one block is traced and scanned over.
+
+    `make_block(rngs)` builds one block; `block(x, *args, cache)` returns `(x, cache)`.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, rngs: nnx.Rngs):
+        self.block = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
+        self.num_layers = num_layers
+
+    def __call__(self, x: jax.Array, *args, cache=None, remat: bool = False):
+        """Runs all blocks; `args` are shared by them, `cache` has a leading layer axis and comes back updated.
+
+        `remat` keeps only the input of each block for the backward pass and recomputes the rest.
+        """
+        graphdef, weights = nnx.split(self.block)
+
+        def body(x, layer):
+            weights, cache = layer
+            x, cache = nnx.merge(graphdef, weights)(pin_batch(x), *args, cache)
+            return pin_batch(x), cache
+
+        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (weights, cache))
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Scaled dot-product attention with an fp32 softmax.
+
+    query: (B, S, H, D); key, value: (B, S_kv, H or a divisor of it, D); mask: (B, S, S_kv) bool, True = visible.
+    Returns (B, S, H, D). A row that sees nothing gets a finite, meaningless result.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """(B, S, H * D) -> (B, S, H, D)."""
+    return rearrange(x, "b s (h d) -> b s h d", h=num_heads)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """(B, S, H, D) -> (B, S, H * D)."""
+    return rearrange(x, "b s h d -> b s (h d)")
+
+
+def update_cache(cache, key: jax.Array, value: jax.Array, cache_index: jax.Array):
+    """Writes key and value: (B, S, H, D) into cache = (keys, values): (B, S_max, H, D) at slot `cache_index`."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    return (
+        write(cache[0], key.astype(cache[0].dtype), cache_index, axis=1),
+        write(cache[1], value.astype(cache[1].dtype), cache_index, axis=1),
+    )
+
+
+def rotary_angles(position_ids: jax.Array, head_dim: int, base: float | jax.Array) -> jax.Array:
+    """Angles of rotary position embeddings: (B, S) -> (B, S, head_dim / 2) fp32; base may be (B, 1, 1)."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    return position_ids[..., None].astype(jnp.float32) * base**-exponent
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates the half-split pairs (j, j + D/2) of x: (B, S, H, D) in fp32 and returns them in the dtype of x."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU, torch's default."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
+    """images: (..., 3) uint8 -> (pixels / 255 - mean) / std in `dtype`."""
+    pixels = images.astype(jnp.float32) / 255.0
+    return ((pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).astype(dtype)
+
+
+def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
+    """Attention mask of rows that hold several groups, each a shared video prefix with its questions.
+
+    group_ids: (B, S) int32, 0 = padding; question_ids: (B, S) int32, 0 = prefix. Returns (B, S, S) bool: a token
+    sees the earlier tokens of its own group that belong to the prefix or to its own question.
+    """
+    slots = jnp.arange(group_ids.shape[1])
+    causal = slots[:, None] >= slots[None, :]
+    same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids[:, :, None] > 0)
+    reachable = (question_ids[:, None, :] == 0) | (question_ids[:, :, None] == question_ids[:, None, :])
+    return causal & same_group & reachable
+
+
+def broadcast_rows(x: jax.Array, batch: int) -> jax.Array:
+    """Repeats x: (N, D) over a leading batch axis."""
+    return repeat(x, "n d -> b n d", b=batch)

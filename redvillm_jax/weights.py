@@ -1,0 +1,204 @@
+"""Base folders on disk: which tensor belongs to which weight, and reading slices of them onto devices."""
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+
+from data_pipeline.errors import UserError
+from redvillm_jax.layers import Stack
+
+PARTS = ("encoder", "projector", "llm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where a published tensor lives in a module: its path, its index in a stacked leaf, its torch shape."""
+
+    path: tuple
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def known_families() -> list[str]:
+    """The image LLMs there are: the files of `redvillm_jax.bases`."""
+    return sorted(p.stem for p in (Path(__file__).parent / "bases").glob("*.py") if p.stem != "__init__")
+
+
+def load_base_module(family: str) -> ModuleType:
+    """Imports `redvillm_jax.bases.<family>`; an unknown family is a UserError that lists the known ones."""
+    known = known_families()
+    if family not in known:
+        raise UserError(f"unknown base family {family!r}: expected one of {', '.join(known)}")
+    return importlib.import_module(f"redvillm_jax.bases.{family}")
+
+
+def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
+    """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
+    modules = dict(nnx.iter_modules(module))
+    table = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        shape = tuple(leaf.shape)
+        at = next((i for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
+        if at is None:
+            table[prefix + ".".join(map(str, path))] = Leaf(path, None, shape)
+            continue
+        for i in range(shape[0]):  # path[at] is the Stack's `block`, on disk the layer's number
+            name = ".".join(map(str, (*path[:at], i, *path[at + 1 :])))
+            table[prefix + name] = Leaf(path, i, shape[1:])
+    return table
+
+
+def abstract_part(base: ModuleType, part: str, config: Any, **options: Any) -> nnx.Module:
+    """The encoder, projector or llm of a base with shapes instead of arrays."""
+    make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
+    return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
+
+
+def expected_tensors(base: ModuleType, config: Any) -> dict[str, Leaf]:
+    """Canonical name -> leaf for everything that the base loads, all parts."""
+    tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
+    return {name: leaf for table in tables for name, leaf in table.items()}
+
+
+def canonical_name(base: ModuleType, published: str) -> str:
+    """The canonical name of a published tensor: the first rule of `base.CANONICAL` that matches applies."""
+    for pattern, replacement in base.CANONICAL:
+        name, count = re.subn(pattern, replacement, published, count=1)
+        if count:
+            return name
+    return published
+
+
+class TensorFolder:
+    """Tensors of a folder's safetensors files, read lazily: `folder[name]` is a slice as numpy, `shape(name)`.
+
+    Covers one file, shards with an index, and the `vision/` subfolder of a base folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors")) + sorted((self.path / "vision").glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{path}: no .safetensors file found; make a base folder with conversion.from_torch")
+        self.files = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except Exception as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from None
+            self.files |= dict.fromkeys(handle.keys(), handle)
+
+    def names(self) -> list[str]:
+        """All published names, sorted."""
+        return sorted(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Any:
+        """A slice object: index it to read just that part."""
+        return self.files[name].get_slice(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base folder, opened: the family's module, its config, the fingerprint and the tensors by canonical name."""
+
+    path: Path
+    family: str
+    module: ModuleType
+    config: Any
+    fingerprint: str
+    tensors: TensorFolder
+    published: Mapping[str, str]  # canonical name -> published name
+
+
+def open_base(path: str | Path) -> Base:
+    """Opens a folder made by `conversion.from_torch`; reads no weights.
+
+    Raises UserError when the folder is missing, or is not a base folder.
+    """
+    path = Path(path)
+    description = path / "base.json"
+    if not description.is_file():
+        hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
+        raise UserError(f"{path}: not a base folder (no base.json); {hint}")
+    meta = json.loads(description.read_text())
+    module = load_base_module(meta["family"])
+    tensors = TensorFolder(path)
+    published = {canonical_name(module, name): name for name in tensors.names()}
+    return Base(path, meta["family"], module, read_config(module, path), meta["fingerprint"], tensors, published)
+
+
+def read_config(base: ModuleType, folder: Path, vision: Path | None = None) -> Any:
+    """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    vision_file = (vision or folder / "vision") / "config.json"
+    return base.Config.from_published(config, json.loads(vision_file.read_text()) if vision_file.is_file() else None)
+
+
+def load_part(
+    base: Base,
+    part: str,
+    *,
+    dtype: jax.typing.DTypeLike,
+    sharding: Callable[[str, tuple[int, ...], bool], jax.sharding.Sharding],
+    **options: Any,
+) -> nnx.Module:
+    """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
+
+    `sharding(canonical_name, shape, stacked)` places a leaf. Raises UserError that lists missing or wrongly
+    shaped tensors.
+    """
+    module = abstract_part(base.module, part, base.config, **options)
+    table = name_table(module, base.module.PREFIX[part])
+    check_tensors(base, table)
+    layers_of: dict[tuple, list[str]] = {}
+    for name, leaf in table.items():
+        layers_of.setdefault(leaf.path, []).append(name)
+
+    def load(path: tuple, leaf: nnx.Param) -> jax.Array:
+        names = layers_of[path]
+        stacked = table[names[0]].layer is not None
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return read_slice(base, names[0], index).astype(dtype)
+            layers = [read_slice(base, name, index[1:]).astype(dtype) for name in names[index[0]]]
+            return np.stack(layers)
+
+        return jax.make_array_from_callback(leaf.shape, sharding(names[0], leaf.shape, stacked), read)
+
+    graphdef, state = nnx.split(module)
+    flat = {path: leaf.replace(load(path, leaf)) for path, leaf in nnx.to_flat_state(state)}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """One slice of a tensor by canonical name."""
+    tensor = base.tensors[base.published[name]]
+    return np.asarray(tensor[index] if index else tensor[:])
+
+
+def check_tensors(base: Base, table: Mapping[str, Leaf]) -> None:
+    """Raises UserError that lists what `table` needs and the folder lacks or has in another shape."""
+    missing = [name for name in table if name not in base.published]
+    wrong = []
+    for name, leaf in table.items():
+        found = base.tensors.shape(base.published[name]) if name in base.published else leaf.shape
+        if found != leaf.shape:
+            wrong.append(f"{name} {found}, expected {leaf.shape}")
+    if missing or wrong:
+        lines = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"wrong shape: {'; '.join(wrong)}"] * bool(wrong)
+        raise UserError(f"{base.path}: tensors do not fit its config.json: {' | '.join(lines)}")

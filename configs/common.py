@@ -1,0 +1,47 @@
+"""Every default once: the paper's recipe (section 4.1) and what Video-ChatGPT's code adds to it."""
+
+from ml_collections import ConfigDict
+
+
+def get_common() -> ConfigDict:
+    """The defaults that all bases share; a config file adds its family and its data."""
+    return ConfigDict(
+        dict(
+            # What is trained on what. Folders are made by conversion.from_torch and data_pipeline.prepare.
+            family="",
+            base="",
+            data="",
+            seed=0,
+            # The video representation and its switches.
+            video="red_villm",
+            num_frames=100,
+            streams="both",  # both | spatial | temporal
+            stream_order="temporal_first",  # temporal_first | spatial_first
+            temporal_module=True,  # False: one projector for both streams
+            temporal_init="copy",  # copy | random
+            train_spatial=True,  # False: only the temporal module learns
+            extra_mlp=False,  # a random MLP behind each projector
+            spatial_pool=1,  # 2: a quarter of the spatial tokens
+            short_video="mask",  # mask | zero
+            # The text.
+            labels="answer",  # answer | finetune: what the base's own fine-tuning supervises
+            pack=True,  # several questions behind one video prefix; False: one question per row
+            row_length=0,  # slots per row; 0: the longest question, or 2048 when packed
+            # The recipe.
+            num_epochs=3,
+            batch_questions=32,
+            learning_rate=2e-5,
+            learning_rate_scale=dict(spatial=1.0, temporal=1.0, extra_mlp=1.0),
+            weight_decay=dict(spatial=0.0, temporal=0.0, extra_mlp=0.0),
+            warmup_ratio=0.03,
+            clip_norm=1.0,
+            # The machine.
+            dtype="bfloat16",  # of frozen weights and activations; what is trained stays float32
+            remat=True,  # recompute the decoder's layers in the backward pass
+            mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the rest of the devices
+            num_workers=0,  # processes that read frames; 0: threads
+            log_every=10,
+            checkpoint_every=500,
+            keep_checkpoints=2,
+        )
+    )

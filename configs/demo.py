@@ -1,0 +1,18 @@
+"""The demo's tiny bases on generated videos; get_config("llava") or get_config("qwen_vl").
+
+python -m redvillm_jax.train --config=configs/demo.py:llava --workdir=RUN --config.base=BASE --config.data=FRAMES
+"""
+
+import importlib
+
+
+def get_config(family: str = "llava"):
+    config = importlib.import_module({"llava": "configs.llava", "qwen_vl": "configs.qwen"}[family]).get_config()
+    config.num_frames = 16
+    config.learning_rate = 2e-3  # the paper's rate is for 7B models
+    config.batch_questions = 80
+    config.row_length = 128
+    config.dtype = "float32"
+    config.remat = False
+    config.checkpoint_every = 100
+    return config

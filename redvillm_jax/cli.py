@@ -1,0 +1,46 @@
+"""Command lines: --config=FILE with --config.key=value overrides, beside a command's own flags."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipeline.errors import UserError
+
+
+def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Reads `--config` and the string flags `options` (name -> help; a default may stand behind " = ").
+
+    Returns {"config": plain nested dict or None, name: str or None, …}. `--help` prints `doc`, the flags and the
+    fields of the config, and exits. Every mistake is a UserError.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/qwen.py.", flag_values=values)
+    flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
+    for name, text in options.items():
+        default = text.rpartition(" = ")[2] if " = " in text else None
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
+    if file is not None and not Path(file.partition(":")[0]).is_file():
+        raise UserError(f"--config={file}: no such file; give one such as configs/llava.py")
+    try:
+        rest = values(["command", *argv])[1:]
+        config = None if values.config is None else json.loads(values.config.to_json())
+    except flags.Error as error:
+        raise UserError(f"{error} (see --help)") from None
+    except Exception as error:  # a config file is code: whatever it raises is about it or its overrides
+        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
+        raise UserError(f"--config={file}: {type(error).__name__}: {message[:300]} (see --help)") from error
+    if values.help:
+        print(doc, *(f"  --{name}: {text}" for name, text in options.items()), sep="\n")
+        print("  --config: a config file; --config.NAME=VALUE sets one of its fields")
+        if values.config is not None:
+            print(f"\nFields of the config:\n{values.config}")
+        sys.exit(0)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
+    return {"config": config, **{name: values[name].value for name in options}}

@@ -1,0 +1,110 @@
+"""Answers to the questions of a frame store: every video is encoded once, questions are decoded in batches."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from data_pipeline.store import FrameStore
+from redvillm_jax.generate import greedy
+from redvillm_jax.model import VideoLLM
+from redvillm_jax.sharding import num_batch_shards, to_global
+from redvillm_jax.weights import Base
+
+
+def answer(
+    model: VideoLLM,
+    base: Base,
+    store: FrameStore,
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: jnp.dtype,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to the store's instructions, in their order.
+
+    `batch_size` videos are encoded and as many questions decoded at once.
+    """
+    tokenizer = base.module.Tokenizer(base.path)
+    graphdef, weights = nnx.split(model)
+    batch_size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
+
+    @jax.jit
+    def encode(weights, frames, num_frames):
+        return nnx.merge(graphdef, weights).video_tokens(frames, num_frames, dtype)
+
+    @jax.jit
+    def decode(weights, tokens, videos, prompts):
+        model = nnx.merge(graphdef, weights)
+        return greedy(model, tokens[videos], prompts, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids)
+
+    prompts = make_prompts(model, base, tokenizer, store)
+    width = max(len(ids) for ids, _ in prompts)
+    index = {video["video"]: i for i, video in enumerate(store.videos)}
+    questions_of = defaultdict(list)
+    for question, row in enumerate(store.instructions):
+        questions_of[index[row["video"]]].append(question)
+
+    answers = [""] * len(prompts)
+    videos = sorted(questions_of)
+    progress = tqdm(total=len(prompts), unit="question", disable=None, dynamic_ncols=True)
+    for start in range(0, len(videos), batch_size):
+        chunk = videos[start : start + batch_size]
+        tokens = encode(weights, **to_global(read_frames(store, chunk, batch_size, store.meta["num_frames"]), mesh))
+        asked = [(slot, question) for slot, video in enumerate(chunk) for question in questions_of[video]]
+        for first in range(0, len(asked), batch_size):
+            part = asked[first : first + batch_size]
+            slots = np.zeros(batch_size, np.int32)
+            slots[: len(part)] = [slot for slot, _ in part]
+            padded = pad_prompts([prompts[question] for _, question in part], batch_size, width)
+            ids = decode(weights, tokens, slots, to_global(padded, mesh))
+            for (_, question), row in zip(part, np.asarray(ids).tolist(), strict=False):
+                end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
+                answers[question] = tokenizer.decode(row[:end]).strip()
+            progress.update(len(part))
+    progress.close()
+    return answers
+
+
+def make_prompts(model: VideoLLM, base: Base, tokenizer, store: FrameStore) -> list[tuple[list[int], list[int]]]:
+    """Per instruction (token ids, video slots) up to where the answer begins; -1 in video slots is text."""
+    side = round(base.config.num_patches**0.5)
+    projector = model.projectors[model.video.order()[0][1]]
+    frames = {video["video"]: video["num_frames"] for video in store.videos}
+    slots = {
+        n: model.video.token_slots(projector, (side, side), store.meta["num_frames"], n) for n in set(frames.values())
+    }
+    prompts = []
+    for row in store.instructions:
+        before, after = (
+            [i for i, _ in part] for part in base.module.prompt(tokenizer, base.config, row["question"], None)
+        )
+        visual = slots[frames[row["video"]]]
+        ids = [*before, *[0] * len(visual), *after]
+        prompts.append((ids, [-1] * len(before) + visual + [-1] * len(after)))
+    return prompts
+
+
+def read_frames(store: FrameStore, videos: Sequence[int], batch_size: int, num_frames: int) -> dict[str, np.ndarray]:
+    """Frames (batch_size, num_frames, H, W, 3) uint8 and num_frames (batch_size,) int32 of records."""
+    size = store.meta["image_size"]
+    frames = np.zeros((batch_size, num_frames, size, size, 3), np.uint8)
+    counts = np.zeros(batch_size, np.int32)
+    for i, video in enumerate(videos):
+        found = store[video]["frames"]
+        frames[i, : len(found)], counts[i] = found, len(found)
+    return {"frames": frames, "num_frames": counts}
+
+
+def pad_prompts(prompts: Sequence[tuple[list[int], list[int]]], rows: int, width: int) -> dict[str, np.ndarray]:
+    """Prompts as arrays for `generate.greedy`; rows that are missing become one-token prompts."""
+    ids, slots = np.zeros((rows, width), np.int32), np.full((rows, width), -1, np.int32)
+    length = np.ones(rows, np.int32)
+    for i, (tokens, video_slots) in enumerate(prompts):
+        ids[i, : len(tokens)], slots[i, : len(tokens)], length[i] = tokens, video_slots, len(tokens)
+    return {"token_ids": ids, "video_slots": slots, "length": length}

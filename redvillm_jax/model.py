@@ -1,0 +1,107 @@
+"""A video LLM: a base's encoder and language model around the projectors of a video representation."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from redvillm_jax.layers import Linear, gelu, normalize, pin_batch, visible
+
+IMAGES_AT_ONCE = 256  # bounds the encoder's activations; frames beyond are encoded one chunk after another
+
+
+class ExtraMLP(nnx.Module):
+    """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(features, features, rngs=rngs)
+        self.fc2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class VideoLLM(nnx.Module):
+    """The parts, and how frames and text go through them.
+
+    `projectors` holds all that can be trained: "spatial" and "temporal" projectors, and "extra_mlp_<stream>".
+    `base` is a module of `redvillm_jax.bases`, `video` a `Video` of `redvillm_jax.video`.
+    """
+
+    def __init__(
+        self,
+        base: ModuleType,
+        config: Any,
+        video: Any,
+        *,
+        encoder: nnx.Module | None,
+        projectors: Mapping[str, nnx.Module],
+        llm: nnx.Module,
+    ):
+        self.encoder = encoder
+        self.projectors = nnx.Dict(projectors)
+        self.llm = llm
+        self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
+
+    def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
+        b, t = frames.shape[:2]
+        chunk = max(c for c in range(1, t + 1) if t % c == 0 and (c == 1 or b * c <= IMAGES_AT_ONCE))
+
+        def encode_chunk(frames: jax.Array) -> jax.Array:
+            pixels = normalize(rearrange(frames, "c b ... -> (b c) ..."), self.mean, self.std, dtype)
+            return rearrange(self.encoder(pin_batch(pixels)), "(b c) n d -> c b n d", b=b)
+
+        features = jax.lax.map(encode_chunk, rearrange(frames, "b (k c) ... -> k c b ...", c=chunk))
+        return pin_batch(rearrange(features, "k c b n d -> b (k c) n d"))
+
+    def project(self, streams: Mapping[str, tuple]) -> jax.Array:
+        """Pooled streams -> visual tokens (B, V, K) in the representation's token order."""
+        tokens = []
+        for stream, projector in self.video.order():
+            x = self.projectors[projector](*streams[stream])
+            if (extra := f"extra_mlp_{stream}") in self.projectors:
+                x = self.projectors[extra](x)
+            tokens.append(x)
+        return jnp.concatenate(tokens, axis=1)
+
+    def video_tokens(self, frames: jax.Array, num_frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """frames: (B, T, H, W, 3) uint8, num_frames: (B,) int32 -> visual tokens (B, V, K)."""
+        return self.project(self.video.pool(self.encode(frames, dtype), num_frames))
+
+    def embed(self, token_ids: jax.Array, video_slots: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Text embeddings with visual tokens put in their places.
+
+        token_ids: (R, S) int32; video_slots: (R, S) int32, -1 for text, else an index into the row's visual
+        tokens: (R, G * V, K). Returns (R, S, K).
+        """
+        text = self.llm.embed(token_ids, tokens.dtype)
+        visual = jnp.take_along_axis(tokens, jnp.maximum(video_slots, 0)[:, :, None], axis=1)
+        return pin_batch(jnp.where((video_slots >= 0)[:, :, None], visual, text))
+
+    def target_losses(self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+        """Cross-entropy at every supervised position of a batch of rows (see `data_pipeline.packing`).
+
+        batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots,
+        target_ids: (R, P) int32; frames: (R, G, T, H, W, 3) uint8; num_frames: (R, G) int32. Logits exist at
+        the supervised positions only, in fp32. Returns (R, P) fp32.
+        """
+        rows = len(batch["frames"])
+        frames, num_frames = (rearrange(batch[key], "r g ... -> (r g) ...") for key in ("frames", "num_frames"))
+        tokens = rearrange(self.video_tokens(frames, num_frames, dtype), "(r g) v k -> r (g v) k", r=rows)
+        embeds = self.embed(batch["token_ids"], batch["video_tokens"], tokens)
+        mask = visible(batch["group_ids"], batch["question_ids"])
+        hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
+        supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
+        logits = pin_batch(self.llm.logits(supervised))
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target_ids"][:, :, None], axis=-1)[:, :, 0]
+
+
+def mean_loss(model: VideoLLM, batch: Mapping[str, jax.Array], dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+    """Token mean of the loss over the whole batch of rows, weighted by `target_weights`: (R, P) fp32."""
+    losses, weights = model.target_losses(batch, dtype, remat), batch["target_weights"]
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)

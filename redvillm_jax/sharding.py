@@ -1,0 +1,76 @@
+"""The device mesh and where arrays lie on it."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from data_pipeline.errors import UserError
+from redvillm_jax.layers import BATCH_AXES
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A ("data", "fsdp", "tensor") mesh over the devices; one size may be -1 for what the others leave.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) == 1:
+        rest = -int(np.prod(shape))
+        shape[shape.index(-1)] = len(devices) // rest if rest > 0 else 0
+    if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+        wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        raise UserError(
+            f"mesh ({wanted}) does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}, "
+            "and one of them may be -1 for the rest"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def weight_sharding(
+    mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
+) -> Callable[[str, tuple[int, ...], bool], NamedSharding]:
+    """How weights lie on the mesh: the first rule whose regex is found in the name decides.
+
+    Returns place(name, shape, stacked); `stacked` leaves have a leading layer axis, which is never split. An
+    axis that a dimension is not divisible by is left out of its spec. A name without a rule raises ValueError.
+    """
+
+    def place(name: str, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None:
+            raise ValueError(f"no sharding rule matches the weight {name!r}")
+        spec = (None,) * stacked + tuple(spec)
+        fits = [
+            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape, strict=False)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return place
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over all batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> arrays sharded over all hosts' devices."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

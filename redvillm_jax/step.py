@@ -1,0 +1,47 @@
+"""One training step: gradients of the projectors alone, everything else an argument that is only read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from redvillm_jax.sharding import replicated
+
+
+def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+    """(graphdef, trainable, frozen); trainable is the nested dict of arrays below `projectors`."""
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: path[0] == "projectors", ...)
+    return graphdef, nnx.to_pure_dict(trainable)["projectors"], nnx.to_pure_dict(frozen)
+
+
+def join(graphdef: nnx.GraphDef, trainable: dict, frozen: dict) -> nnx.Module:
+    """The model again from the parts of `split_trainable`."""
+    return nnx.merge(graphdef, {"projectors": trainable}, frozen)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    loss_fn: Callable[[nnx.Module, Mapping[str, jax.Array]], jax.Array],
+    optimizer: optax.GradientTransformation,
+    frozen_leaves: Any,
+    out_shardings: tuple[Any, Any],
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    """A jitted step(trainable, optimizer_state, frozen, batch) -> (trainable, optimizer_state, metrics).
+
+    `frozen_leaves`: True for leaves of `trainable` that never train; they do not count in the reported norm.
+    Trainable weights and optimizer state are donated. metrics: loss and grad_norm, fp32 scalars.
+    """
+
+    def step(trainable, optimizer_state, frozen, batch):
+        loss, grads = jax.value_and_grad(lambda weights: loss_fn(join(graphdef, weights, frozen), batch))(trainable)
+        grad_norm = optax.tree.norm(
+            jax.tree.map(lambda g, fixed: jnp.zeros_like(g) if fixed else g, grads, frozen_leaves)
+        )
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, trainable)
+        return optax.apply_updates(trainable, updates), optimizer_state, {"loss": loss, "grad_norm": grad_norm}
+
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*out_shardings, replicated(mesh)))

@@ -1,0 +1,97 @@
+"""RED-VILLM: frame features pooled over time (spatial stream) and over space (temporal stream).
+
+Paper section 3.2-3.3, equations (1)-(3). The paper's prose swaps z and t; here as in its equations:
+z = mean over time (N tokens) goes through the image LLM's projector, t = mean over space (T tokens) through the
+temporal module, and Q_v = [Q_t ; Q_z].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from einops import reduce
+
+Stream = tuple[jax.Array, jax.Array, tuple[int, ...]]  # features (B, M, D), mask (B, M) bool, layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """The method's switches; the defaults are the paper's.
+
+    streams: "both" | "spatial" | "temporal" (Table 3). stream_order: "temporal_first" (eq. 3) | "spatial_first".
+    temporal_module: its own projector for the temporal stream (Table 4), or the shared one. spatial_pool: window
+    of the mean over the grid of the spatial stream, 2 = a quarter of the tokens (Table 7). short_video: frames
+    that a short video lacks take no token ("mask") or are attended zero features ("zero", Video-ChatGPT).
+    """
+
+    streams: str = "both"
+    stream_order: str = "temporal_first"
+    temporal_module: bool = True
+    spatial_pool: int = 1
+    short_video: str = "mask"
+
+    def __post_init__(self):
+        choices = {
+            "streams": ("both", "spatial", "temporal"),
+            "stream_order": ("temporal_first", "spatial_first"),
+            "spatial_pool": (1, 2),
+            "short_video": ("mask", "zero"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
+
+    def order(self) -> tuple[tuple[str, str], ...]:
+        """(stream, projector) in token order; a projector is "spatial" (the image LLM's) or "temporal"."""
+        pairs = (("temporal", "temporal" if self.temporal_module else "spatial"), ("spatial", "spatial"))
+        if self.stream_order == "spatial_first":
+            pairs = pairs[::-1]
+        return tuple(pair for pair in pairs if self.streams in ("both", pair[0]))
+
+    def layouts(self, grid: tuple[int, int], num_frames: int) -> dict[str, tuple[int, ...]]:
+        """The layout of each stream's features: (rows, cols) of the picture, (frames,) of the sequence."""
+        rows, cols = (side // self.spatial_pool for side in grid)
+        return {"temporal": (num_frames,), "spatial": (rows, cols)}
+
+    def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, Stream]:
+        """Pools frame features into the two streams; no parameters.
+
+        features: (B, T, N, D), patches in row-major order of a square grid; num_frames: (B,) int32, how many of
+        the T frames are real (0: no video, all features zero). Means are taken in fp32 over real frames only.
+        Returns {"temporal": (B, T, D), "spatial": (B, N / spatial_pool^2, D)} with masks and layouts.
+        """
+        _, t, n, _ = features.shape
+        side = round(n**0.5)
+        real = jnp.arange(t) < num_frames[:, None]
+        x = features.astype(jnp.float32) * real[:, :, None, None]
+        spatial = x.sum(1) / jnp.maximum(num_frames, 1)[:, None, None]
+        spatial = reduce(
+            spatial,
+            "b (r p1 c p2) d -> b (r c) d",
+            "mean",
+            p1=self.spatial_pool,
+            p2=self.spatial_pool,
+            c=side // self.spatial_pool,
+        )
+        temporal = reduce(x, "b t n d -> b t d", "mean")
+        layouts = self.layouts((side, side), t)
+        masks = {
+            "temporal": real if self.short_video == "mask" else jnp.ones_like(real),
+            "spatial": jnp.ones(spatial.shape[:2], bool),
+        }
+        pooled = {"temporal": temporal, "spatial": spatial}
+        return {name: (x.astype(features.dtype), masks[name], layouts[name]) for name, x in pooled.items()}
+
+    def token_slots(self, projector, grid: tuple[int, int], max_frames: int, num_frames: int) -> list[int]:
+        """Which of a video's static token slots hold tokens when it has `num_frames` of `max_frames` frames.
+
+        `projector.num_tokens(layout)` says how many tokens a stream becomes; a stream's tokens stand first in
+        its slots.
+        """
+        slots, start = [], 0
+        longest = self.layouts(grid, max_frames)
+        actual = self.layouts(grid, num_frames if self.short_video == "mask" else max_frames)
+        for stream, _ in self.order():
+            slots += range(start, start + projector.num_tokens(actual[stream]))
+            start += projector.num_tokens(longest[stream])
+        return slots

@@ -1,0 +1,95 @@
+"""Who may import whom: the layout stays a one-way street."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("train", "evaluate", "demo", "pretrain_demo")
+LEAVES = ("layers", "sharding", "optim", "step", "checkpoint", "metrics", "generate", "cli")
+STANDARD = set(sys.stdlib_module_names)
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports anywhere, as dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] not in STANDARD}
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def outside(path: Path, allowed: tuple[str, ...]) -> set[str]:
+    """Imports that are not, and do not lie below, one of the allowed modules."""
+    return {n for n in imports(path) if not any(n == a or n.startswith(a + ".") for a in allowed)}
+
+
+@pytest.mark.parametrize("path", files("configs"), ids=str)
+def test_configs_import_only_ml_collections(path):
+    assert not outside(path, ("ml_collections", "configs"))
+
+
+@pytest.mark.parametrize("path", files("data_pipeline"), ids=str)
+def test_data_pipeline_knows_neither_jax_nor_models(path):
+    heads = {name.split(".")[0] for name in imports(path)}
+    assert not heads & {"jax", "flax", "optax", "orbax", "redvillm_jax", "conversion", "configs", "torch"}
+
+
+@pytest.mark.parametrize("path", files("redvillm_jax/bases") + files("redvillm_jax/video"), ids=str)
+def test_bases_and_representations_stand_on_layers_alone(path):
+    allowed = (
+        "redvillm_jax.layers",
+        "data_pipeline.errors",
+        "jax",
+        "flax",
+        "numpy",
+        "einops",
+        "transformers",
+        "tiktoken",
+    )
+    assert not outside(path, allowed)
+
+
+@pytest.mark.parametrize("path", files("conversion"), ids=str)
+def test_conversion_imports_no_training_code(path):
+    ours = {name for name in imports(path) if name.startswith("redvillm_jax")}
+    allowed = ("redvillm_jax.weights", "redvillm_jax.checkpoint", "redvillm_jax.assemble")
+    assert not {n for n in ours if n != "redvillm_jax" and not n.startswith(allowed)}
+    constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert not constants & {"llava", "qwen_vl"}, "what differs by family belongs into the base's file"
+
+
+@pytest.mark.parametrize("path", files("redvillm_jax"), ids=str)
+def test_product_imports_neither_conversion_nor_torch(path):
+    assert not {name for name in imports(path) if name.split(".")[0] in ("conversion", "torch", "configs")}
+
+
+@pytest.mark.parametrize("path", files("redvillm_jax") + files("conversion") + files("data_pipeline"), ids=str)
+def test_nothing_imports_a_command(path):
+    commands = {f"redvillm_jax.{name}" for name in COMMANDS} | {"data_pipeline.prepare", "conversion.from_torch"}
+    assert not imports(path) & commands
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_name_no_model(name):
+    ours = {n for n in imports(ROOT / f"redvillm_jax/{name}.py") if n.startswith("redvillm_jax")}
+    forbidden = ("redvillm_jax.bases", "redvillm_jax.video", "redvillm_jax.weights", "redvillm_jax.assemble")
+    assert not {n for n in ours if n.startswith(forbidden)}
+
+
+def test_data_pipeline_opens_no_jax_backend():
+    code = (
+        "import data_pipeline.pipeline, data_pipeline.store, data_pipeline.prepare; import jax;"
+        "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,90 @@
+"""The video representation: pooling, order, layouts, short videos; values by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from redvillm_jax.video.red_villm import Video
+
+
+@pytest.fixture
+def features() -> np.ndarray:
+    """(B=2, T=3, N=16, D=2)."""
+    return np.random.default_rng(0).normal(size=(2, 3, 16, 2)).astype(np.float32)
+
+
+def test_streams_are_the_two_means(features):
+    pooled = Video().pool(features, jnp.array([3, 3]))
+    np.testing.assert_allclose(pooled["spatial"][0], features.mean(1), atol=1e-6)
+    np.testing.assert_allclose(pooled["temporal"][0], features.mean(2), atol=1e-6)
+    assert pooled["spatial"][2] == (4, 4) and pooled["temporal"][2] == (3,)
+    assert pooled["temporal"][1].all() and pooled["spatial"][1].all()
+
+
+def test_short_videos_average_over_real_frames_only(features):
+    features[1, 2] = 99.0  # a frame that is not there
+    pooled = Video().pool(features, jnp.array([3, 2]))
+    np.testing.assert_allclose(pooled["spatial"][0][1], features[1, :2].mean(0), atol=1e-6)
+    np.testing.assert_array_equal(pooled["temporal"][1], [[True, True, True], [True, True, False]])
+    zero = Video(short_video="zero").pool(features, jnp.array([3, 2]))
+    assert zero["temporal"][1].all() and (np.asarray(zero["temporal"][0][1, 2]) == 0).all()
+
+
+def test_window_pooling_is_the_mean_of_each_two_by_two_window(features):
+    small, mask, layout = Video(spatial_pool=2).pool(features, jnp.array([3, 3]))["spatial"]
+    grid = features.mean(1).reshape(2, 4, 4, 2)
+    np.testing.assert_allclose(small[:, 1], grid[:, 0:2, 2:4].mean((1, 2)), atol=1e-6)
+    assert layout == (2, 2) and mask.shape == (2, 4)
+
+
+def test_pooling_commutes_with_the_temporal_stream(features):
+    one, two = (Video(spatial_pool=p).pool(features, jnp.array([3, 3]))["temporal"][0] for p in (1, 2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_no_video_gives_finite_zeros(features):
+    pooled = Video().pool(features, jnp.array([3, 0]))
+    assert all((np.asarray(x[1]) == 0).all() for x, _, _ in pooled.values())
+
+
+@pytest.mark.parametrize(
+    ("switches", "order"),
+    [
+        ({}, (("temporal", "temporal"), ("spatial", "spatial"))),
+        ({"stream_order": "spatial_first"}, (("spatial", "spatial"), ("temporal", "temporal"))),
+        ({"temporal_module": False}, (("temporal", "spatial"), ("spatial", "spatial"))),
+        ({"streams": "spatial"}, (("spatial", "spatial"),)),
+        ({"streams": "temporal"}, (("temporal", "temporal"),)),
+    ],
+)
+def test_order_of_streams_and_their_projectors(switches, order):
+    assert Video(**switches).order() == order
+
+
+class PerToken:
+    """A projector with one token per feature."""
+
+    def num_tokens(self, layout):
+        return int(np.prod(layout))
+
+
+class Resampler:
+    """A projector with seven tokens, whatever comes in."""
+
+    def num_tokens(self, layout):
+        return 7
+
+
+def test_token_slots_leave_out_what_a_short_video_lacks():
+    video = Video()
+    assert video.token_slots(PerToken(), (2, 2), 3, 3) == list(range(7))
+    assert video.token_slots(PerToken(), (2, 2), 3, 1) == [0, 3, 4, 5, 6]
+    assert Video(short_video="zero").token_slots(PerToken(), (2, 2), 3, 1) == list(range(7))
+    assert Video(stream_order="spatial_first").token_slots(PerToken(), (2, 2), 3, 2) == [0, 1, 2, 3, 4, 5]
+    assert Video(spatial_pool=2).token_slots(PerToken(), (2, 2), 3, 3) == [0, 1, 2, 3]
+    assert video.token_slots(Resampler(), (2, 2), 3, 1) == list(range(14))
+
+
+def test_unknown_values_are_refused():
+    with pytest.raises(ValueError, match="streams is 'all'"):
+        Video(streams="all")

@@ -7,12 +7,12 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from data_pipeline import store
-from data_pipeline.errors import UserError, run
+from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.instructions import read_instructions
 from data_pipeline.processes import ordered_map
 from data_pipeline.videos import RESIZE, VideoError, read_video
@@ -170,11 +170,6 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -183,7 +178,7 @@ def _positive(text: str) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m data_pipeline.prepare",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

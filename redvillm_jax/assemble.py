@@ -89,7 +89,7 @@ def open_run(
             raise UserError(f"{model} is a {base.family} base, --config is for {config['family']}")
         return config, base, None
     config, trained = load_trainables(model)
-    return config, open_base(config["base"]), trained
+    return config, open_base(config["base"], config["base_fingerprint"]), trained
 
 
 def check_store(store: FrameStore, path: str | Path, base: Base, config: Mapping[str, Any]) -> None:

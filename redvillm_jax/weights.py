@@ -124,10 +124,11 @@ class Base:
     published: Mapping[str, str]  # canonical name -> published name
 
 
-def open_base(path: str | Path) -> Base:
+def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     """Opens a folder made by `conversion.from_torch`; reads no weights.
 
-    Raises UserError when the folder is missing, or is not a base folder.
+    Raises UserError when the folder is missing, is not a base folder, or, with `fingerprint`, is another base than
+    the one that a run was trained on.
     """
     path = Path(path)
     description = path / "base.json"
@@ -135,6 +136,10 @@ def open_base(path: str | Path) -> Base:
         hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
     meta = json.loads(description.read_text())
+    if fingerprint is not None and meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"
+        )
     module = load_base_module(meta["family"])
     tensors = TensorFolder(path)
     published = {canonical_name(module, name): name for name in tensors.names()}

@@ -380,7 +380,7 @@ CANONICAL = (  # published name -> canonical name: original repository, transfor
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
-PROJECTOR_PREFIX = r"^(model\.mm_projector|(model\.)?multi_modal_projector)\."  # what a temporal module's leaf names lack
+PROJECTOR_PREFIX = r"^(model\.mm_projector|(model\.)?multi_modal_projector)\."  # a temporal module's names lack it
 
 IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folder, never loaded
     r"\.inv_freq$",

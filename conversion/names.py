@@ -1,0 +1,320 @@
+"""What both directions share: lazy readers of published containers, the check of their names, whole folders."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes  # registers "bfloat16" and the float8 types with numpy  # noqa: F401
+import numpy as np
+from safetensors import safe_open
+
+from data_pipeline.errors import UserError
+from redvillm_jax.weights import canonical_name, expected_tensors
+
+SHARD_BYTES = 2_000_000_000
+KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
+KEPT_BYTES = 20_000_000
+BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"
+TEMPORAL_PREFIX = "temporal_module."
+EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
+
+CODES = {  # safetensors' names of the dtypes
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when asked for: `read()` gives all of it, bit for bit."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+Tensors = Mapping[str, Tensor]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; raises UserError when the file is missing or broken."""
+    if not file.is_file():
+        raise UserError(f"{file}: not found; the folder must be complete, as published")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
+
+
+# ---- reading published folders
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors: those of its index, else all of them; safetensors before .bin.
+
+    Raises UserError when there are none, or the index names one that is missing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; download the published model and give its folder")
+    for index, pattern in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
+    ):
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+            if not names:
+                raise UserError(f"{folder / index}: no weight_map in it; download it again")
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise UserError(f"{folder / index} names files that are missing: {listed(missing)}; download them")
+            return [folder / name for name in names]
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin in it; download the model's weights")
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a published folder by name, in the order of its files; nothing is read yet.
+
+    A projector of its own (mm_projector.bin) gives what the other files lack. Raises UserError for an
+    unreadable file and for a name that stands in two files.
+    """
+    tensors, file_of = {}, {}
+    for file in weight_files(folder):
+        found = read_file(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            where = f"{file_of[twice[0]].name} and {file.name}"
+            raise UserError(f"{folder}: {twice[0]} is in both {where}; remove the file that is not the model's")
+        tensors |= found
+        file_of |= dict.fromkeys(found, file)
+    if (folder / "mm_projector.bin").is_file():
+        tensors = read_file(folder / "mm_projector.bin") | tensors
+    return tensors
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of one .safetensors or .bin file."""
+    with open(file, "rb") as head:
+        if head.read(20).startswith(b"version https://git"):
+            raise UserError(f"{file}: a Git LFS pointer, not the weights; run `git lfs pull` in that folder")
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        handle = safe_open(file, framework="numpy")
+    except Exception as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); download it again") from None
+    tensors = {}
+    for name in handle.keys():
+        header = handle.get_slice(name)
+        if header.get_dtype() not in DTYPES:
+            raise UserError(f"{file}: {name} has dtype {header.get_dtype()}, expected one of {', '.join(DTYPES)}")
+        read = functools.partial(handle.get_tensor, name)
+        tensors[name] = Tensor(tuple(header.get_shape()), DTYPES[header.get_dtype()], read)
+    return tensors
+
+
+@functools.lru_cache(maxsize=1)  # one file at a time: a .bin of the old format cannot be mapped
+def load_bin(file: Path) -> dict[str, Any]:
+    """A torch state dict, memory-mapped where its format allows."""
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{file}: reading .bin files takes PyTorch; pip install 'redvillm_jax[convert]'") from None
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not a readable PyTorch file ({reason}); download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file}: not a state dict of tensors; give the model's weights, not a training checkpoint")
+    return state
+
+
+def read_bin(file: Path) -> dict[str, Tensor]:
+    def read(name: str) -> np.ndarray:
+        return as_numpy(load_bin(file)[name])
+
+    tensors = {}
+    for name, tensor in load_bin(file).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in CODES:
+            raise UserError(f"{file}: {name} has dtype {dtype}, expected one of {', '.join(CODES)}")
+        tensors[name] = Tensor(tuple(tensor.shape), np.dtype(dtype), functools.partial(read, name))
+    return tensors
+
+
+def as_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor as numpy, its bits viewed (numpy has no bfloat16 that torch knows)."""
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return tensor.detach().contiguous().view(bits).numpy().view(dtype)
+
+
+# ---- checking names and shapes
+
+
+def listed(items: Iterable[str], limit: int = 20) -> str:
+    """The first items, and how many more there are."""
+    items = list(items)
+    more = f", … and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def is_extra(name: str) -> bool:
+    """Whether a tensor was added by an export of a trained run."""
+    return name.startswith((TEMPORAL_PREFIX, EXTRA_PREFIX))
+
+
+def find_names(base: ModuleType, names: Iterable[str]) -> dict[str, list[str]]:
+    """Canonical name -> the published names that mean it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(canonical_name(base, name), []).append(name)
+    return found
+
+
+def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, hint: str = "") -> dict[str, str]:
+    """Compares published tensors with what a base's config needs; returns canonical name -> published name.
+
+    Everything must be known: loaded by the base, unused by it on purpose, ignored, or added by an export.
+    Raises one UserError that lists all missing, wrongly shaped, unknown and doubled tensors.
+    """
+    needed = {name: leaf.shape for name, leaf in expected_tensors(base, config).items()}
+    shapes = needed | base.unused(config)
+    found = find_names(base, tensors)
+    missing = [name for name in needed if name not in found]
+    wrong = [
+        f"{published} {tensors[published].shape} should be {shapes[name]}"
+        for name, spellings in found.items()
+        for published in spellings
+        if name in shapes and tensors[published].shape != shapes[name]
+    ]
+    unknown = [
+        spellings[0]
+        for name, spellings in found.items()
+        if name not in shapes and not is_extra(name) and not any(re.search(p, name) for p in base.IGNORED)
+    ]
+    doubled = [" = ".join(spellings) for name, spellings in found.items() if len(spellings) > 1]
+    groups = {"missing": missing, "wrong shape": wrong, "unknown": unknown, "twice": doubled}
+    if any(groups.values()):
+        report = " | ".join(f"{len(items)} {kind}: {listed(items)}" for kind, items in groups.items() if items)
+        raise UserError(f"{where}: tensors do not fit its config.json: {report}{hint}")
+    return {name: spellings[0] for name, spellings in found.items()}
+
+
+# ---- writing
+
+
+def write_safetensors(file: Path, tensors: Tensors, watch: Callable[[str, np.ndarray], None]) -> None:
+    """Writes a safetensors file holding one tensor in memory at a time; `watch(name, array)` sees each."""
+    # Wide dtypes first: readers need each tensor aligned to its item size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        code = CODES[tensor.dtype.name]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            array = tensor.read()
+            out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            watch(name, array)
+
+
+def write_shards(
+    folder: Path,
+    tensors: Tensors,
+    watch: Callable[[str, np.ndarray], None] = lambda name, array: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes tensors as Hugging Face does: model.safetensors, or numbered shards with an index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], watch)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, shard, watch)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copies config.json, the tokenizer's files and the like; not weights, indices or code."""
+    for file in sorted(source.iterdir()):
+        kept = file.suffix in KEPT_SUFFIXES and file.name != BASE_MARK and not file.name.endswith(".index.json")
+        if kept and file.is_file() and file.stat().st_size <= KEPT_BYTES:
+            shutil.copyfile(file, target / file.name)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
+    """Yields the folder `<out>.partial`, which becomes `out` when the block ends without an error.
+
+    `out` is replaced; the caller has made sure that it may be. Raises UserError when the disk has less than
+    `num_bytes` free.
+    """
+    out = out.resolve()
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if (free := shutil.disk_usage(partial).free) < num_bytes:
+            raise UserError(f"{out}: needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_foreign(out: Path, mark: str | None = None) -> None:
+    """Raises UserError when `out` is not empty, unless it is an export, which has the file `mark`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file; --out must be a folder, new or empty")
+    ours = mark is not None and (out / mark).is_file() and not (out / BASE_MARK).is_file()
+    if out.is_dir() and any(out.iterdir()) and not ours:
+        raise UserError(f"{out}: not empty, and not written by this command; choose another --out")

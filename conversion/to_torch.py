@@ -1,0 +1,192 @@
+"""Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
+
+The projector keeps the published names; the temporal module has the same names under `temporal_module.`, extra
+MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them.
+"""
+
+import argparse
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from conversion.names import (
+    BASE_MARK,
+    EXPORT_MARK,
+    EXTRA_PREFIX,
+    TEMPORAL_PREFIX,
+    Tensor,
+    copy_small_files,
+    is_extra,
+    read_folder,
+    read_json,
+    refuse_foreign,
+    whole_folder,
+    write_safetensors,
+    write_shards,
+)
+from data_pipeline.errors import Parser, UserError, run
+from redvillm_jax.weights import Base, abstract_part, name_table, open_base
+
+METHOD = (  # the run's switches that a PyTorch user needs to rebuild the model
+    "video",
+    "num_frames",
+    "streams",
+    "stream_order",
+    "temporal_module",
+    "temporal_init",
+    "train_spatial",
+    "extra_mlp",
+    "spatial_pool",
+    "short_video",
+    "qwen_align",
+    "temporal_positions",
+    "labels",
+)
+
+
+def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
+    """Exports a run or a base and returns its redvillm.json; an earlier export in `out` is replaced.
+
+    Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
+    under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
+    neither a run nor a base, or `out` holds something else.
+    """
+    base, config, trained = open_model(model)
+    refuse_foreign(out, EXPORT_MARK)
+    tensors = read_folder(base.path)
+    separate_vision = (base.path / "vision").is_dir()
+    tower = read_folder(base.path / "vision") if any(base.path.glob("vision/*.safetensors")) else {}
+    leaves = projector_leaves(base)
+    new = trained_tensors(base, leaves, tensors, trained)
+    if full:
+        dtype = tensors[next(iter(leaves.values()))].dtype
+        rounded = {n: array.astype(tensors[n].dtype if n in tensors else dtype) for n, array in new.items()}
+        tensors |= {name: in_memory(array) for name, array in rounded.items()}
+    else:
+        kept = {name: tensor for name, tensor in tensors.items() if name in leaves.values() or is_extra(name)}
+        tensors, tower = (kept if config is None else {}) | {n: in_memory(a) for n, a in new.items()}, {}
+    meta = describe(base, config)
+
+    num_bytes = sum(tensor.nbytes for tensor in (*tensors.values(), *tower.values()))
+    with (
+        whole_folder(out, num_bytes) as folder,
+        tqdm(total=len(tensors) + len(tower), desc=out.name, unit="tensor") as bar,
+    ):
+
+        def watch(name: str, array: np.ndarray) -> None:
+            bar.update()
+
+        if full:
+            copy_small_files(base.path, folder)
+            write_shards(folder, tensors, watch)
+            if separate_vision:
+                (folder / "vision").mkdir()
+                copy_small_files(base.path / "vision", folder / "vision")
+                point_at_vision(folder / "config.json")
+            if tower:
+                write_shards(folder / "vision", tower, watch)
+        else:
+            write_safetensors(folder / "projectors.safetensors", tensors, watch)
+        (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def open_model(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
+    """A run as (its base, its config, its trained projectors), or a base as (it, None, nothing)."""
+    if (model / BASE_MARK).is_file():
+        return open_base(model), None, {}
+    if not (model / "checkpoints").is_dir():
+        raise UserError(
+            f"{model}: neither a base folder (base.json) nor a run (checkpoints/); "
+            "give the --out of conversion.from_torch or the --workdir of redvillm_jax.train"
+        )
+    from redvillm_jax.checkpoint import load_trainables  # Orbax takes seconds to import, and only runs need it
+
+    config, trained = load_trainables(model)
+    base = open_base(config["base"], config["base_fingerprint"])
+    return base, config, trained
+
+
+def projector_leaves(base: Base) -> dict[str, str]:
+    """The projector's leaf paths ("linear_1.weight") and their published names."""
+    prefix = base.module.PREFIX["projector"]
+    table = name_table(abstract_part(base.module, "projector", base.config), prefix)
+    return {name.removeprefix(prefix): base.published[name] for name in table}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Nested dicts of arrays by dotted path."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def trained_tensors(
+    base: Base, leaves: Mapping[str, str], tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
+    arrays = {}
+    for group, tree in ({"spatial": {}} | dict(trained) if trained else {}).items():
+        flat = flatten(tree)
+        if group.startswith(EXTRA_PREFIX):
+            arrays |= {f"{group}.{path}": np.asarray(array, np.float32) for path, array in flat.items()}
+            continue
+        for path, published in leaves.items():
+            array = flat[path] if path in flat else tensors[published].read()
+            leaf = re.sub(base.module.PROJECTOR_PREFIX, "", published)
+            name = published if group == "spatial" else f"{TEMPORAL_PREFIX}{leaf}"
+            arrays[name] = np.asarray(array, np.float32)
+    return arrays
+
+
+def in_memory(array: np.ndarray) -> Tensor:
+    """An array as a tensor to write."""
+    return Tensor(array.shape, array.dtype, functools.partial(np.asarray, array))
+
+
+def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """redvillm.json: how the projectors are used. A base that is itself an export keeps what it says."""
+    if config is None and (base.path / EXPORT_MARK).is_file():
+        return read_json(base.path / EXPORT_MARK)
+    return {
+        "family": base.family,
+        "base_fingerprint": base.fingerprint,
+        "trained": config is not None,
+        "image_size": base.config.image_size,
+        "resize": base.module.RESIZE,
+        "mean": base.module.MEAN,
+        "std": base.module.STD,
+        "method": {name: config[name] for name in METHOD if name in config} if config else {},
+    }
+
+
+def point_at_vision(file: Path) -> None:
+    """Makes a config.json name the export's own vision folder."""
+    file.write_text(json.dumps(read_json(file) | {"mm_vision_tower": "vision"}, indent=2) + "\n")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m conversion.to_torch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, help="a run (its --workdir) or a base folder")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
+    args = parser.parse_args(argv)
+    meta = to_torch(args.model, args.out, args.full)
+    files = sorted(str(file.relative_to(args.out)) for file in args.out.rglob("*.safetensors"))
+    what = "trained projectors" if meta["trained"] else "an untrained base"
+    print(f"{args.out}: {what} of the family {meta['family']} in {', '.join(files)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Fixtures: random tiny bases in base-folder form, and a few generated videos prepared for them."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
+
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from flax import nnx  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
+
+from conversion import from_torch  # noqa: E402
+from data_pipeline import moving_shapes, prepare  # noqa: E402
+from redvillm_jax.pretrain_demo import published_tensors, write_text_files  # noqa: E402
+from redvillm_jax.weights import load_base_module  # noqa: E402
+
+FAMILIES = ("llava", "qwen_vl")
+NUM_FRAMES = 4
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """A random tiny base folder of each family, made by conversion.from_torch from published names."""
+    folders = {}
+    for family in FAMILIES:
+        source, out = tmp_path_factory.mktemp(f"{family}_published"), tmp_path_factory.mktemp(family) / "base"
+        base = load_base_module(family)
+        config = base.Config.from_published(write_text_files(family, source), None)
+        rngs = nnx.Rngs(0)
+        parts = {
+            "encoder": base.Encoder(config, rngs=rngs),
+            "projector": base.Projector(config, rngs=rngs),
+            "llm": base.LLM(config, rngs=rngs),
+        }
+        save_file(published_tensors(base, config, parts), source / "model.safetensors", metadata={"format": "pt"})
+        from_torch.main([f"--family={family}", f"--source={source}", f"--out={out}"])
+        folders[family] = out
+    return folders
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory) -> Path:
+    """Twelve generated videos with their instructions: a folder with videos/ and instructions.jsonl."""
+    out = tmp_path_factory.mktemp("shapes")
+    moving_shapes.main([f"--out={out}", "--train=12", "--dev=1", "--test=1", "--num_workers=1"])
+    return out / "train"
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory, bases, videos) -> dict[str, Path]:
+    """The videos prepared for each base, four frames each."""
+    folders = {}
+    for family, base in bases.items():
+        out = tmp_path_factory.mktemp(f"{family}_frames") / "store"
+        arguments = [f"--videos={videos / 'videos'}", f"--instructions={videos / 'instructions.jsonl'}"]
+        prepare.main([*arguments, f"--base={base}", f"--out={out}", f"--num_frames={NUM_FRAMES}", "--num_workers=1"])
+        folders[family] = out
+    return folders
+
+
+@pytest.fixture
+def fresh(tmp_path) -> Path:
+    """An empty run directory."""
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    return tmp_path / "run"

@@ -1,0 +1,79 @@
+"""What several tests share: filling modules with published tensors, and tables of differences from references."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from redvillm_jax.weights import name_table
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+
+
+def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dtype=jnp.float32) -> nnx.Module:
+    """The module (arrays or shapes) with its weights taken from `tensors` by canonical name, cast to `dtype`."""
+    layers: dict[tuple, list[np.ndarray]] = {}
+    stacked = {}
+    for name, leaf in name_table(module, prefix).items():
+        assert tensors[name].shape == leaf.shape, f"{name}: {tensors[name].shape}, expected {leaf.shape}"
+        layers.setdefault(leaf.path, []).append(tensors[name])
+        stacked[leaf.path] = leaf.layer is not None
+    graphdef, state = nnx.split(module)
+    flat = {
+        path: leaf.replace(jnp.asarray(np.stack(layers[path]) if stacked[path] else layers[path][0], dtype))
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def torch_tensors(*files: Path) -> dict[str, np.ndarray]:
+    """All tensors of .bin files as fp32 numpy arrays."""
+    import torch
+
+    loaded = [torch.load(file, weights_only=True, map_location="cpu") for file in files]
+    return {name: tensor.float().numpy() for tensors in loaded for name, tensor in tensors.items()}
+
+
+class ParityTable:
+    """Collects the largest difference of every array from its reference; `write` saves it as text.
+
+    `write` acts only when the environment variable PARITY_TABLE names a folder; the file is `<name>_parity.txt`.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.rows: list[tuple[str, str, float, float]] = []
+
+    def add(self, array: str, got: np.ndarray, want: np.ndarray, *, atol: float = 1e-4) -> None:
+        """Largest absolute difference; integers and booleans must be equal."""
+        got, want = np.asarray(got), np.asarray(want)
+        assert got.shape == want.shape, f"{array}: {got.shape}, expected {want.shape}"
+        if want.dtype.kind in "iub":
+            self.rows.append((array, "unequal", float(np.sum(got != want)), 0.0))
+        else:
+            difference = np.max(np.abs(got.astype(np.float64) - want), initial=0.0)
+            self.rows.append((array, "max |a-b|", float(difference), atol))
+
+    def add_gradient(self, array: str, got: np.ndarray, want: np.ndarray, *, rtol: float = 1e-3) -> None:
+        """Norm of the difference relative to the reference's norm."""
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        assert got.shape == want.shape, f"{array}: {got.shape}, expected {want.shape}"
+        difference = np.linalg.norm(got - want) / np.linalg.norm(want)
+        self.rows.append((array, "|a-b| / |b|", float(difference), rtol))
+
+    def check(self) -> None:
+        """Fails with every row above its tolerance (or not a number)."""
+        bad = [self.line(row) for row in self.rows if not row[2] <= row[3]]
+        assert not bad, "\n" + "\n".join(bad)
+
+    def write(self) -> None:
+        folder = os.environ.get("PARITY_TABLE")
+        if folder:
+            Path(folder, f"{self.name}_parity.txt").write_text("".join(self.line(row) + "\n" for row in self.rows))
+
+    @staticmethod
+    def line(row: tuple[str, str, float, float]) -> str:
+        return f"{row[0]:45} {row[1]:12} {row[2]:10.3g}   (limit {row[3]:g})"

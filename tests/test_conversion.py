@@ -1,0 +1,600 @@
+"""from_torch and to_torch: every published form there and back bit for bit, and every mistake in one line."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file, save_file
+
+from conversion import names
+from conversion.from_torch import from_torch
+from conversion.to_torch import to_torch
+from data_pipeline.errors import UserError
+from redvillm_jax import checkpoint
+from redvillm_jax.bases import llava
+from redvillm_jax.weights import canonical_name, expected_tensors, load_part, name_table, open_base
+from tests.helpers import REFERENCE
+
+REPOSITORY = Path(__file__).parents[1]
+
+# ---- published folders, read and written with torch alone
+
+
+def load_published(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        assert not tensors.keys() & found.keys()
+        tensors |= found
+    return tensors
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert sorted(got) == sorted(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+TINY = dataclasses.replace(
+    llava.SIZES["tiny"], vision_hidden_size=32, vision_intermediate_size=64, hidden_size=16, intermediate_size=24
+)
+
+
+def random_tensors(config: llava.Config, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Everything that a LLaVA of this config is published with, under transformers 5's names."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: leaf.shape for name, leaf in expected_tensors(llava, config).items()} | llava.unused(config)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def hf_config(config: llava.Config) -> dict:
+    return {
+        "model_type": "llava",
+        "text_config": {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "rms_norm_eps": config.rms_norm_eps,
+        },
+        "vision_config": clip_config(config),
+        "system_prompt": "",
+    }
+
+
+def clip_config(config: llava.Config) -> dict:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": config.vision_hidden_size,
+        "intermediate_size": config.vision_intermediate_size,
+        "num_hidden_layers": config.vision_num_hidden_layers,
+        "num_attention_heads": config.vision_num_attention_heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+
+
+def original_config(config: llava.Config) -> dict:
+    own = {"mm_hidden_size": config.vision_hidden_size, "mm_projector_type": config.projector, "system_prompt": ""}
+    return hf_config(config)["text_config"] | own | {"model_type": "llava_llama"}
+
+
+def original_name(name: str) -> str:
+    for new, old in (
+        ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ("multi_modal_projector.linear.", "model.mm_projector."),
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("language_model.", ""),
+    ):
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    raise AssertionError(name)
+
+
+def write(folder: Path, config: dict, files: dict[str, dict[str, torch.Tensor]]) -> Path:
+    """A published folder: config.json, a tokenizer file, weights; several files get an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"\x00\x01tokens")
+    (folder / "modeling_x.py").write_text("raise SystemExit")
+    for name, tensors in files.items():
+        (save_file if name.endswith(".safetensors") else torch.save)(tensors, folder / name)
+    if len(files) > 1 and "mm_projector.bin" not in files:
+        kind = "model.safetensors" if name.endswith(".safetensors") else "pytorch_model.bin"
+        weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+        (folder / f"{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def halves(tensors: dict, name: str, suffix: str) -> dict[str, dict]:
+    items = list(tensors.items())
+    parts = items[: len(items) // 2], items[len(items) // 2 :]
+    return {f"{name}-{i:05}-of-00002.{suffix}": dict(part) for i, part in enumerate(parts, 1)}
+
+
+def write_hf(folder: Path, config: llava.Config = TINY, dtype: torch.dtype = torch.float32) -> Path:
+    return write(folder, hf_config(config), {"model.safetensors": random_tensors(config, dtype)})
+
+
+def write_v1(folder: Path, dtype: torch.dtype = torch.float16) -> tuple[Path, Path]:
+    """Original LLaVA v1, two .bin shards with rotary buffers, and a complete CLIP beside it."""
+    config = dataclasses.replace(TINY, projector="linear")
+    tensors = random_tensors(config, dtype)
+    clip = {name.replace("vision_tower.", "vision_model."): t for name, t in tensors.items() if "vision_tower" in name}
+    clip |= {"logit_scale": torch.tensor(2.5), "text_model.final_layer_norm.weight": torch.ones(4)}
+    clip |= {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    own = {original_name(name): tensor for name, tensor in tensors.items() if "vision_tower" not in name}
+    own |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(2)}
+    source = write(folder / "v1", original_config(config), halves(own, "pytorch_model", "bin"))
+    vision = {"model_type": "clip", "vision_config": clip_config(config)}
+    return source, write(folder / "clip", vision, {"pytorch_model.bin": clip})
+
+
+def write_v15(folder: Path, *, old_format: bool = False, own_projector: bool = False) -> Path:
+    """Original LLaVA v1.5 in bf16 with its vision tower, in one .bin file or with its projector apart."""
+    tensors = {original_name(name): t for name, t in random_tensors(TINY, torch.bfloat16).items()}
+    projector = {name: tensors.pop(name) for name in list(tensors) if own_projector and "mm_projector" in name}
+    write(folder, original_config(TINY) | {"vision_config": clip_config(TINY)}, {"pytorch_model.bin": tensors})
+    (folder / "vision").mkdir()
+    (folder / "vision" / "config.json").write_text(json.dumps(clip_config(TINY)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "vision"}))
+    if old_format:
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    if projector:
+        torch.save(projector, folder / "mm_projector.bin")
+    return folder
+
+
+# ---- there and back
+
+
+def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = None) -> dict:
+    """Converts there and back, compares every bit, converts the export once more; returns base.json."""
+    meta = from_torch(family, source, tmp_path / "base", vision)
+    to_torch(tmp_path / "base", tmp_path / "export", full=True)
+    assert_same_bits(load_published(tmp_path / "export"), load_published(source))
+    config = json.loads((source / "config.json").read_text())
+    if vision and list((tmp_path / "export" / "vision").glob("*.safetensors")):
+        assert_same_bits(load_published(tmp_path / "export" / "vision"), load_published(vision))
+    if (tmp_path / "export" / "vision").is_dir():
+        config["mm_vision_tower"] = "vision"
+    assert json.loads((tmp_path / "export" / "config.json").read_text()) == config
+    again = from_torch(family, tmp_path / "export", tmp_path / "again")
+    assert again["fingerprint"] == meta["fingerprint"]
+    return meta
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "vision", "parameters"),
+    [
+        ("llava", "llava_tiny/hf", None, 563_072),
+        ("llava", "llava_tiny/hf4", None, 563_072),
+        ("llava", "llava_tiny/orig_v15", None, 563_072),
+        ("llava", "llava_tiny/orig_v1", "llava_tiny/clip", 546_560),
+        ("llava", "llava_tiny/orig_v1_fp16", "llava_tiny/clip", 546_560),
+        ("qwen_vl", "qwen_vl_tiny/ckpt", None, 1_639_286),
+        ("qwen_vl", "qwen_vl_tiny/ckpt_bf16", None, 1_639_286),
+    ],
+)
+def test_reference_forms_round_trip(family, form, vision, parameters, tmp_path):
+    if not REFERENCE.is_dir():
+        pytest.skip("needs the reference checkpoints in ../shared")
+    meta = round_trip(family, REFERENCE / form, tmp_path, REFERENCE / vision if vision else None)
+    assert meta["parameters"] == parameters
+
+
+def test_reference_forms_of_one_model_share_their_fingerprint(tmp_path):
+    if not REFERENCE.is_dir():
+        pytest.skip("needs the reference checkpoints in ../shared")
+    forms = ("hf", "hf4", "orig_v15")
+    metas = [from_torch("llava", REFERENCE / "llava_tiny" / form, tmp_path / form) for form in forms]
+    assert len({meta["fingerprint"] for meta in metas}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_round_trip(dtype, tmp_path):
+    meta = round_trip("llava", write_hf(tmp_path / "hf", dtype=dtype), tmp_path)
+    assert meta["dtypes"] == {str(dtype).removeprefix("torch."): meta["tensors"]}
+    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == b"\x00\x01tokens"
+    assert not (tmp_path / "export" / "modeling_x.py").exists()
+
+
+def test_v1_with_a_complete_clip_round_trips(tmp_path):
+    source, clip = write_v1(tmp_path)
+    meta = round_trip("llava", source, tmp_path, clip)
+    assert meta["tensors_not_loaded"] == 18 + 3 + 1  # last CLIP layer and post-norm; the text half; a buffer
+    base = open_base(tmp_path / "base")
+    assert base.config.projector == "linear" and base.config.image_size == TINY.image_size
+    assert base.tensors["logit_scale"].get_dtype() == "F32"
+
+
+def test_v1_finds_the_clip_that_its_config_names(tmp_path):
+    source, _ = write_v1(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "../clip"}))
+    assert from_torch("llava", source, tmp_path / "base")["vision_source"] == str((tmp_path / "clip").resolve())
+
+
+@pytest.mark.parametrize("options", [{}, {"old_format": True}, {"own_projector": True}])
+def test_v15_with_its_tower_round_trips(options, tmp_path):
+    round_trip("llava", write_v15(tmp_path / "v15", **options), tmp_path)
+
+
+def test_what_transformers_saves_round_trips_and_opens_there_again(tmp_path):
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(image_token_index=500, **{k: hf_config(TINY)[k] for k in ("text_config", "vision_config")})
+    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    meta = round_trip("llava", tmp_path / "hf", tmp_path)
+    loaded, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "export", dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert_same_bits(loaded.state_dict(), model.state_dict())
+
+    (tmp_path / "state").mkdir()
+    torch.save(model.state_dict(), tmp_path / "state" / "pytorch_model.bin")  # its names in memory differ
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "state")
+    assert from_torch("llava", tmp_path / "state", tmp_path / "base2")["fingerprint"] == meta["fingerprint"]
+
+
+def test_a_base_loads_what_was_published(tmp_path):
+    """Stacked layers included, each under the name it was published with."""
+    source, clip = write_v1(tmp_path)
+    from_torch("llava", source, tmp_path / "base", clip)
+    published = load_published(source) | load_published(clip)
+    published = {canonical_name(llava, name): tensor for name, tensor in published.items()}
+    base = open_base(tmp_path / "base")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for part, prefix in llava.PREFIX.items():
+        module = load_part(base, part, dtype=jnp.float32, sharding=lambda *args: here)
+        loaded = dict(nnx.to_flat_state(nnx.state(module)))
+        for name, leaf in name_table(module, prefix).items():
+            array = loaded[leaf.path][...]
+            array = array if leaf.layer is None else array[leaf.layer]
+            np.testing.assert_array_equal(array, published[name].float().numpy(), err_msg=name)
+
+
+def test_fingerprint_sees_one_bit_and_the_dtype_but_not_the_container(tmp_path):
+    tensors = random_tensors(TINY)
+    flipped = tensors | {
+        "language_model.model.norm.weight": torch.nextafter(
+            tensors["language_model.model.norm.weight"], torch.tensor(9.0)
+        )
+    }
+    unused = "vision_tower.post_layernorm.bias"
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    files = {
+        "one": {"model.safetensors": tensors},
+        "two": halves(tensors, "model", "safetensors"),
+        "bin": halves(tensors, "pytorch_model", "bin"),
+        "unused": {"model.safetensors": tensors | {unused: tensors[unused] + 1}},
+        "flipped": {"model.safetensors": flipped},
+        "half": {"model.safetensors": half},
+    }
+    found = {}
+    for form, parts in files.items():
+        source = write(tmp_path / form, hf_config(TINY), parts)
+        found[form] = from_torch("llava", source, tmp_path / f"{form}_base")["fingerprint"]
+    assert found["one"] == found["two"] == found["bin"] == found["unused"]
+    assert len({found["one"], found["flipped"], found["half"]}) == 3
+
+
+# ---- shards and whole folders
+
+
+def test_shards_stay_below_their_limit_and_read_one_tensor_at_a_time(tmp_path):
+    arrays = {f"t{i}": np.full((100, i + 1), i, [np.float32, np.float16][i % 2]) for i in range(8)}
+    events = []
+
+    def lazy(name: str) -> names.Tensor:
+        def read() -> np.ndarray:
+            events.append(name)
+            return arrays[name]
+
+        return names.Tensor(arrays[name].shape, arrays[name].dtype, read)
+
+    tensors = {name: lazy(name) for name in arrays}
+    names.write_shards(tmp_path, tensors, lambda name, array: events.append(name), shard_bytes=3000)
+    assert events[::2] == events[1::2]  # written before the next is read
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
+    for name, array in arrays.items():
+        file = tmp_path / index["weight_map"][name]
+        np.testing.assert_array_equal(load_file(file)[name].numpy(), array)
+        held = sum(arrays[other].nbytes for other, where in index["weight_map"].items() if where == file.name)
+        assert held <= 3000 or held == array.nbytes
+
+
+def test_a_rerun_does_nothing_and_an_interrupted_one_leaves_nothing(tmp_path, monkeypatch, capsys):
+    source, out = write_hf(tmp_path / "hf"), tmp_path / "base"
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.from_torch.describe", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            from_torch("llava", source, out)
+    assert not out.exists() and not (tmp_path / "base.partial").exists()
+    (tmp_path / "base.partial").mkdir()  # what a killed process leaves
+    (tmp_path / "base.partial" / "junk").write_text("x")
+    meta = from_torch("llava", source, out)
+    assert not (out / "junk").exists() and not (tmp_path / "base.partial").exists()
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert from_torch("llava", source, out) == meta
+    assert "already whole" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
+def test_commands(tmp_path):
+    def command(module: str, *args: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", module, *args], cwd=REPOSITORY, capture_output=True, text=True)
+
+    source, clip = write_v1(tmp_path)
+    base, export = f"{tmp_path}/base", f"{tmp_path}/export"
+    made = command("conversion.from_torch", "--family=llava", f"--source={source}", f"--vision={clip}", f"--out={base}")
+    assert made.returncode == 0 and "llava base" in made.stdout, made.stderr
+    back = command("conversion.to_torch", f"--model={base}", f"--out={export}", "--full")
+    assert back.returncode == 0, back.stderr
+    assert_same_bits(load_published(Path(export)), load_published(source))
+    wrong = command("conversion.to_torch", f"--model={source}", f"--out={tmp_path}/x")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+    assert wrong.stderr.startswith(f"error: {source}: neither a base folder")
+
+
+# ---- exports
+
+
+def test_projectors_of_a_base(tmp_path):
+    source, clip = write_v1(tmp_path)
+    from_torch("llava", source, tmp_path / "base", clip)
+    to_torch(tmp_path / "base", tmp_path / "export")
+    got = load_file(tmp_path / "export" / "projectors.safetensors")
+    assert_same_bits(got, {name: t for name, t in load_published(source).items() if "mm_projector" in name})
+
+
+def write_run(run: Path, base: Path, trained: dict, fingerprint: str | None = None) -> Path:
+    """A run directory as training leaves it: config.json and one checkpoint."""
+    config = {"base": str(base), "streams": "both", "num_frames": 9}
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    state = {"trainable": jax.tree.map(jnp.asarray, trained), "optimizer": {"count": jnp.zeros(())}}
+    with checkpoint.open_checkpoints(run, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 3, state, config=config, fingerprint=fingerprint or open_base(base).fingerprint)
+    return run
+
+
+def test_projectors_of_a_run(tmp_path):
+    from_torch("llava", write_v15(tmp_path / "v15"), tmp_path / "base")
+    shapes = {"linear_1": ((16, 32), (16,)), "linear_2": ((16, 16), (16,))}
+    rng = np.random.default_rng(0)
+
+    def projector() -> dict:
+        return {
+            k: {"weight": rng.normal(size=w).astype("f"), "bias": rng.normal(size=b).astype("f")}
+            for k, (w, b) in shapes.items()
+        }
+
+    extra = {"fc1": {"weight": rng.normal(size=(16, 16)).astype("f")}}
+    trained = {"spatial": projector(), "temporal": projector(), "extra_mlp_temporal": extra}
+    run = write_run(tmp_path / "run", tmp_path / "base", trained)
+    meta = to_torch(run, tmp_path / "export")
+    want = {"extra_mlp_temporal.fc1.weight": extra["fc1"]["weight"]}
+    for prefix, group in (("model.mm_projector.", "spatial"), ("temporal_module.", "temporal")):
+        for torch_layer, layer in (("0", "linear_1"), ("2", "linear_2")):
+            for leaf, array in trained[group][layer].items():
+                want[f"{prefix}{torch_layer}.{leaf}"] = array
+    want = {name: torch.from_numpy(array) for name, array in want.items()}
+    assert_same_bits(load_file(tmp_path / "export" / "projectors.safetensors"), want)
+    assert meta["method"] == {"num_frames": 9, "streams": "both"} and meta["trained"]
+    assert json.loads((tmp_path / "export" / "redvillm.json").read_text())["family"] == "llava"
+
+    to_torch(run, tmp_path / "full", full=True)
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in want.items()}
+    assert_same_bits(load_published(tmp_path / "full"), load_published(tmp_path / "v15") | rounded)
+    again = from_torch("llava", tmp_path / "full", tmp_path / "again")
+    assert again["tensors"] == len(load_published(tmp_path / "full"))
+    to_torch(tmp_path / "again", tmp_path / "projectors_again")
+    assert_same_bits(load_file(tmp_path / "projectors_again" / "projectors.safetensors"), rounded)
+    assert json.loads((tmp_path / "projectors_again" / "redvillm.json").read_text()) == json.loads(json.dumps(meta))
+
+
+def test_what_a_run_did_not_train_is_the_base_s(tmp_path):
+    source = write_v15(tmp_path / "v15")
+    from_torch("llava", source, tmp_path / "base")
+    run = write_run(tmp_path / "run", tmp_path / "base", {"temporal": {"linear_1": {"bias": np.ones(16, "f")}}})
+    to_torch(run, tmp_path / "export")
+    published = load_published(source)
+    got = load_file(tmp_path / "export" / "projectors.safetensors")
+    assert torch.equal(got["temporal_module.0.bias"], torch.ones(16))
+    for name, leaf in (("temporal_module.2.weight", "2.weight"), ("model.mm_projector.0.bias", "0.bias")):
+        assert torch.equal(got[name], published[f"model.mm_projector.{leaf}"].float())
+
+
+def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
+    from_torch("llava", write_hf(tmp_path / "hf"), tmp_path / "base")
+    to_torch(tmp_path / "base", tmp_path / "export")
+    to_torch(tmp_path / "base", tmp_path / "export", full=True)
+    assert not (tmp_path / "export" / "projectors.safetensors").exists()
+    for taken in (tmp_path / "hf", tmp_path / "base"):
+        with pytest.raises(UserError, match="not empty, and not written by this command"):
+            to_torch(tmp_path / "base", taken)
+        assert (taken / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="the run was trained on abc"):
+        trained = {"temporal": {"linear_1": {"bias": np.ones(16, "f")}}}
+        run = write_run(tmp_path / "run", tmp_path / "base", trained, fingerprint="abc")
+        to_torch(run, tmp_path / "x")
+
+
+# ---- mistakes
+
+
+def changed(change) -> dict:
+    tensors = random_tensors(TINY)
+    change(tensors)
+    return {"model.safetensors": tensors}
+
+
+def test_all_tensors_that_do_not_fit_are_in_one_line(tmp_path):
+    def change(tensors):
+        del tensors["language_model.lm_head.weight"], tensors["vision_tower.pre_layrnorm.bias"]
+        tensors["language_model.model.norm.weight"] = torch.ones(17)
+        tensors["vision_tower.post_layernorm.bias"] = torch.ones(5)  # unused, but it must be what it says it is
+        tensors |= {f"language_model.model.layers.{i}.mlp.up_proj.lora_A": torch.ones(2) for i in range(30)}
+        tensors["vision_tower.vision_model.pre_layrnorm.weight"] = tensors["vision_tower.pre_layrnorm.weight"] + 1
+
+    source = write(tmp_path / "hf", hf_config(TINY), changed(change))
+    with pytest.raises(UserError) as caught:
+        from_torch("llava", source, tmp_path / "base")
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        f"{source}: tensors do not fit its config.json: 2 missing: ",
+        "vision_tower.pre_layrnorm.bias",
+        "language_model.lm_head.weight",
+        "2 wrong shape: ",
+        "language_model.model.norm.weight (17,) should be (16,)",
+        "vision_tower.post_layernorm.bias (5,) should be (32,)",
+        "30 unknown: language_model.model.layers.0.mlp.up_proj.lora_A, ",
+        "… and 10 more",
+        "1 twice: vision_tower.pre_layrnorm.weight = vision_tower.vision_model.pre_layrnorm.weight",
+    ):
+        assert part in message, message
+    assert not (tmp_path / "base").exists()
+
+
+def v1_without_clip(tmp_path):
+    source, _ = write_v1(tmp_path)
+    return {"source": source}
+
+
+def v1_with(config: dict | None = None, **clip_changes):
+    def make(tmp_path):
+        source, clip = write_v1(tmp_path)
+        published = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(published | (config or {})))
+        vision = clip_config(TINY) | clip_changes
+        (clip / "config.json").write_text(json.dumps({"vision_config": vision}))
+        return {"source": source, "vision": clip}
+
+    return make
+
+
+def delta(tmp_path):
+    return {"source": write_hf(tmp_path / "LLaVA-Lightning-7B-delta-v1-1")}
+
+
+def delta_in_hub_cache(tmp_path):
+    return {"source": write_hf(tmp_path / "models--liuhaotian--LLaVA-13b-delta-v0" / "snapshots" / "0a1b")}
+
+
+def missing_shard(tmp_path):
+    source = write(tmp_path / "hf", hf_config(TINY), halves(random_tensors(TINY), "model", "safetensors"))
+    (source / "model-00002-of-00002.safetensors").unlink()
+    return {"source": source}
+
+
+def truncated(name: str):
+    def make(tmp_path):
+        source = write(tmp_path / "hf", hf_config(TINY), {name: random_tensors(TINY)})
+        content = (source / name).read_bytes()
+        (source / name).write_bytes(content[: len(content) // 2])
+        return {"source": source}
+
+    return make
+
+
+def git_lfs_pointer(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    return {"source": source}
+
+
+def without_weights(tmp_path):
+    return {"source": write(tmp_path / "hf", hf_config(TINY), {})}
+
+
+def without_config(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "config.json").unlink()
+    return {"source": source}
+
+
+def training_checkpoint(tmp_path):
+    source = write_v15(tmp_path / "v15")
+    torch.save({"state_dict": {}, "step": 3}, source / "pytorch_model.bin")
+    return {"source": source}
+
+
+def foreign_out(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "thesis.tex").write_text("x")
+    return {"source": write_hf(tmp_path / "hf")}
+
+
+def other_base_there(tmp_path):
+    from_torch("llava", write_hf(tmp_path / "other"), tmp_path / "base")
+    return {"source": write_hf(tmp_path / "hf")}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tmp_path: {"source": tmp_path / "nothing"}, r"config.json: not found|nothing: not a folder"),
+        (without_config, r"config\.json: not found"),
+        (without_weights, r"no \*\.safetensors and no pytorch_model\*\.bin"),
+        (missing_shard, r"index\.json names files that are missing: model-00002-of-00002\.safetensors"),
+        (truncated("model.safetensors"), r"model\.safetensors: not a readable safetensors file"),
+        (truncated("pytorch_model.bin"), r"pytorch_model\.bin: not a readable PyTorch file"),
+        (git_lfs_pointer, "Git LFS pointer"),
+        (training_checkpoint, "not a state dict of tensors"),
+        (delta, "delta weights.*apply_delta.*mmaaz60/LLaVA-7B-Lightening-v1-1"),
+        (delta_in_hub_cache, "models--liuhaotian--LLaVA-13b-delta-v0 holds delta weights"),
+        (v1_without_clip, "missing: vision_tower.*no vision tower.*--vision"),
+        (v1_with(hidden_size=64), "a CLIP with hidden_size 64, but .* was trained with 32"),
+        (v1_with({"mm_vision_tower": "openai/clip-vit-large-patch8-48"}), "image_size 32, but .* with 48"),
+        (v1_with(image_size=48), r"position_embedding.weight \(17, 32\) should be \(37, 32\)"),
+        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"}, "no: not a folder"),
+        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown base family 'blip'"),
+        (foreign_out, "not empty, and not written by this command"),
+        (other_base_there, "holds a llava base made from .*other; choose another --out"),
+    ],
+)
+def test_mistakes_end_in_one_line(make, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        from_torch(**{"family": "llava", "out": tmp_path / "base"} | make(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "base.partial").exists()
+
+
+def test_the_wrong_family_is_named(tmp_path):
+    with pytest.raises(UserError, match="model_type is 'llava'; it looks like --family=llava"):
+        from_torch("qwen_vl", write_hf(tmp_path / "hf"), tmp_path / "base")
+    if REFERENCE.is_dir():
+        with pytest.raises(UserError, match=r"not a llava model, its model_type is 'qwen'.*--family=qwen_vl"):
+            from_torch("llava", REFERENCE / "qwen_vl_tiny" / "ckpt", tmp_path / "base")
+
+
+def test_bin_files_without_torch_say_what_to_install(tmp_path, monkeypatch):
+    source = write_v15(tmp_path / "v15")
+    names.load_bin.cache_clear()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"pip install 'redvillm_jax\[convert\]'"):
+        from_torch("llava", source, tmp_path / "base")
+    shutil.rmtree(source)
+    monkeypatch.undo()
+    safetensors_only = write_hf(tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    from_torch("llava", safetensors_only, tmp_path / "base")

@@ -1,0 +1,260 @@
+"""The video LLM as a whole: what it keeps of the image LLM, packing, short videos, and every switch."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, NUM_FRAMES
+from flax import nnx
+
+from configs import demo
+from data_pipeline.packing import Question, fill_row
+from data_pipeline.pipeline import batches
+from data_pipeline.store import open_store
+from redvillm_jax.assemble import load_model
+from redvillm_jax.generate import greedy
+from redvillm_jax.layers import visible
+from redvillm_jax.model import mean_loss
+from redvillm_jax.rows import make_prefix, tokenize
+from redvillm_jax.sharding import make_mesh
+from redvillm_jax.step import join, split_trainable
+from redvillm_jax.train import plan
+from redvillm_jax.weights import open_base
+
+DTYPE = jnp.float32
+
+
+@functools.cache
+def build(folder, family, **switches):
+    """(base, config, model) of a base folder with some switches set, on one device."""
+    config = json.loads(demo.get_config(family).to_json()) | {"num_frames": NUM_FRAMES} | switches
+    base = open_base(folder)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return base, config, load_model(base, config, mesh, dtype=DTYPE)
+
+
+@pytest.fixture
+def frames(bases) -> np.ndarray:
+    """(2, T, 32, 32, 3) uint8."""
+    return np.random.default_rng(0).integers(0, 256, (2, NUM_FRAMES, 32, 32, 3), np.uint8)
+
+
+def tokens(model, frames, num_frames=None) -> np.ndarray:
+    counts = np.full(len(frames), frames.shape[1], np.int32) if num_frames is None else np.array(num_frames, np.int32)
+    return np.asarray(model.video_tokens(jnp.asarray(frames), jnp.asarray(counts), DTYPE))
+
+
+def logits(model, base, visual: np.ndarray, question: str) -> np.ndarray:
+    """Logits of every position of one prompt around visual tokens (V, K)."""
+    tokenizer = base.module.Tokenizer(base.path)
+    before, after = base.module.prompt(tokenizer, base.config, question, None)
+    slots = [-1] * len(before) + list(range(len(visual))) + [-1] * len(after)
+    ids = [i for i, _ in before] + [0] * len(visual) + [i for i, _ in after]
+    embeds = model.embed(jnp.array([ids]), jnp.array([slots]), jnp.asarray(visual)[None])
+    ones = jnp.ones((1, len(ids)), jnp.int32)
+    hidden, _ = model.llm(embeds, jnp.arange(len(ids))[None], visible(ones, 0 * ones))
+    return np.asarray(model.llm.logits(hidden))[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_llm_stays_one(family, bases, frames):
+    base, _, model = build(bases[family], family, streams="spatial")
+    still = np.repeat(frames[:1, :1], NUM_FRAMES, axis=1)
+    features = model.encode(jnp.asarray(still[:, :1]), DTYPE)[:, 0]
+    side = round(features.shape[1] ** 0.5)
+    picture = model.projectors["spatial"](features, jnp.ones(features.shape[:2], bool), (side, side))
+    want = logits(model, base, np.asarray(picture)[0], "What is this?")
+    got = logits(model, base, tokens(model, still)[0], "What is this?")
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert not np.allclose(got, logits(model, base, tokens(model, frames)[0], "What is this?"), atol=1e-4)
+
+
+def whole_epoch(base, config, store) -> dict[str, np.ndarray]:
+    """All questions of a store as one batch."""
+    steps, row_fn, bounds, _ = plan(config, base, store)
+    shape = (NUM_FRAMES, base.config.image_size, base.config.image_size, 3)
+    return next(batches(steps, row_fn, store, rows_per_step=bounds.rows_per_step, frames_shape=shape))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_equal_questions_one_by_one(family, bases, stores):
+    store = open_store(stores[family])
+    results = {}
+    for pack, row_length in ((False, 0), (True, 110), (True, 400)):
+        switches = {"num_epochs": 1, "batch_questions": 72, "pack": pack, "row_length": row_length}
+        base, config, model = build(bases[family], family, **switches)
+        batch = whole_epoch(base, config, store)
+        graphdef, trainable, frozen = split_trainable(model)
+
+        def loss(weights, graphdef=graphdef, frozen=frozen, batch=batch):
+            losses = join(graphdef, weights, frozen).target_losses(batch, DTYPE)
+            return (losses * batch["target_weights"]).sum(), losses
+
+        gradients, losses = jax.jit(jax.grad(loss, has_aux=True))(trainable)
+        per_question = np.zeros(len(store.instructions))
+        counted = batch["target_weights"] > 0
+        np.add.at(per_question, batch["target_questions"][counted], np.asarray(losses)[counted])
+        results[pack, row_length] = per_question, gradients, int((batch["videos"] >= 0).sum(1).max())
+    assert results[True, 400][2] > 1, "no row with several groups"
+    want_losses, want_gradients, _ = results[False, 0]
+    for key in ((True, 110), (True, 400)):
+        np.testing.assert_allclose(results[key][0], want_losses, rtol=1e-5)
+        for got, want in zip(*map(jax.tree.leaves, (results[key][1], want_gradients)), strict=True):
+            # fp32 rounding: the gradients of a random resampler's softmax are small differences
+            assert np.linalg.norm(got - want) <= (2e-5 if family == "qwen_vl" else 1e-5) * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_short_video_equals_a_run_with_fewer_frames(family, bases, frames):
+    base, _, model = build(bases[family], family)
+    short = frames[:1, :3].copy()
+    padded = np.concatenate([short, np.zeros_like(short[:, :1])], axis=1)
+    side = round(base.config.num_patches**0.5)
+    slots = model.video.token_slots(model.projectors["temporal"], (side, side), NUM_FRAMES, 3)
+    got, want = tokens(model, padded, [3])[0][slots], tokens(model, short)[0]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(
+        logits(model, base, got, "What moves?"), logits(model, base, want, "What moves?"), atol=1e-5
+    )
+
+
+def test_zero_is_video_chatgpts_way_with_short_videos(bases, frames):
+    base, _, model = build(bases["llava"], "llava", short_video="zero")
+    padded = np.concatenate([frames[:, :3], np.zeros_like(frames[:, :1])], axis=1)
+    side = round(base.config.num_patches**0.5)
+    assert model.video.token_slots(model.projectors["temporal"], (side, side), NUM_FRAMES, 3) == list(
+        range(NUM_FRAMES + 16)
+    )
+    zero = jnp.zeros((1, 1, base.config.vision_hidden_size))
+    want = np.asarray(model.projectors["temporal"](zero, jnp.ones((1, 1), bool), (1,)))[0, 0]
+    np.testing.assert_allclose(tokens(model, padded, [3, 3])[1, 3], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_temporal_module_starts_as_an_untied_bit_equal_copy(family, bases):
+    _, _, model = build(bases[family], family)
+    spatial, temporal = (nnx.to_pure_dict(nnx.state(model.projectors[name])) for name in ("spatial", "temporal"))
+    jax.tree.map(np.testing.assert_array_equal, spatial, temporal)
+    leaves = zip(*(jax.tree.leaves(nnx.state(model.projectors[name])) for name in ("spatial", "temporal")), strict=True)
+    assert all(a is not b for a, b in leaves)
+
+
+def test_streams_and_their_order(bases, frames):
+    both = tokens(build(bases["llava"], "llava")[2], frames)
+    spatial = tokens(build(bases["llava"], "llava", streams="spatial")[2], frames)
+    temporal = tokens(build(bases["llava"], "llava", streams="temporal")[2], frames)
+    swapped = tokens(build(bases["llava"], "llava", stream_order="spatial_first")[2], frames)
+    assert spatial.shape[1] == 16 and temporal.shape[1] == NUM_FRAMES
+    np.testing.assert_allclose(both, np.concatenate([temporal, spatial], 1), atol=1e-6)
+    np.testing.assert_allclose(swapped, np.concatenate([spatial, temporal], 1), atol=1e-6)
+
+
+def test_a_shared_projector_serves_both_streams(bases, frames):
+    shared, own = (build(bases["llava"], "llava", temporal_module=flag)[2] for flag in (False, True))
+    assert set(shared.projectors) == {"spatial"} and set(own.projectors) == {"spatial", "temporal"}
+    np.testing.assert_allclose(tokens(shared, frames), tokens(own, frames), atol=1e-6)
+    graphdef, trainable, frozen = split_trainable(shared)
+    moved = join(graphdef, jax.tree.map(lambda x: x * 1.1, trainable), frozen)
+    assert (tokens(moved, frames)[:, :NUM_FRAMES] != tokens(own, frames)[:, :NUM_FRAMES]).any(-1).all()
+
+
+def test_a_random_temporal_module_leaves_the_spatial_one(bases, frames):
+    model, copied = (build(bases["llava"], "llava", temporal_init=init)[2] for init in ("random", "copy"))
+    random, copy = tokens(model, frames), tokens(copied, frames)
+    np.testing.assert_allclose(random[:, NUM_FRAMES:], copy[:, NUM_FRAMES:], atol=1e-6)
+    assert not np.allclose(random[:, :NUM_FRAMES], copy[:, :NUM_FRAMES], atol=1e-4)
+
+
+def test_extra_mlps_stand_behind_both_projectors(bases, frames):
+    model, plain = (build(bases["llava"], "llava", extra_mlp=flag)[2] for flag in (True, False))
+    assert {"extra_mlp_spatial", "extra_mlp_temporal"} <= set(model.projectors)
+    want = tokens(plain, frames)
+    want = np.concatenate(
+        [
+            model.projectors["extra_mlp_temporal"](want[:, :NUM_FRAMES]),
+            model.projectors["extra_mlp_spatial"](want[:, NUM_FRAMES:]),
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(tokens(model, frames), want, atol=1e-6)
+
+
+def test_window_pooling_shortens_only_the_spatial_stream(bases, frames):
+    small, full = (tokens(build(bases["llava"], "llava", spatial_pool=p)[2], frames) for p in (2, 1))
+    assert small.shape[1] == NUM_FRAMES + 4 and full.shape[1] == NUM_FRAMES + 16
+    np.testing.assert_allclose(small[:, :NUM_FRAMES], full[:, :NUM_FRAMES], atol=1e-6)
+
+
+def test_qwen_alignments_and_temporal_positions(bases, frames):
+    resample = tokens(build(bases["qwen_vl"], "qwen_vl")[2], frames)
+    flat = tokens(build(bases["qwen_vl"], "qwen_vl", temporal_positions="1d")[2], frames)
+    per_token = tokens(build(bases["qwen_vl"], "qwen_vl", qwen_align="per_token")[2], frames)
+    assert resample.shape[1] == 16 + 16 and per_token.shape[1] == NUM_FRAMES + 16
+    assert not np.allclose(flat[:, :16], resample[:, :16], atol=1e-6)
+    np.testing.assert_allclose(flat[:, 16:], resample[:, 16:], atol=1e-6)
+
+
+def test_finetune_labels_supervise_qwens_structural_tokens_too(bases, stores):
+    base, *_ = build(bases["qwen_vl"], "qwen_vl")
+    rows, tokenizer = open_store(stores["qwen_vl"]).instructions[:3], base.module.Tokenizer(base.path)
+    (before, answer), (full_before, full) = (
+        tokenize(base.module, tokenizer, base.config, rows, labels=labels) for labels in ("answer", "finetune")
+    )
+    assert not any(flag for _, flag in before) and any(flag for _, flag in full_before)
+    for a, b in zip(answer, full, strict=True):
+        assert b.supervised.sum() > a.supervised.sum()
+
+
+def test_remat_changes_no_gradient(bases, stores):
+    base, config, model = build(bases["llava"], "llava", num_epochs=1, batch_questions=8, row_length=110)
+    batch = whole_epoch(base, config, open_store(stores["llava"]))
+    graphdef, trainable, frozen = split_trainable(model)
+    gradients = [
+        jax.jit(jax.grad(lambda w, r=remat: mean_loss(join(graphdef, w, frozen), batch, DTYPE, r)))(trainable)
+        for remat in (False, True)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *gradients)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_greedy_decoding_equals_full_forward_passes(family, bases, frames):
+    base, _, model = build(bases[family], family)
+    visual = tokens(model, frames)
+    tokenizer = base.module.Tokenizer(base.path)
+    prompts = []
+    for question in ("What?", "Which direction does the red circle move?"):
+        before, after = base.module.prompt(tokenizer, base.config, question, None)
+        slots = [-1] * len(before) + list(range(visual.shape[1])) + [-1] * len(after)
+        prompts.append(([i for i, _ in before] + [0] * visual.shape[1] + [i for i, _ in after], slots))
+    width = max(len(ids) for ids, _ in prompts)
+    arrays = {
+        "token_ids": np.array([ids + [0] * (width - len(ids)) for ids, _ in prompts]),
+        "video_slots": np.array([slots + [-1] * (width - len(slots)) for _, slots in prompts]),
+        "length": np.array([len(ids) for ids, _ in prompts]),
+    }
+    got = np.asarray(greedy(model, jnp.asarray(visual), arrays, max_new_tokens=5, stop_ids=(-1,)))
+    for row, (ids, slots) in enumerate(prompts):  # one forward pass over prompt and answer predicts each answer token
+        whole, slots = [*ids, *got[row].tolist()], [*slots, *[-1] * 5]
+        embeds = model.embed(jnp.array([whole]), jnp.array([slots]), jnp.asarray(visual[row : row + 1]))
+        ones = jnp.ones((1, len(whole)), jnp.int32)
+        hidden, _ = model.llm(embeds, jnp.arange(len(whole))[None], visible(ones, 0 * ones))
+        want = model.llm.logits(hidden[0, len(ids) - 1 : -1]).argmax(-1)
+        np.testing.assert_array_equal(got[row], want)
+    stop = int(got[0, 1])
+    stopped = np.asarray(greedy(model, jnp.asarray(visual), arrays, max_new_tokens=5, stop_ids=(stop,)))
+    first = stopped[0].tolist().index(stop)
+    np.testing.assert_array_equal(stopped[0, : first + 1], got[0, : first + 1])
+    assert (stopped[0, first:] == stop).all()
+
+
+def test_a_supervised_prefix_token_counts_once_per_question():
+    prefix = make_prefix([(5, False), (6, True)], [0, 1])
+    question = Question(ids=np.array([7, 8], np.int32), supervised=np.array([False, True]))
+    row = fill_row(
+        ((0, (0, 1)),), [prefix], [question] * 2, row_length=16, max_groups=1, max_targets=4, tokens_per_video=2
+    )
+    np.testing.assert_array_equal(row["target_weights"], [2, 1, 1, 0])
+    np.testing.assert_array_equal(row["target_ids"][:3], [6, 8, 8])

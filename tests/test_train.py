@@ -1,0 +1,180 @@
+"""The training command: what moves and what stays, resuming, meshes, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import FAMILIES, NUM_FRAMES
+
+from configs import demo
+from data_pipeline.errors import UserError
+from redvillm_jax import train
+from redvillm_jax.checkpoint import load_trainables
+from redvillm_jax.weights import load_part, open_base
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_config(family: str, base: Path, store: Path, **changes) -> dict:
+    """The demo's config, shrunk to one epoch of 9 steps of 8 questions; weight decay shows what is really fixed."""
+    config = json.loads(demo.get_config(family).to_json())
+    config["weight_decay"] = dict.fromkeys(config["weight_decay"], 0.1)
+    config |= {"base": str(base), "data": str(store), "num_frames": NUM_FRAMES, "num_epochs": 1, "batch_questions": 8}
+    return config | {"log_every": 1, "checkpoint_every": 4, "row_length": 96} | changes
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def leaves(run: Path) -> dict[str, np.ndarray]:
+    flat = jax.tree_util.tree_flatten_with_path(load_trainables(run)[1])[0]
+    return {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in flat}
+
+
+def projector_leaves(base: Path) -> dict[str, np.ndarray]:
+    """The base's own projector, by dotted path."""
+    from flax import nnx
+
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    part = load_part(open_base(base), "projector", dtype=np.float32, sharding=lambda *_: one)
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(part))}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, bases, stores) -> dict[str, Path]:
+    """One undisturbed run of each family on one device."""
+    folders = {}
+    for family in FAMILIES:
+        folders[family] = tmp_path_factory.mktemp(f"{family}_run")
+        config = make_config(family, bases[family], stores[family], mesh={"data": 1, "fsdp": 1, "tensor": 1})
+        train.train(config, folders[family], jax.devices()[:1])
+    return folders
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_trainable_leaf_moves_and_fixed_ones_do_not(family, runs, bases):
+    start, end = projector_leaves(bases[family]), leaves(runs[family])
+    assert set(end) == {f"{copy}.{name}" for copy in ("spatial", "temporal") for name in start}
+    for name, value in end.items():
+        original = start[name.partition(".")[2]]
+        if name.endswith("pos_embed"):
+            np.testing.assert_array_equal(value, original, err_msg=name)
+        else:
+            assert (value != original).any(), f"{name} did not move"
+    assert any((end[f"spatial.{name}"] != end[f"temporal.{name}"]).any() for name in start), "the copies are tied"
+
+
+def test_train_spatial_false_leaves_the_original_projector_as_it_is(tmp_path, bases, stores):
+    config = make_config("llava", bases["llava"], stores["llava"], train_spatial=False)
+    train.train(config, tmp_path)
+    start, end = projector_leaves(bases["llava"]), leaves(tmp_path)
+    for name, value in start.items():
+        np.testing.assert_array_equal(end[f"spatial.{name}"], value)
+        assert (end[f"temporal.{name}"] != value).any()
+
+
+def test_per_token_freezes_what_it_does_not_use(tmp_path, bases, stores):
+    config = make_config("qwen_vl", bases["qwen_vl"], stores["qwen_vl"], qwen_align="per_token")
+    train.train(config, tmp_path)
+    start, end = projector_leaves(bases["qwen_vl"]), leaves(tmp_path)
+    for name in ("attn_pool.query", "attn_pool.ln_q.weight", "attn_pool.pos_embed"):
+        np.testing.assert_array_equal(end[f"temporal.{name}"], start[name])
+    assert (end["temporal.attn_pool.kv_proj.weight"] != start["attn_pool.kv_proj.weight"]).any()
+
+
+MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
+
+
+@pytest.mark.parametrize(("family", "shape"), [*(("llava", shape) for shape in MESHES), ("qwen_vl", MESHES[2])])
+def test_any_mesh_gives_the_losses_of_one_device(family, shape, tmp_path, runs, bases, stores):
+    mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    train.train(make_config(family, bases[family], stores[family], mesh=mesh), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path), losses(runs[family]), rtol=1e-5)
+
+
+def test_the_same_mesh_is_bit_equal_from_run_to_run(tmp_path, bases, stores):
+    ends = []
+    for name in ("a", "b"):
+        train.train(
+            make_config("llava", bases["llava"], stores["llava"], mesh={"data": 2, "fsdp": 2, "tensor": 2}),
+            tmp_path / name,
+        )
+        ends.append((losses(tmp_path / name), leaves(tmp_path / name)))
+    assert ends[0][0] == ends[1][0]
+    for name, value in ends[0][1].items():
+        np.testing.assert_array_equal(value, ends[1][1][name])
+
+
+def test_a_killed_run_continues_to_the_same_bits(tmp_path, runs, bases, stores):
+    config = make_config("llava", bases["llava"], stores["llava"], mesh={"data": 1, "fsdp": 1, "tensor": 1})
+    overrides = [
+        f"--config.{key}={config[key]}" for key in ("base", "data", "num_frames", "num_epochs", "batch_questions")
+    ]
+    overrides += [f"--config.{key}={config[key]}" for key in ("log_every", "checkpoint_every", "row_length")]
+    overrides += [f"--config.weight_decay.{key}={value}" for key, value in config["weight_decay"].items()]
+    command = [sys.executable, "-m", "redvillm_jax.train", "--config=configs/demo.py:llava", f"--workdir={tmp_path}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command + overrides, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while time.time() < deadline and not any((tmp_path / "checkpoints").glob("4")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps_before = len((tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert process.returncode == -signal.SIGKILL and 4 <= steps_before < 9, (steps_before, process.stderr.read())
+    again = subprocess.run(command + overrides, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "continuing after step 4" in again.stdout
+    assert losses(tmp_path) == losses(runs["llava"])
+    for name, value in leaves(runs["llava"]).items():
+        np.testing.assert_array_equal(value, leaves(tmp_path)[name])
+
+
+def test_first_batch_shows_rows_as_the_model_reads_them(runs):
+    text = (runs["llava"] / "first_batch.txt").read_text()
+    assert f"[{NUM_FRAMES + 16} visual tokens]" in text and "⟦" in text and "</s>⟧" in text
+    assert "<|im_start|>assistant\n⟦" in (runs["qwen_vl"] / "first_batch.txt").read_text()
+
+
+def refused(config: dict, run: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train.train(config, run)
+
+
+def test_what_is_refused_in_one_line(tmp_path, runs, bases, stores):
+    good = make_config("llava", bases["llava"], stores["llava"])
+    refused(good | {"base": ""}, tmp_path, "download")
+    refused(good | {"data": ""}, tmp_path, "data_pipeline.prepare")
+    refused(good | {"base": str(tmp_path)}, tmp_path, "not a base folder")
+    refused(good | {"base": str(bases["qwen_vl"])}, tmp_path, "is a qwen_vl base")
+    refused(good | {"data": str(stores["qwen_vl"])}, tmp_path, "resize=bicubic, this model needs nearest")
+    refused(good | {"num_frames": 5}, tmp_path, "num_frames=4, this model needs 5")
+    refused(good | {"row_length": 30}, tmp_path, "row_length")
+    refused(good | {"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, tmp_path, "does not fit 8 devices")
+    refused(good | {"streams": "none"}, tmp_path / "streams", "streams is 'none'")
+    refused(good | {"learning_rate": 1e-3}, runs["llava"], "learning_rate=0.002")
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path, bases, stores):
+    config = make_config("llava", bases["llava"], stores["llava"])
+    train.train(config, tmp_path / "run")
+    other = tmp_path / "base"
+    other.mkdir()
+    for file in bases["llava"].iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    meta = json.loads((other / "base.json").read_text()) | {"fingerprint": "0" * 64}
+    (other / "base.json").write_text(json.dumps(meta))
+    refused(config | {"base": str(other)}, tmp_path / "run", "was trained on base")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, bases, stores):
+    config = make_config("llava", bases["llava"], stores["llava"], learning_rate=float("inf"))
+    refused(config, tmp_path, r"step \d+: loss .*videos of this step: train-")

@@ -1,0 +1,604 @@
+"""Qwen-VL and Qwen-VL-Chat: ViT-bigG, a resampler of 256 queries, the Qwen language model.
+
+Module attributes carry the published names, so no name needs a rule.
+"""
+
+import base64
+import dataclasses
+import math
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from data_pipeline.errors import UserError
+from redvillm_jax.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    PatchEmbedding,
+    RMSNorm,
+    Stack,
+    attention,
+    broadcast_rows,
+    gelu,
+    merge_heads,
+    rotary_angles,
+    rotate,
+    split_heads,
+    update_cache,
+)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+RESIZE = "bicubic"  # Qwen-VL squashes pictures with PIL's bicubic filter
+
+SYSTEM_PROMPT = "You are a helpful assistant."
+VISION_LAYER_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and switches of one Qwen-VL; the defaults are Qwen-VL-Chat."""
+
+    image_size: int = 448
+    patch_size: int = 14
+    vision_hidden_size: int = 1664
+    vision_intermediate_size: int = 8192
+    vision_num_hidden_layers: int = 48
+    vision_num_attention_heads: int = 16
+    n_queries: int = 256  # also the number of positions that the vision transformer has learned
+    resampler_num_attention_heads: int = 32
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    seq_length: int = 2048  # the trained length, beyond which dynamic NTK and logn act
+    max_position_embeddings: int = 8192
+    layer_norm_epsilon: float = 1e-6
+    rotary_emb_base: float = 10000.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    system_prompt: str = SYSTEM_PROMPT
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_published(cls, config: dict[str, Any], vision_config: dict[str, Any] | None = None) -> "Config":
+        """Reads a published config.json; the vision tower's numbers are in its `visual`, `vision_config` is unused.
+
+        `visual.n_queries` and `visual.n_heads` (the resampler's) are optional: the published code fixes them to
+        256 and output_dim / 128. `intermediate_size` counts both branches of the gated MLP, so half of it is the
+        width. Raises ValueError when the visual tokens do not have the language model's width.
+        """
+        visual = config["visual"]
+        if visual["output_dim"] != config["hidden_size"]:
+            raise ValueError(
+                f"visual.output_dim is {visual['output_dim']}, expected hidden_size = {config['hidden_size']}"
+            )
+        return cls(
+            image_size=visual["image_size"],
+            patch_size=visual["patch_size"],
+            vision_hidden_size=visual["width"],
+            vision_intermediate_size=int(visual["width"] * visual["mlp_ratio"]),
+            vision_num_hidden_layers=visual["layers"],
+            vision_num_attention_heads=visual["heads"],
+            n_queries=visual.get("n_queries", 256),
+            resampler_num_attention_heads=visual.get("n_heads", visual["output_dim"] // 128),
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"] // 2,
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            seq_length=config["seq_length"],
+            max_position_embeddings=config["max_position_embeddings"],
+            layer_norm_epsilon=config["layer_norm_epsilon"],
+            rotary_emb_base=float(config["rotary_emb_base"]),
+            use_dynamic_ntk=config["use_dynamic_ntk"],
+            use_logn_attn=config["use_logn_attn"],
+            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
+        )
+
+
+SIZES = {
+    "7b": Config(),
+    "tiny": Config(
+        image_size=32,
+        patch_size=8,
+        vision_hidden_size=96,
+        vision_intermediate_size=384,
+        vision_num_hidden_layers=3,
+        vision_num_attention_heads=4,
+        n_queries=16,
+        resampler_num_attention_heads=4,
+        vocab_size=768,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        system_prompt="",
+    ),
+}
+
+
+# ---- positions
+
+
+def bicubic_weights(index: jax.Array, target: int | jax.Array, source: int) -> jax.Array:
+    """Rows `index` of torch's bicubic resampling from `source` to `target` points: (...) -> (..., source) fp32.
+
+    torch's kernel has a = -0.75 (jax.image's -0.5), no antialiasing, and repeats the border. `target` may be
+    traced and broadcasts against `index`.
+    """
+    a = -0.75
+    x = (index + 0.5) * (source / target) - 0.5
+    left = jnp.floor(x)
+    weights = 0.0
+    for tap in (-1, 0, 1, 2):
+        s = jnp.abs(x - left - tap)
+        near = ((a + 2) * s - (a + 3)) * s**2 + 1
+        far = ((a * s - 5 * a) * s + 8 * a) * s - 4 * a
+        column = jnp.clip(left + tap, 0, source - 1).astype(jnp.int32)
+        weights += jnp.where(s <= 1, near, far)[..., None] * jax.nn.one_hot(column, source)
+    return weights
+
+
+def interpolate(weights: jax.Array, table: jax.Array) -> jax.Array:
+    """weights: (..., S) times table: (S, D) in true fp32, whatever the device's default is."""
+    return jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def grid_positions(table: jax.Array, index: jax.Array, rows: int | jax.Array, cols: int | jax.Array) -> jax.Array:
+    """Cells `index` (raster order) of a square position table resized to rows x cols: (...) -> (..., D) fp32."""
+    side = math.isqrt(len(table))
+    down = bicubic_weights(index // cols, rows, side)
+    across = bicubic_weights(index % cols, cols, side)
+    weights = down[..., :, None] * across[..., None, :]
+    return interpolate(weights.reshape(*weights.shape[:-2], side * side), table)
+
+
+def sin_cos_positions(num_positions: int, features: int) -> jax.Array:
+    """The resampler's fixed table for a square grid: [sin c, cos c, sin r, cos r] per cell, (N, features)."""
+    side = math.isqrt(num_positions)
+    frequency = 10000.0 ** -(jnp.arange(features // 4) / (features // 4))
+    row, col = jnp.divmod(jnp.arange(num_positions), side)
+    angles = [axis[:, None] * frequency for axis in (col, row)]
+    return jnp.concatenate([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=-1)
+
+
+# ---- vision tower: names under `transformer.visual.`
+
+
+class VisionAttention(nnx.Module):
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+        self.in_proj = Linear(width, 3 * width, rngs=rngs)
+        self.out_proj = Linear(width, width, rngs=rngs)
+        self.num_heads = num_heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # the rows of in_proj are interleaved: q, k, v of head 0, then q, k, v of head 1, …
+        q, k, v = jnp.split(split_heads(self.in_proj(x), self.num_heads), 3, axis=-1)
+        return self.out_proj(merge_heads(attention(q, k, v)))
+
+
+class VisionMLP(nnx.Module):
+    def __init__(self, width: int, intermediate_size: int, *, rngs: nnx.Rngs):
+        self.c_fc = Linear(width, intermediate_size, rngs=rngs)
+        self.c_proj = Linear(intermediate_size, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(gelu(self.c_fc(x)))
+
+
+class VisionBlock(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width = config.vision_hidden_size
+        self.ln_1 = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+        self.attn = VisionAttention(width, config.vision_num_attention_heads, rngs=rngs)
+        self.ln_2 = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+        self.mlp = VisionMLP(width, config.vision_intermediate_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cache: None) -> tuple[jax.Array, None]:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x)), None
+
+
+class VisionBlocks(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        make_block = lambda rngs: VisionBlock(config, rngs=rngs)  # noqa: E731
+        self.resblocks = Stack(make_block, config.vision_num_hidden_layers, rngs=rngs)
+
+
+class Encoder(nnx.Module):
+    """Qwen-VL's vision transformer: no class token, no final norm, positions resized to the picture's grid.
+
+    pixels: (B, H, W, 3) normalised -> (B, N, D) in the dtype of `pixels`.
+    """
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width = config.vision_hidden_size
+        self.conv1 = PatchEmbedding(width, config.patch_size, rngs=rngs)
+        self.positional_embedding = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (config.n_queries, width)))
+        self.ln_pre = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+        self.transformer = VisionBlocks(config, rngs=rngs)
+        self.patch_size = config.patch_size
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """Patches with their positions, before the first norm: (B, N, D)."""
+        rows, cols = (side // self.patch_size for side in pixels.shape[1:3])
+        positions = grid_positions(self.positional_embedding[...], jnp.arange(rows * cols), rows, cols)
+        return self.conv1(pixels) + positions.astype(pixels.dtype)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        return self.transformer.resblocks(self.ln_pre(self.embed(pixels)))[0]
+
+
+# ---- projector: names under `transformer.visual.`
+
+PROJECTOR_OPTIONS = ("qwen_align", "temporal_positions")
+
+
+def frozen_projector(qwen_align: str = "resample", temporal_positions: str = "grid") -> tuple[str, ...]:
+    """Leaf paths of the projector that never train: the fixed positions, and what per_token leaves unused."""
+    unused = (r"attn_pool\.query$", r"attn_pool\.ln_q\.") if qwen_align == "per_token" else ()
+    return (r"attn_pool\.pos_embed$", *unused)
+
+
+class MultiheadAttention(nnx.Module):
+    """torch.nn.MultiheadAttention: in_proj_weight (3 * width, width) holds q | k | v as contiguous blocks."""
+
+    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
+        bound = (6 / (4 * width)) ** 0.5
+        self.in_proj_weight = nnx.Param(
+            jax.random.uniform(rngs.params(), (3 * width, width), minval=-bound, maxval=bound)
+        )
+        self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
+        self.out_proj = Linear(width, width, rngs=rngs)
+        self.num_heads = num_heads
+
+    def project_in(self, x: jax.Array, block: int) -> jax.Array:
+        """x through block 0 (query), 1 (key) or 2 (value) of the packed weights."""
+        width = x.shape[-1]
+        rows = slice(block * width, (block + 1) * width)
+        return x @ self.in_proj_weight[rows].T.astype(x.dtype) + self.in_proj_bias[rows].astype(x.dtype)
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        q, k, v = (
+            split_heads(self.project_in(x, block), self.num_heads) for block, x in enumerate((query, key, value))
+        )
+        return self.out_proj(merge_heads(attention(q, k, v, mask)))
+
+    def values(self, x: jax.Array) -> jax.Array:
+        """What attention over the single key x returns, for each x: (..., width)."""
+        return self.out_proj(self.project_in(x, 2))
+
+
+class Resampler(nnx.Module):
+    """n_queries learned queries attend to any number of features; keys carry positions, values do not."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.pos_embed = nnx.Param(sin_cos_positions(config.n_queries, width))
+        self.query = nnx.Param(0.02 * jax.random.truncated_normal(rngs.params(), -2, 2, (config.n_queries, width)))
+        self.kv_proj = Linear(config.vision_hidden_size, width, bias=False, rngs=rngs)
+        self.attn = MultiheadAttention(width, config.resampler_num_attention_heads, rngs=rngs)
+        self.ln_q = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+        self.ln_kv = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+
+    def position_table(self) -> jax.Array:
+        """The fixed positions of the queries' grid: (n_queries, K); no gradient reaches them."""
+        return jax.lax.stop_gradient(self.pos_embed[...])
+
+    def __call__(self, features: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
+        """features: (B, M, D), mask: (B, M) bool, positions of the keys: (M, K) or (B, M, K) -> (B, n_queries, K)."""
+        batch, dtype = len(features), features.dtype
+        kv = self.ln_kv(self.kv_proj(features))
+        query = self.ln_q(self.query[...].astype(dtype)) + self.position_table().astype(dtype)
+        mask = jnp.broadcast_to(mask[:, None], (batch, len(query), mask.shape[1]))
+        return self.attn(broadcast_rows(query, batch), kv + positions.astype(dtype), kv, mask)
+
+    def values(self, features: jax.Array) -> jax.Array:
+        """Every feature alone, as the only key: features: (B, M, D) -> (B, M, K)."""
+        return self.attn.values(self.ln_kv(self.kv_proj(features)))
+
+
+class Projector(nnx.Module):
+    """The resampler, its output norm and projection.
+
+    `qwen_align="resample"` gives n_queries tokens whatever the number of features; `"per_token"` makes every
+    feature its own one-key picture and gives a token each. `temporal_positions` places the features of a
+    sequence: `"grid"` in raster order on the smallest square grid that holds them (what the published code does
+    for square numbers), `"1d"` on the flattened position table resized to their number.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        qwen_align: str = "resample",
+        temporal_positions: str = "grid",
+        rngs: nnx.Rngs,
+    ):
+        width = config.hidden_size
+        self.attn_pool = Resampler(config, rngs=rngs)
+        self.ln_post = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
+        self.proj = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width, width)))  # (in, out)
+        self.n_queries = config.n_queries
+        self.qwen_align = qwen_align
+        self.temporal_positions = temporal_positions
+
+    def num_tokens(self, layout: tuple[int, ...]) -> int:
+        """How many tokens come out for a picture (rows, cols) or a sequence (length,)."""
+        return self.n_queries if self.qwen_align == "resample" else math.prod(layout)
+
+    def key_positions(self, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
+        """Positions of the features: (M, K) of a picture, (B, M, K) of sequences, fp32.
+
+        Those of a sequence depend on how many of its features are valid, so that a padded one gets the
+        positions of its own length.
+        """
+        table = self.attn_pool.position_table()
+        index = jnp.arange(math.prod(layout))
+        if len(layout) == 2:
+            return grid_positions(table, index, *layout)
+        length = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        if self.temporal_positions == "1d":
+            return interpolate(bicubic_weights(index, length, len(table)), table)
+        side = (index**2 < length).sum(-1, keepdims=True)  # ceil(sqrt(length)) in integers
+        return grid_positions(table, index, side, side)
+
+    def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
+        """features: (B, M, D); mask: (B, M) bool, valid features first -> (B, num_tokens(layout), K).
+
+        layout: (rows, cols) of a picture or (length,) of a sequence, M features either way.
+        """
+        if self.qwen_align == "resample":
+            x = self.attn_pool(features, mask, self.key_positions(mask, layout))
+        else:
+            x = self.attn_pool.values(features)
+        return self.ln_post(x) @ self.proj[...].astype(x.dtype)
+
+
+# ---- language model: names at the top level
+
+
+class QwenAttention(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.c_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
+        self.num_heads = config.num_attention_heads
+
+    def __call__(self, x, angles, query_scale, attention_mask, cache_index, cache):
+        q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(self.c_attn(x), 3, axis=-1))
+        q, k = rotate(q, angles), rotate(k, angles)
+        if query_scale is not None:
+            q = q * query_scale[:, :, None, None].astype(q.dtype)
+        if cache is not None:
+            cache = k, v = update_cache(cache, k, v, cache_index)
+        return self.c_proj(merge_heads(attention(q, k, v, attention_mask))), cache
+
+
+class QwenMLP(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.w1 = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
+        self.w2 = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
+        self.c_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(self.w1(x) * jax.nn.silu(self.w2(x)))  # w2 is the gate
+
+
+class QwenBlock(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.attn = QwenAttention(config, rngs=rngs)
+        self.ln_2 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mlp = QwenMLP(config, rngs=rngs)
+
+    def __call__(self, x, angles, query_scale, attention_mask, cache_index, cache):
+        y, cache = self.attn(self.ln_1(x), angles, query_scale, attention_mask, cache_index, cache)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), cache
+
+
+class QwenModel(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.wte = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.h = Stack(lambda rngs: QwenBlock(config, rngs=rngs), config.num_hidden_layers, rngs=rngs)
+        self.ln_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+def ntk_base(config: Config, context_length: jax.Array) -> jax.Array:
+    """The rotary base for prompts of context_length: (B,) tokens, as (B, 1, 1) fp32.
+
+    Published rule: alpha = max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), base * alpha ** (d / (d - 2)).
+    Counting the doublings of seq_length that fit gives the exponent in integers.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    doublings = (context_length[:, None] > config.seq_length * 2 ** jnp.arange(16)).sum(-1)
+    alpha = 2.0 ** (doublings + 1) - 1
+    return (config.rotary_emb_base * alpha ** (head_dim / (head_dim - 2)))[:, None, None]
+
+
+class LLM(nnx.Module):
+    """Qwen with its output head."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        self.transformer = QwenModel(config, rngs=rngs)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+        self.config = config
+
+    def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """token_ids: (B, S) int32 -> (B, S, K) in `dtype`."""
+        return self.transformer.wte(token_ids).astype(dtype)
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Empty keys and values: (num_layers, batch, length, num_attention_heads, head_dim) each."""
+        c = self.config
+        head_dim = c.hidden_size // c.num_attention_heads
+        shape = (c.num_hidden_layers, batch, length, c.num_attention_heads, head_dim)
+        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        position_ids: jax.Array,
+        attention_mask: jax.Array,
+        *,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache_index: int | jax.Array = 0,
+        context_length: jax.Array | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Decoder body and final norm.
+
+        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
+        cache, its length; the new keys and values go to slots cache_index … cache_index + S - 1.
+        context_length: (B,) int32, the length of the prompt, while prefilling and decoding alike: turns on
+        dynamic NTK (by that length) and logn (queries at positions from seq_length on are scaled), which the
+        published model uses outside training. Returns hidden states (B, S, K) and the updated cache.
+        """
+        c = self.config
+        base, query_scale = c.rotary_emb_base, None
+        if context_length is not None and c.use_dynamic_ntk:
+            base = ntk_base(c, context_length)
+        if context_length is not None and c.use_logn_attn:
+            query_scale = jnp.maximum(jnp.log(position_ids + 1.0) / math.log(c.seq_length), 1.0)
+        angles = rotary_angles(position_ids, c.hidden_size // c.num_attention_heads, base)
+        x, cache = self.transformer.h(
+            embeds, angles, query_scale, attention_mask, cache_index, cache=cache, remat=remat
+        )
+        return self.transformer.ln_f(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden: (..., K) -> (..., vocab_size) fp32."""
+        weight = self.lm_head.weight[...].astype(hidden.dtype)
+        return jnp.einsum("...k,vk->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+# ---- names
+
+PREFIX = {"encoder": "transformer.visual.", "projector": "transformer.visual.", "llm": ""}
+
+CANONICAL: tuple[tuple[str, str], ...] = ()  # the published names are the attribute names
+
+PROJECTOR_PREFIX = r"^transformer\.visual\."  # what a temporal module's leaf names lack
+
+IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer that some exports carry
+
+
+def unused(config: Config) -> dict[str, tuple[int, ...]]:
+    """Published tensors that are kept but never run: none."""
+    return {}
+
+
+SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
+    (r"attn_pool\.(kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight)$", P("fsdp", None)),
+    (r"visual\.proj$", P("fsdp", None)),
+    (r"attn_pool\.(query|pos_embed|attn\.in_proj_bias)$", P()),
+    (r"(c_attn|in_proj|c_fc|w1|w2)\.weight$", P("tensor", "fsdp")),
+    (r"(c_proj|out_proj)\.weight$", P("fsdp", "tensor")),
+    (r"(wte|lm_head)\.weight$", P("tensor", "fsdp")),
+    (r"(conv1\.weight|positional_embedding)$", P()),
+    (r"ln_(1|2|f|q|kv|pre|post)\.(weight|bias)$", P()),
+    (r"\.bias$", P()),
+)
+
+# ---- text
+
+# Qwen's pre-split: like OpenAI's cl100k, but digits one at a time.
+PATTERN = "|".join(
+    (
+        r"(?i:'(?:[stmd]|re|ve|ll))",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+SPECIAL_TOKENS = (  # their ids follow the ranks of the file
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *(f"<|extra_{i}|>" for i in range(205)),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
+)
+
+
+class Tokenizer:
+    """Byte-level BPE from the folder's qwen.tiktoken; strings that look like special tokens are plain text.
+
+    Raises UserError when the file is missing or not in tiktoken's format.
+    """
+
+    def __init__(self, folder: str | Path):
+        import tiktoken  # only text needs it
+
+        file = Path(folder) / "qwen.tiktoken"
+        if not file.is_file():
+            raise UserError(f"{file}: not found; copy Qwen-VL's qwen.tiktoken next to its config.json")
+        try:
+            lines = (line.split() for line in file.read_bytes().splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise UserError(f"{file}: expected lines of 'base64 rank' ({error}); copy it again") from None
+        self.num_ranks = len(ranks)
+        self.specials = {token: self.num_ranks + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.stop_ids = tuple(map(self.special, ("<|im_end|>", "<|im_start|>", "<|endoftext|>")))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without markers at its ends."""
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def decode(self, token_ids: list[int], keep_special: bool = False) -> str:
+        """The text of ids; special tokens are dropped, or spelled out with `keep_special`.
+
+        Ids of the vocabulary's rows that belong to no token are dropped.
+        """
+        last = self.encoding.max_token_value if keep_special else self.num_ranks - 1
+        return self.encoding.decode([i for i in token_ids if i <= last])
+
+    def special(self, token: str) -> int:
+        """The id of a special token such as "<|im_end|>"."""
+        return self.specials[token]
+
+
+Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
+
+
+def prompt(
+    tokenizer: Tokenizer, config: Config, question: str, answer: str | None, labels: str = "answer"
+) -> tuple[Segment, Segment]:
+    """What stands before and after the visual tokens: ChatML, the video between <img> and </img> in the user's turn.
+
+    Each segment is tokenised on its own. Without an answer the second part ends where the model starts to
+    write. `labels="answer"` counts the answer and its <|im_end|>; `"finetune"` is the convention of Qwen's own
+    script, which also counts <|im_start|>, <|im_end|> and the newline after it in every turn. The first token
+    of a row has no slot that predicts it, whatever its mark. An empty system prompt leaves its turn out.
+    """
+    structure = labels == "finetune"
+
+    def plain(*tokens: int) -> Segment:
+        return [(token, False) for token in tokens]
+
+    def turn(role: str) -> Segment:
+        return [(start, structure), *plain(*tokenizer.encode(role), *newline)]
+
+    start, end, img, img_end = map(tokenizer.special, ("<|im_start|>", "<|im_end|>", "<img>", "</img>"))
+    newline = tokenizer.encode("\n")
+    close = [(token, structure) for token in (end, *newline)]
+    system = [*turn("system"), *plain(*tokenizer.encode(config.system_prompt)), *close]
+    before = [*(system if config.system_prompt else []), *turn("user"), *plain(img)]
+    after = [*plain(img_end, *tokenizer.encode(f"\n{question}")), *close, *turn("assistant")]
+    if answer is not None:
+        after += [(token, True) for token in (*tokenizer.encode(answer), end, *newline * structure)]
+    return before, after

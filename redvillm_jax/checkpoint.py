@@ -74,11 +74,11 @@ def restore(
     return step, checkpoints.load_checkpointables(step, abstract)
 
 
-def load_trainables(run: str | Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a run and its trained projectors as nested dicts of numpy arrays, from the newest checkpoint.
 
-    Returns (config, {"spatial": {…}, "temporal": {…}, …}); the config has the base's fingerprint beside it, as
-    "base_fingerprint". Raises UserError when the run has no checkpoint.
+    Returns (config, {"spatial": {…}, "temporal": {…}, …}); the config also says the checkpoint's "step" and the
+    "base_fingerprint" that it was trained on. Raises UserError when the run has no checkpoint.
     """
     run = Path(run)
     if not (run / "config.json").is_file():
@@ -87,8 +87,8 @@ def load_trainables(run: str | Path, step: int | None = None) -> tuple[dict[str,
     if not any((run / FOLDER).glob("[0-9]*")):
         raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
     with ocp.training.Checkpointer(run.absolute() / FOLDER) as checkpoints:
-        step = checkpoints.latest.step if step is None else step
+        step = checkpoints.latest.step
         saved = checkpoints.checkpointables_metadata(step)
-        config["base_fingerprint"] = saved.custom_metadata["base_fingerprint"]
+        config |= {"step": step, "base_fingerprint": saved.custom_metadata["base_fingerprint"]}
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata["trainable"])
         return config, checkpoints.load_checkpointables(step, {"trainable": abstract})["trainable"]

@@ -19,7 +19,7 @@ def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, An
     fields of the config, and exits. Every mistake is a UserError.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/qwen.py.", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
     for name, text in options.items():
         default = text.rpartition(" = ")[2] if " = " in text else None

@@ -43,6 +43,17 @@ def main(argv: list[str]) -> None:
     check_store(store, flags["data"], base, config)
     mesh = make_mesh(config["mesh"])
     out = Path(flags["out"])
+    made_with = {
+        "model": str(Path(flags["model"]).absolute()),
+        "base": base.fingerprint,
+        "data": store.meta["fingerprint"],
+        "max_new_tokens": max_new_tokens,
+        "config": dict(config),
+    }
+    if (summary := finished(out / "summary.json", made_with)) is not None:
+        print(f"{out} is whole already")
+        print(table(summary))
+        return
     out.mkdir(parents=True, exist_ok=True)
 
     with jax.set_mesh(mesh):
@@ -55,9 +66,17 @@ def main(argv: list[str]) -> None:
         )
     answers = [row | {"prediction": text} for row, text in zip(store.instructions, predictions, strict=True)]
     write_lines(out / "answers.jsonl", answers)
-    summary = {"model": str(flags["model"]), "base": base.fingerprint, "data": str(flags["data"]), **score(answers)}
+    summary = {**score(answers), "made_with": made_with}
     write_lines(out / "summary.json", [summary])
     print(table(summary))
+
+
+def finished(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary at `path` if it came from the same model, data and settings, so that nothing need be done."""
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    return summary if summary["made_with"] == made_with else None
 
 
 def positive(flags: Mapping[str, str], name: str) -> int:

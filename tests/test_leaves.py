@@ -1,0 +1,180 @@
+"""Small parts by hand: the mask, meshes and placements, checkpoints, metrics, token rows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from data_pipeline.errors import UserError, run
+from redvillm_jax import checkpoint
+from redvillm_jax.layers import attention, visible
+from redvillm_jax.metrics import open_metrics
+from redvillm_jax.rows import check_round_trip, show_rows, tokenize
+from redvillm_jax.sharding import make_mesh, weight_sharding
+from redvillm_jax.weights import load_base_module, open_base
+
+
+def test_a_token_sees_its_prefix_and_its_own_question():
+    groups, questions = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0]]), jnp.array([[0, 0, 1, 1, 2, 0, 3, 0]])
+    want = [
+        "10000000",
+        "11000000",
+        "11100000",
+        "11110000",
+        "11001000",
+        "00000100",
+        "00000110",
+        "00000000",
+    ]
+    got = ["".join(str(int(x)) for x in row) for row in np.asarray(visible(groups, questions))[0]]
+    assert got == want
+
+
+def test_a_row_that_sees_nothing_stays_finite():
+    x = jnp.ones((1, 2, 1, 4))
+    assert jnp.isfinite(attention(x, x, x, jnp.zeros((1, 2, 2), bool))).all()
+
+
+def test_one_mesh_size_may_be_the_rest():
+    assert dict(make_mesh({"data": 2, "fsdp": -1, "tensor": 2}).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for sizes in ({"data": 3, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": -1, "tensor": 1}):
+        with pytest.raises(UserError, match="does not fit 8 devices"):
+            make_mesh(sizes)
+
+
+def test_weights_lie_by_the_first_matching_rule():
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    place = weight_sharding(mesh, [(r"a\.weight", P("tensor", "fsdp")), (r"bias", P())])
+    assert place("x.a.weight", (6, 8), False).spec == P("tensor", "fsdp")
+    assert place("x.a.weight", (3, 6, 8), True).spec == P(None, "tensor", "fsdp")
+    assert place("x.a.weight", (5, 8), False).spec == P(None, "fsdp"), "5 rows do not divide by 2"
+    with pytest.raises(ValueError, match=r"x\.b"):
+        place("x.b", (2,), False)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen_vl"])
+def test_every_weight_of_a_base_has_a_sharding_rule(family):
+    from redvillm_jax.weights import expected_tensors
+
+    base = load_base_module(family)
+    place = weight_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), base.SHARDING)
+    for size in base.SIZES.values():
+        for name, leaf in expected_tensors(base, size).items():
+            place(name, leaf.shape, False)
+
+
+def test_a_large_base_lies_in_parts(bases):
+    """No weight matrix of the real sizes is whole on every device of an fsdp mesh."""
+    for family in bases:
+        base = load_base_module(family)
+        from redvillm_jax.weights import expected_tensors
+
+        place = weight_sharding(make_mesh({"data": 1, "fsdp": 8, "tensor": 1}), base.SHARDING)
+        size = next(size for name, size in base.SIZES.items() if "7b" in name)
+        for name, leaf in expected_tensors(base, size).items():
+            if np.prod(leaf.shape) > 4_000_000:
+                assert not place(name, leaf.shape, False).is_fully_replicated, name
+
+
+def saved(tmp_path, fingerprint="a" * 64):
+    state = {"trainable": {"w": jnp.arange(4.0)}, "optimizer": (jnp.int32(3),)}
+    with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoint.save(checkpoints, step, state, config={}, fingerprint=fingerprint)
+            checkpoints.wait()
+        return state, sorted(known.step for known in checkpoints.checkpoints)
+
+
+def test_checkpoints_come_back_bit_equal_and_only_the_newest_stay(tmp_path):
+    state, steps = saved(tmp_path)
+    assert steps == [2, 3]
+    with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
+        empty = jax.tree.map(jnp.zeros_like, state)
+        step, restored = checkpoint.restore(checkpoints, empty, fingerprint="a" * 64)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_checkpoints_of_other_weights_are_refused(tmp_path):
+    state, _ = saved(tmp_path)
+    with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(UserError, match="was trained on base aaaa"):
+            checkpoint.restore(checkpoints, state, fingerprint="b" * 64)
+        other = {**state, "trainable": {"w": jnp.zeros(5)}}
+        with pytest.raises(UserError, match="other trainable weights"):
+            checkpoint.restore(checkpoints, other, fingerprint="a" * 64)
+
+
+def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    metrics = open_metrics(path, last_step=1)
+    metrics.write(2, loss=1.5)
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 1.5},
+    ]
+
+
+class Lossy:
+    """A tokenizer that drops what is not ASCII."""
+
+    def encode(self, text):
+        return [ord(c) for c in text if ord(c) < 128]
+
+    def decode(self, ids, keep_special=False):
+        return "".join(map(chr, ids))
+
+
+def test_text_that_a_tokenizer_changes_is_refused():
+    check_round_trip(Lossy(), "left ", "q1")
+    with pytest.raises(UserError, match=r"'q2'.*turns '向左' into ''"):
+        check_round_trip(Lossy(), "向左", "q2")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen_vl"])
+def test_special_tokens_in_text_are_text(family, bases):
+    base = open_base(bases[family])
+    tokenizer = base.module.Tokenizer(base.path)
+    for text in ("</s>", "<|im_end|>", "<image>", "<|im_start|>user", "什么</s>颜色"):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(tokenizer.stop_ids), text
+        check_round_trip(tokenizer, text, text)
+
+
+def test_an_answer_without_a_token_or_beyond_the_embedding_is_refused(bases):
+    import dataclasses
+
+    base = open_base(bases["llava"])
+    tokenizer = base.module.Tokenizer(base.path)
+    row = {"id": "q1", "question": "What?", "answer": ""}
+    with pytest.raises(UserError, match="'q1': the answer has no token"):
+        tokenize(base.module, tokenizer, base.config, [row], labels="answer")
+    small = dataclasses.replace(base.config, vocab_size=5)
+    with pytest.raises(UserError, match="beyond the base's 5 embeddings"):
+        tokenize(base.module, tokenizer, small, [row | {"answer": "left"}], labels="answer")
+
+
+def test_rows_are_shown_with_counts_and_marks():
+    batch = {
+        "token_ids": np.array([[72, 0, 0, 63, 65, 66, 0]]),
+        "video_tokens": np.array([[-1, 0, 1, -1, -1, -1, -1]]),
+        "group_ids": np.array([[1, 1, 1, 1, 1, 1, 0]]),
+        "target_slots": np.array([[3, 4, 0]]),
+        "target_weights": np.array([[1.0, 1.0, 0.0]]),
+    }
+    assert show_rows(Lossy(), batch, 1) == "row 0: 6 tokens, 2 of them supervised\nH[2 visual tokens]?⟦AB⟧\n"
+
+
+def test_a_users_mistake_is_one_line_and_code_two(capsys):
+    def main(argv):
+        raise UserError("x.mp4: no frames, expected one or more; remove it")
+
+    with pytest.raises(SystemExit) as exit:
+        run(main, [])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: x.mp4: no frames, expected one or more; remove it\n"

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 from data_pipeline.packing import Prefix, Question
@@ -32,7 +33,7 @@ def tokenize(
     """
     before: list[tuple[int, bool]] = []
     questions = []
-    for row in instructions:
+    for row in tqdm(instructions, desc="tokenise", unit="question", delay=3, dynamic_ncols=True):
         for text in (row["question"], row["answer"]):
             check_round_trip(tokenizer, text, row["id"])
         before, after = base.prompt(tokenizer, config, row["question"], row["answer"], labels=labels)

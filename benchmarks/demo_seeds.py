@@ -1,0 +1,83 @@
+"""The demo's comparison over several seeds, with paired 95 % intervals clustered by video.
+
+python benchmarks/demo_seeds.py [--base=llava] [--workdir=demo] [--seeds=0,1,2]
+
+Runs `redvillm_jax.demo` for every seed that is not finished yet, then prints the mean accuracy of each row of the
+comparison and how far RED-VILLM lies above it on the same questions. The seed orders the training questions; the
+base, the videos and the questions are the same throughout. An interval resamples the test videos 10,000 times.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data_pipeline.errors import Parser, run
+from redvillm_jax.demo import KINDS, ROWS, UNTRAINED
+
+RESAMPLES = 10_000
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python benchmarks/demo_seeds.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", default="llava", help="llava or qwen_vl (llava)")
+    parser.add_argument("--workdir", type=Path, default=Path("demo"), help="the demo's folder (demo)")
+    parser.add_argument("--seeds", default="0,1,2", help="comma separated (0,1,2)")
+    flags = parser.parse_args(argv)
+    seeds = [int(seed) for seed in flags.seeds.split(",")]
+    for seed in seeds:
+        arguments = [f"--base={flags.base}", f"--workdir={flags.workdir}", f"--seed={seed}"]
+        subprocess.run([sys.executable, "-m", "redvillm_jax.demo", *arguments], check=True, stdout=sys.stderr)
+
+    folders = {UNTRAINED: "before_training"} | {row: f"{name}/test" for row, (name, _) in ROWS.items()}
+    answers = {
+        row: [read(flags.workdir / flags.base / f"seed-{seed}" / folder / "answers.jsonl") for seed in seeds]
+        for row, folder in folders.items()
+    }
+    first = answers[UNTRAINED][0]
+    videos = np.unique([row["video"] for row in first], return_inverse=True)[1]
+    groups = {name: np.array([row["kind"] in kinds for row in first]) for name, kinds in KINDS.items()}
+    groups["all"] = np.ones(len(first), bool)
+    # (questions,) share of the seeds that answer each question right
+    hits = {row: np.mean([[hit(a) for a in seed] for seed in runs], axis=0) for row, runs in answers.items()}
+    print(f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(first)} questions, {videos.max() + 1} videos")
+    print(f"in brackets: RED-VILLM minus this row, paired, 95 % interval over {RESAMPLES} resamplings of the videos")
+    for row, values in hits.items():
+        cells = []
+        for name, members in groups.items():
+            cell = f"{name} {100 * values[members].mean():5.1f}"
+            if row != "RED-VILLM":
+                low, high = interval((hits["RED-VILLM"] - values)[members], videos[members])
+                cell += f" [{100 * low:+5.1f}, {100 * high:+5.1f}]"
+            cells.append(cell)
+        print(f"{row:<22}" + "   ".join(cells))
+    for row in list(ROWS):
+        spread = [100 * np.mean([hit(a) for a in seed]) for seed in answers[row]]
+        print(f"{row:<22}all, by seed: " + "  ".join(f"{value:.1f}" for value in spread))
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of an answers.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def hit(row: dict) -> bool:
+    """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it."""
+    return row["prediction"].strip().lower() == row["answer"].strip().lower()
+
+
+def interval(differences: np.ndarray, videos: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `differences`: (questions,), whole videos resampled together."""
+    sums = np.bincount(videos, weights=differences, minlength=videos.max() + 1)
+    counts = np.bincount(videos, minlength=videos.max() + 1)
+    draws = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    return tuple(np.quantile(means, (0.025, 0.975)))
+
+
+if __name__ == "__main__":
+    run(main)

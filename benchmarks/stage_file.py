@@ -1,0 +1,16 @@
+"""What the PyTorch and the JAX side share: how many ids are generated, and how a large array is thinned out."""
+
+import numpy as np
+
+NEW_TOKENS = 12  # ids that are generated greedily
+MOST = 200_000  # numbers that are kept of one array
+
+
+def sample(array: np.ndarray) -> np.ndarray:
+    """An array of at most MOST numbers as it is, a larger one as evenly spaced numbers of its flattened form.
+
+    The spacing is odd, so that it runs through the channels of arrays whose last axis is a power of two.
+    """
+    if array.size <= MOST:
+        return array
+    return array.reshape(-1)[:: -(-array.size // MOST) | 1]

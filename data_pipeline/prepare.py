@@ -161,6 +161,7 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
             )
         image = {name: base[name] for name in image}
     return {
+        "kind": "frames",
         "num_frames": flags.num_frames,
         "sampling": "uniform",
         "image_size": image["image_size"] or 224,

@@ -1,13 +1,14 @@
-"""The frame store: a folder of ArrayRecord shards, one record a video, that TFDS reads as well.
+"""A store of videos: a folder of ArrayRecord shards, one record a video, that TFDS reads as well.
 
     dataset_info.json  features.json  frames-train.array_record-0000i-of-0000n     TFDS's, split "train"
     videos.jsonl        one line a record, in record order
     instructions.jsonl  the questions on these videos
     report.json         what was found, used and left out
-    store.json          how the frames were made; written last, so that a folder with it is whole
+    store.json          how the records were made; written last, so that a folder with it is whole
     parts/              what a restart needs: plan.json, and per shard the lines of its videos
 
-A record is {"video": text, "frames": (n, S, S, 3) uint8, "timestamps": (n,) float32 seconds}.
+A record of kind "frames" (data_pipeline.prepare) is {"video": text, "frames": (n, S, S, 3) uint8, "timestamps": (n,)
+float32 seconds}; of kind "streams" (redvillm_jax.encode) {"video": text, and per stream (m, D) features}.
 """
 
 import functools
@@ -17,10 +18,11 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,22 +30,21 @@ from PIL import Image
 
 from data_pipeline.errors import UserError
 
-NAME = "frames"
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
 
 Source = dict[str, Any]  # {"video": id, "source": relative file, "bytes": its size}
-Result = dict[str, Any]  # {"line": of videos.jsonl, "record": {"frames", "timestamps"}} or {"reason": why not}
+Result = dict[str, Any]  # {"line": of videos.jsonl, "record": its arrays} or {"reason": why not}
 
 
-class FrameStore:
-    """A whole frame store: `store[i]` is record i. Opened lazily and pickled as its path, for Grain's workers."""
+class VideoStore:
+    """A whole store: `store[i]` is record i. Opened lazily and pickled as its path, for Grain's workers."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / "store.json").is_file():
             half = (self.path / "parts" / "plan.json").is_file()
-            problem = "is not finished: run the same prepare again" if half else "is not a frame store: see prepare"
+            problem = "is not finished: run the command that makes it again" if half else "is not a store of videos"
             raise UserError(f"{self.path}: {problem} (python -m data_pipeline.prepare --help)")
         self.meta: dict[str, Any] = _read_json(self.path / "store.json")
 
@@ -66,21 +67,35 @@ class FrameStore:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"video": str, "frames": (n, S, S, 3) uint8, "timestamps": (n,) float32 seconds}."""
+        """Returns {"video": str, …}: the record's arrays as the module's docstring lists them."""
         record = self._records[index]
-        return {
-            "video": record["video"].decode(),
-            "frames": np.asarray(record["frames"]),
-            "timestamps": record["timestamps"],
-        }
+        return {name: value.decode() if name == "video" else np.asarray(value) for name, value in record.items()}
+
+    def padded(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Reads records into arrays of static shape, zeros where a record is shorter or the index is -1.
+
+        Returns num_frames: (n,) int32, 0 = no video, and frames: (n, T, S, S, 3) uint8, or the streams,
+        (n, M, D) each.
+        """
+        shapes = _shapes(self.meta)
+        out = {name: np.zeros((len(indices), *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        out["num_frames"] = np.zeros(len(indices), np.int32)
+        for i, index in enumerate(indices):
+            if index < 0:
+                continue
+            record = self[index]
+            for name in shapes:
+                out[name][i, : len(record[name])] = record[name]
+            out["num_frames"][i] = self.videos[index]["num_frames"]
+        return out
 
     def __reduce__(self):
-        return FrameStore, (self.path,)
+        return VideoStore, (self.path,)
 
 
-def open_store(path: str | Path) -> FrameStore:
+def open_store(path: str | Path) -> VideoStore:
     """Opens a store for reading. Raises UserError for a folder that is none, or not finished."""
-    return FrameStore(path)
+    return VideoStore(path)
 
 
 def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.ndarray | list[bytes]:
@@ -99,7 +114,7 @@ def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / "parts" / "plan.json").is_file():
-        raise UserError(f"{path}: exists and is not a frame store; choose another --out")
+        raise UserError(f"{path}: exists and is not a store of videos; choose another --out")
     made = _read_json(path / "parts" / "plan.json")
     differs = [
         f"{name}={made['settings'].get(name)} (now {value})"
@@ -121,8 +136,8 @@ def write_shards(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Writes the shards that are missing and returns (videos, left out), both over the whole store.
 
-    settings: num_frames, sampling, image_size, resize, format, quality. sources: in record order; a video's place
-    decides its shard. encode: called once with the sources of all missing shards, yields their results in order.
+    settings: "kind" and all that the records depend on. sources: in record order; a video's place decides its
+    shard. encode: called once with the sources of all missing shards, yields their results in order.
     A shard has its name only when it is whole, and then `parts/` has the lines of its videos.
     """
     path = Path(path)
@@ -131,21 +146,22 @@ def write_shards(
     names = [f"{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
     (path / "parts").mkdir(parents=True, exist_ok=True)
     write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": sources}))
-    missing = [i for i, name in enumerate(names) if not _shard(path, name).is_file()]
+    shard = functools.partial(_shard, path, settings["kind"])
+    missing = [i for i, name in enumerate(names) if not shard(name).is_file()]
     results = iter(encode([source for i in missing for source in shards[i]]))
     features = _features(settings)
     for i in missing:
         pairs = zip(shards[i], itertools.islice(results, len(shards[i])), strict=True)
-        _write_shard(path, names[i], features, pairs)
+        _write_shard(shard(names[i]), path / "parts" / f"{names[i]}.json", features, pairs)
     parts = [_read_json(path / "parts" / f"{name}.json") for name in names]
     videos = [line for part in parts for line in part["videos"]]
     return videos, [line for part in parts for line in part["left_out"]]
 
 
-def _write_shard(path: Path, name: str, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
+def _write_shard(shard: Path, part_file: Path, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
     """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
     part: dict[str, Any] = {"videos": [], "left_out": [], "num_bytes": 0}
-    temporary = _temporary(_shard(path, name))
+    temporary = _temporary(shard)
     writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
     for source, result in pairs:
         if "reason" in result:
@@ -156,8 +172,8 @@ def _write_shard(path: Path, name: str, features: Any, pairs: Iterable[tuple[Sou
         part["num_bytes"] += len(record)
         part["videos"].append(result["line"])
     writer.close()
-    write_text(path / "parts" / f"{name}.json", _json(part))
-    os.replace(temporary, _shard(path, name))
+    write_text(part_file, _json(part))
+    os.replace(temporary, shard)
 
 
 def finish_store(
@@ -203,11 +219,26 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
-def _shard(path: Path, name: str) -> Path:
-    return path / f"{NAME}-train.array_record-{name}"
+def _shard(path: Path, kind: str, name: str) -> Path:
+    return path / f"{kind}-train.array_record-{name}"
+
+
+def _shapes(settings: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """The longest shape and the dtype of what a model reads from a record."""
+    if settings["kind"] == "streams":
+        dtype = np.dtype(settings["dtype"])
+        return {name: (tuple(shape), dtype) for name, shape in settings["streams"].items()}
+    size = settings["image_size"]
+    return {"frames": ((settings["num_frames"], size, size, 3), np.dtype(np.uint8))}
 
 
 def _features(settings: dict[str, Any]) -> tfds.features.FeaturesDict:
+    if settings["kind"] == "streams":
+        arrays = {
+            name: tfds.features.Tensor(shape=(None, shape[-1]), dtype=dtype, encoding="bytes")
+            for name, (shape, dtype) in _shapes(settings).items()
+        }
+        return tfds.features.FeaturesDict({"video": tfds.features.Text(), **arrays})
     shape = (settings["image_size"], settings["image_size"], 3)
     if settings["format"] == "raw":
         frames = tfds.features.Tensor(shape=(None, *shape), dtype=np.uint8, encoding="bytes")

@@ -1,7 +1,7 @@
 """From a base folder and a run's switches to a video LLM on the devices."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.errors import UserError
-from data_pipeline.store import FrameStore
+from data_pipeline.store import VideoStore
 from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.model import ExtraMLP, VideoLLM
 from redvillm_jax.sharding import replicated, weight_sharding
-from redvillm_jax.weights import Base, load_part, open_base
+from redvillm_jax.weights import PARTS, Base, load_part, open_base
 
 VIDEO_SWITCHES = ("streams", "stream_order", "temporal_module", "spatial_pool", "short_video")
 
@@ -38,12 +38,18 @@ def projector_options(base: ModuleType, config: Mapping[str, Any]) -> dict[str, 
 
 
 def load_model(
-    base: Base, config: Mapping[str, Any], mesh: jax.sharding.Mesh, *, dtype: jax.typing.DTypeLike
+    base: Base,
+    config: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    *,
+    dtype: jax.typing.DTypeLike,
+    parts: Sequence[str] = PARTS,
 ) -> VideoLLM:
     """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, the temporal module a copy.
 
     config: the video switches, temporal_init ("copy" | "random", Table 4 and its ablation), extra_mlp (Table 5),
-    seed (of what is random), and the base's projector options. Each host reads only its own slices.
+    seed (of what is random), and the base's projector options. Each host reads only its own slices. parts:
+    what is needed; the others' weights are not read (with stored streams the encoder's, to store them the rest's).
     """
     video = make_video(config)
     options = projector_options(base.module, config)
@@ -57,7 +63,7 @@ def load_model(
         return nnx.merge(graphdef, jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), state))
 
     projectors = {}
-    for stream, projector in video.order():
+    for stream, projector in video.order() if "projector" in parts else ():
         if projector == "temporal" and config["temporal_init"] == "random":
             projectors[projector] = on_mesh(base.module.Projector(base.config, rngs=rngs, **options))
         elif projector not in projectors:
@@ -68,9 +74,9 @@ def load_model(
         base.module,
         base.config,
         video,
-        encoder=load_part(base, "encoder", dtype=dtype, sharding=place),
+        encoder=load_part(base, "encoder", dtype=dtype, sharding=place) if "encoder" in parts else None,
         projectors=projectors,
-        llm=load_part(base, "llm", dtype=dtype, sharding=place),
+        llm=load_part(base, "llm", dtype=dtype, sharding=place) if "llm" in parts else None,
     )
 
 
@@ -92,15 +98,26 @@ def open_run(
     return config, open_base(config["base"], config["base_fingerprint"]), trained
 
 
-def check_store(store: FrameStore, path: str | Path, base: Base, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless the frames were prepared for this base and this number of frames."""
+def needed_parts(store: VideoStore) -> tuple[str, ...]:
+    """The parts of a model that work on a store: from frames all, from streams all but the encoder."""
+    return PARTS if store.meta["kind"] == "frames" else ("projector", "llm")
+
+
+def stream_settings(base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What stored streams depend on beyond their frames: the base's weights and the pooling."""
+    return {"base": base.fingerprint, "video": config["video"], "spatial_pool": config["spatial_pool"]}
+
+
+def check_store(store: VideoStore, path: str | Path, base: Base, config: Mapping[str, Any]) -> None:
+    """Raises UserError unless a store was made for this base, these frames and, if it holds streams, this pooling."""
     wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": config["num_frames"]}
+    again = f"prepare it again with --base={base.path} --num_frames={config['num_frames']}"
+    if store.meta["kind"] == "streams":
+        wanted |= stream_settings(base, config)
+        again = "encode the frames again with this base and config (python -m redvillm_jax.encode --help)"
     for key, value in wanted.items():
         if store.meta[key] != value:
-            raise UserError(
-                f"{path} was prepared with {key}={store.meta[key]}, this model needs {value}: prepare it again with "
-                f"--base={base.path} --num_frames={config['num_frames']}"
-            )
+            raise UserError(f"{path} was made with {key}={store.meta[key]}, this model needs {value}: {again}")
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

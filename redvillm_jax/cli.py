@@ -44,3 +44,10 @@ def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, An
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
     return {"config": config, **{name: values[name].value for name in options}}
+
+
+def positive(flags: Mapping[str, str], name: str) -> int:
+    """A flag as a positive integer."""
+    if not flags[name].isdigit() or int(flags[name]) < 1:
+        raise UserError(f"--{name} is {flags[name]!r}, expected a positive integer")
+    return int(flags[name])

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from data_pipeline.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import check_store, load_model, open_run, put_trained
-from redvillm_jax.cli import parse
+from redvillm_jax.assemble import check_store, load_model, needed_parts, open_run, put_trained
+from redvillm_jax.cli import parse, positive
 from redvillm_jax.inference import answer
 from redvillm_jax.sharding import make_mesh
 
 OPTIONS = {
     "model": "A run directory, or a base folder (the untrained video LLM; give its --config too).",
-    "data": "A frame store made by data_pipeline.prepare.",
+    "data": "A store made by data_pipeline.prepare, or by redvillm_jax.encode.",
     "out": "Folder for answers.jsonl and summary.json.",
     "max_new_tokens": "Longest answer in tokens = 64",
     "batch_size": "Questions answered at once = 64",
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     with jax.set_mesh(mesh):
         dtype = jnp.dtype(config["dtype"])
-        model = load_model(base, config, mesh, dtype=dtype)
+        model = load_model(base, config, mesh, dtype=dtype, parts=needed_parts(store))
         if trained is not None:
             put_trained(model, trained)
         predictions = answer(
@@ -77,13 +77,6 @@ def finished(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     summary = json.loads(path.read_text())
     return summary if summary["made_with"] == made_with else None
-
-
-def positive(flags: Mapping[str, str], name: str) -> int:
-    """A flag as a positive integer."""
-    if not flags[name].isdigit() or int(flags[name]) < 1:
-        raise UserError(f"--{name} is {flags[name]!r}, expected a positive integer")
-    return int(flags[name])
 
 
 def score(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Answers to the questions of a frame store: every video is encoded once, questions are decoded in batches."""
+"""Answers to the questions of a store: every video is encoded once, questions are decoded in batches."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from data_pipeline.store import FrameStore
+from data_pipeline.store import VideoStore
 from redvillm_jax.generate import greedy
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sharding import num_batch_shards, to_global
@@ -19,7 +19,7 @@ from redvillm_jax.weights import Base
 def answer(
     model: VideoLLM,
     base: Base,
-    store: FrameStore,
+    store: VideoStore,
     mesh: jax.sharding.Mesh,
     *,
     dtype: jnp.dtype,
@@ -35,8 +35,8 @@ def answer(
     batch_size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
     @jax.jit
-    def encode(weights, frames, num_frames):
-        return nnx.merge(graphdef, weights).video_tokens(frames, num_frames, dtype)
+    def encode(weights, videos):
+        return nnx.merge(graphdef, weights).video_tokens(videos, dtype)
 
     @jax.jit
     def decode(weights, tokens, videos, prompts):
@@ -55,7 +55,8 @@ def answer(
     progress = tqdm(total=len(prompts), unit="question", disable=None, dynamic_ncols=True)
     for start in range(0, len(videos), batch_size):
         chunk = videos[start : start + batch_size]
-        tokens = encode(weights, **to_global(read_frames(store, chunk, batch_size, store.meta["num_frames"]), mesh))
+        filled = [*chunk, *[-1] * (batch_size - len(chunk))]
+        tokens = encode(weights, to_global(store.padded(filled), mesh))
         asked = [(slot, question) for slot, video in enumerate(chunk) for question in questions_of[video]]
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
@@ -71,7 +72,7 @@ def answer(
     return answers
 
 
-def make_prompts(model: VideoLLM, base: Base, tokenizer, store: FrameStore) -> list[tuple[list[int], list[int]]]:
+def make_prompts(model: VideoLLM, base: Base, tokenizer, store: VideoStore) -> list[tuple[list[int], list[int]]]:
     """Per instruction (token ids, video slots) up to where the answer begins; -1 in video slots is text."""
     side = round(base.config.num_patches**0.5)
     projector = model.projectors[model.video.order()[0][1]]
@@ -88,17 +89,6 @@ def make_prompts(model: VideoLLM, base: Base, tokenizer, store: FrameStore) -> l
         ids = [*before, *[0] * len(visual), *after]
         prompts.append((ids, [-1] * len(before) + visual + [-1] * len(after)))
     return prompts
-
-
-def read_frames(store: FrameStore, videos: Sequence[int], batch_size: int, num_frames: int) -> dict[str, np.ndarray]:
-    """Frames (batch_size, num_frames, H, W, 3) uint8 and num_frames (batch_size,) int32 of records."""
-    size = store.meta["image_size"]
-    frames = np.zeros((batch_size, num_frames, size, size, 3), np.uint8)
-    counts = np.zeros(batch_size, np.int32)
-    for i, video in enumerate(videos):
-        found = store[video]["frames"]
-        frames[i, : len(found)], counts[i] = found, len(found)
-    return {"frames": frames, "num_frames": counts}
 
 
 def pad_prompts(prompts: Sequence[tuple[list[int], list[int]]], rows: int, width: int) -> dict[str, np.ndarray]:

@@ -40,7 +40,7 @@ class VideoLLM(nnx.Module):
         *,
         encoder: nnx.Module | None,
         projectors: Mapping[str, nnx.Module],
-        llm: nnx.Module,
+        llm: nnx.Module | None,
     ):
         self.encoder = encoder
         self.projectors = nnx.Dict(projectors)
@@ -69,9 +69,17 @@ class VideoLLM(nnx.Module):
             tokens.append(x)
         return jnp.concatenate(tokens, axis=1)
 
-    def video_tokens(self, frames: jax.Array, num_frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """frames: (B, T, H, W, 3) uint8, num_frames: (B,) int32 -> visual tokens (B, V, K)."""
-        return self.project(self.video.pool(self.encode(frames, dtype), num_frames))
+    def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.
+
+        Streams are what `self.video.pool` makes of the frames' features, (B, M, D) each by its name.
+        """
+        num_frames = videos["num_frames"]
+        if "frames" in videos:
+            pooled = self.video.pool(self.encode(videos["frames"], dtype), num_frames)
+        else:
+            pooled = {name: videos[name].astype(dtype) for name in self.video.POOLED}
+        return self.project(self.video.describe(pooled, num_frames))
 
     def embed(self, token_ids: jax.Array, video_slots: jax.Array, tokens: jax.Array) -> jax.Array:
         """Text embeddings with visual tokens put in their places.
@@ -87,12 +95,13 @@ class VideoLLM(nnx.Module):
         """Cross-entropy at every supervised position of a batch of rows (see `data_pipeline.packing`).
 
         batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots,
-        target_ids: (R, P) int32; frames: (R, G, T, H, W, 3) uint8; num_frames: (R, G) int32. Logits exist at
-        the supervised positions only, in fp32. Returns (R, P) fp32.
+        target_ids: (R, P) int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams
+        (R, G, M, D). Logits exist at the supervised positions only, in fp32. Returns (R, P) fp32.
         """
-        rows = len(batch["frames"])
-        frames, num_frames = (rearrange(batch[key], "r g ... -> (r g) ...") for key in ("frames", "num_frames"))
-        tokens = rearrange(self.video_tokens(frames, num_frames, dtype), "(r g) v k -> r (g v) k", r=rows)
+        names = [name for name in ("num_frames", "frames", *self.video.POOLED) if name in batch]
+        videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
+        rows = len(batch["token_ids"])
+        tokens = rearrange(self.video_tokens(videos, dtype), "(r g) v k -> r (g v) k", r=rows)
         embeds = self.embed(batch["token_ids"], batch["video_tokens"], tokens)
         mask = visible(batch["group_ids"], batch["question_ids"])
         hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)

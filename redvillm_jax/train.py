@@ -18,9 +18,9 @@ from tqdm import tqdm
 from data_pipeline.errors import UserError, run
 from data_pipeline.packing import fill_row, plan_epoch, row_bounds
 from data_pipeline.pipeline import batches
-from data_pipeline.store import FrameStore, open_store
+from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import checkpoint
-from redvillm_jax.assemble import check_store, load_model, make_video, projector_options
+from redvillm_jax.assemble import check_store, load_model, make_video, needed_parts, projector_options
 from redvillm_jax.cli import parse
 from redvillm_jax.metrics import open_metrics
 from redvillm_jax.model import mean_loss
@@ -51,14 +51,12 @@ def train(config: dict[str, Any], workdir: Path, devices: Sequence[jax.Device] |
     # Rows of all epochs, from token lengths alone.
     steps, row_fn, bounds, tokenizer = plan(config, base, store)
     rows_per_step = -(-bounds.rows_per_step // num_batch_shards(mesh)) * num_batch_shards(mesh)
-    size = base.config.image_size
     make_batches = functools.partial(
         batches,
         steps,
         row_fn,
         store,
         rows_per_step=rows_per_step,
-        frames_shape=(config["num_frames"], size, size, 3),
         num_workers=config["num_workers"],
         host_index=jax.process_index(),
         host_count=jax.process_count(),
@@ -67,7 +65,7 @@ def train(config: dict[str, Any], workdir: Path, devices: Sequence[jax.Device] |
     with jax.set_mesh(mesh):
         # The model, and which of its projectors' leaves train in which group.
         dtype = jnp.dtype(config["dtype"])
-        model = load_model(base, config, mesh, dtype=dtype)
+        model = load_model(base, config, mesh, dtype=dtype, parts=needed_parts(store))
         graphdef, trainable, frozen = split_trainable(model)
         labels = label_tree(trainable, group_rules(config, base))
         optimizer = make_optimizer(
@@ -128,7 +126,7 @@ def train(config: dict[str, Any], workdir: Path, devices: Sequence[jax.Device] |
     print(f"trained: {workdir}/{checkpoint.FOLDER}/{len(steps)}")
 
 
-def open_inputs(config: Mapping[str, Any]) -> tuple[Base, FrameStore]:
+def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
     """Opens the base and the frame store of a config and checks that they belong together."""
     family = config["family"]
     if not config["base"]:
@@ -171,7 +169,7 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def plan(config: Mapping[str, Any], base: Base, store: FrameStore) -> tuple:
+def plan(config: Mapping[str, Any], base: Base, store: VideoStore) -> tuple:
     """Tokenises all questions and plans the rows of every epoch.
 
     Returns (steps, row_fn, bounds, tokenizer): steps of all epochs; row_fn(row) -> arrays; the static sizes.
@@ -250,7 +248,7 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, mes
     )
 
 
-def check_finite(values: Mapping[str, float], step: int, rows: tuple, store: FrameStore, checkpoints) -> None:
+def check_finite(values: Mapping[str, float], step: int, rows: tuple, store: VideoStore, checkpoints) -> None:
     """Stops a run whose loss or gradient is not a number, naming the step, its videos and the last checkpoint."""
     if np.isfinite(list(values.values())).all():
         return

@@ -44,7 +44,7 @@ def frames(bases) -> np.ndarray:
 
 def tokens(model, frames, num_frames=None) -> np.ndarray:
     counts = np.full(len(frames), frames.shape[1], np.int32) if num_frames is None else np.array(num_frames, np.int32)
-    return np.asarray(model.video_tokens(jnp.asarray(frames), jnp.asarray(counts), DTYPE))
+    return np.asarray(model.video_tokens({"frames": jnp.asarray(frames), "num_frames": jnp.asarray(counts)}, DTYPE))
 
 
 def logits(model, base, visual: np.ndarray, question: str) -> np.ndarray:
@@ -75,8 +75,7 @@ def test_an_image_llm_stays_one(family, bases, frames):
 def whole_epoch(base, config, store) -> dict[str, np.ndarray]:
     """All questions of a store as one batch."""
     steps, row_fn, bounds, _ = plan(config, base, store)
-    shape = (NUM_FRAMES, base.config.image_size, base.config.image_size, 3)
-    return next(batches(steps, row_fn, store, rows_per_step=bounds.rows_per_step, frames_shape=shape))
+    return next(batches(steps, row_fn, store, rows_per_step=bounds.rows_per_step))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

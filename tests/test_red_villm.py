@@ -13,8 +13,13 @@ def features() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 3, 16, 2)).astype(np.float32)
 
 
+def streams(video: Video, features: np.ndarray, num_frames: list[int]) -> dict:
+    counts = jnp.array(num_frames)
+    return video.describe(video.pool(features, counts), counts)
+
+
 def test_streams_are_the_two_means(features):
-    pooled = Video().pool(features, jnp.array([3, 3]))
+    pooled = streams(Video(), features, [3, 3])
     np.testing.assert_allclose(pooled["spatial"][0], features.mean(1), atol=1e-6)
     np.testing.assert_allclose(pooled["temporal"][0], features.mean(2), atol=1e-6)
     assert pooled["spatial"][2] == (4, 4) and pooled["temporal"][2] == (3,)
@@ -23,27 +28,27 @@ def test_streams_are_the_two_means(features):
 
 def test_short_videos_average_over_real_frames_only(features):
     features[1, 2] = 99.0  # a frame that is not there
-    pooled = Video().pool(features, jnp.array([3, 2]))
+    pooled = streams(Video(), features, [3, 2])
     np.testing.assert_allclose(pooled["spatial"][0][1], features[1, :2].mean(0), atol=1e-6)
     np.testing.assert_array_equal(pooled["temporal"][1], [[True, True, True], [True, True, False]])
-    zero = Video(short_video="zero").pool(features, jnp.array([3, 2]))
+    zero = streams(Video(short_video="zero"), features, [3, 2])
     assert zero["temporal"][1].all() and (np.asarray(zero["temporal"][0][1, 2]) == 0).all()
 
 
 def test_window_pooling_is_the_mean_of_each_two_by_two_window(features):
-    small, mask, layout = Video(spatial_pool=2).pool(features, jnp.array([3, 3]))["spatial"]
+    small, mask, layout = streams(Video(spatial_pool=2), features, [3, 3])["spatial"]
     grid = features.mean(1).reshape(2, 4, 4, 2)
     np.testing.assert_allclose(small[:, 1], grid[:, 0:2, 2:4].mean((1, 2)), atol=1e-6)
     assert layout == (2, 2) and mask.shape == (2, 4)
 
 
 def test_pooling_commutes_with_the_temporal_stream(features):
-    one, two = (Video(spatial_pool=p).pool(features, jnp.array([3, 3]))["temporal"][0] for p in (1, 2))
+    one, two = (streams(Video(spatial_pool=p), features, [3, 3])["temporal"][0] for p in (1, 2))
     np.testing.assert_array_equal(one, two)
 
 
 def test_no_video_gives_finite_zeros(features):
-    pooled = Video().pool(features, jnp.array([3, 0]))
+    pooled = streams(Video(), features, [3, 0])
     assert all((np.asarray(x[1]) == 0).all() for x, _, _ in pooled.values())
 
 

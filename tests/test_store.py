@@ -10,6 +10,7 @@ from data_pipeline import store
 from data_pipeline.errors import UserError
 
 SETTINGS = {
+    "kind": "frames",
     "num_frames": 4,
     "sampling": "uniform",
     "image_size": 8,
@@ -152,9 +153,9 @@ def test_other_settings_or_videos_are_refused_by_name(tmp_path):
         make(tmp_path / "s", sources=SOURCES[:6])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
-    with pytest.raises(UserError, match="is not a frame store"):
+    with pytest.raises(UserError, match="is not a store of videos"):
         make(tmp_path / "other")
-    with pytest.raises(UserError, match="is not a frame store"):
+    with pytest.raises(UserError, match="is not a store of videos"):
         store.open_store(tmp_path / "other")
 
 

@@ -6,6 +6,7 @@ temporal module, and Q_v = [Q_t ; Q_z].
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class Video:
     spatial_pool: int = 1
     short_video: str = "mask"
 
+    POOLED: ClassVar[tuple[str, ...]] = ("temporal", "spatial")
+
     def __post_init__(self):
         choices = {
             "streams": ("both", "spatial", "temporal"),
@@ -53,12 +56,12 @@ class Video:
         rows, cols = (side // self.spatial_pool for side in grid)
         return {"temporal": (num_frames,), "spatial": (rows, cols)}
 
-    def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, Stream]:
-        """Pools frame features into the two streams; no parameters.
+    def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
+        """Pools frame features over space and over time; no parameters, so the result can be stored.
 
         features: (B, T, N, D), patches in row-major order of a square grid; num_frames: (B,) int32, how many of
-        the T frames are real (0: no video, all features zero). Means are taken in fp32 over real frames only.
-        Returns {"temporal": (B, T, D), "spatial": (B, N / spatial_pool^2, D)} with masks and layouts.
+        the T frames are real (0: no video, all zero). Means are taken in fp32 over real frames only.
+        Returns {"temporal": (B, T, D), "spatial": (B, N / spatial_pool^2, D)}.
         """
         _, t, n, _ = features.shape
         side = round(n**0.5)
@@ -74,13 +77,18 @@ class Video:
             c=side // self.spatial_pool,
         )
         temporal = reduce(x, "b t n d -> b t d", "mean")
-        layouts = self.layouts((side, side), t)
-        masks = {
-            "temporal": real if self.short_video == "mask" else jnp.ones_like(real),
-            "spatial": jnp.ones(spatial.shape[:2], bool),
+        return {"temporal": temporal.astype(features.dtype), "spatial": spatial.astype(features.dtype)}
+
+    def describe(self, pooled: dict[str, jax.Array], num_frames: jax.Array) -> dict[str, Stream]:
+        """Pooled features with their masks and layouts, as the projectors take them."""
+        temporal, spatial = pooled["temporal"], pooled["spatial"]
+        side = round(spatial.shape[1] ** 0.5)
+        real = jnp.arange(temporal.shape[1]) < num_frames[:, None]
+        attended = real if self.short_video == "mask" else jnp.ones_like(real)
+        return {
+            "temporal": (temporal, attended, (temporal.shape[1],)),
+            "spatial": (spatial, jnp.ones(spatial.shape[:2], bool), (side, side)),
         }
-        pooled = {"temporal": temporal, "spatial": spatial}
-        return {name: (x.astype(features.dtype), masks[name], layouts[name]) for name, x in pooled.items()}
 
     def token_slots(self, projector, grid: tuple[int, int], max_frames: int, num_frames: int) -> list[int]:
         """Which of a video's static token slots hold tokens when it has `num_frames` of `max_frames` frames.

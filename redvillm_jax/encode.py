@@ -1,0 +1,104 @@
+"""Encodes and pools every video of a frame store once, so that training reads streams instead of frames.
+
+python -m redvillm_jax.encode --config=configs/qwen.py --config.base=BASE --data=FRAMES --out=STREAMS
+
+The encoder is frozen and the pooling has no parameters, so a video's streams are the same for every question and
+epoch. Train with --config.data=STREAMS; the encoder's weights are then not even loaded. A run that was stopped
+continues with the missing shards; new questions in FRAMES are taken over without encoding anything again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from data_pipeline import store as stores
+from data_pipeline.errors import UserError, run
+from redvillm_jax.assemble import check_store, load_model, stream_settings
+from redvillm_jax.cli import parse, positive
+from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.weights import open_base
+
+OPTIONS = {
+    "data": "A frame store made by data_pipeline.prepare.",
+    "out": "Folder for the streams.",
+    "dtype": "Of the stored streams, bfloat16 or float32 = bfloat16",
+    "batch_size": "Videos encoded at once = 8",
+}
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(argv, __doc__, OPTIONS)
+    config = flags["config"]
+    for name in ("config", "data", "out"):
+        if not flags[name]:
+            raise UserError(f"--{name} is needed (see --help)")
+    if flags["dtype"] not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype is {flags['dtype']!r}, expected bfloat16 or float32")
+    base, frames = open_base(config["base"]), stores.open_store(flags["data"])
+    if frames.meta["kind"] != "frames":
+        raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
+    check_store(frames, flags["data"], base, config)
+    mesh = make_mesh(config["mesh"])
+    side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
+    batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)
+
+    with jax.set_mesh(mesh):
+        graphdef, weights = nnx.split(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)))
+
+        @jax.jit
+        def pooled_streams(weights, frames, num_frames):
+            model = nnx.merge(graphdef, weights)
+            return model.video.pool(model.encode(frames, dtype), num_frames)
+
+        shapes = jax.eval_shape(
+            pooled_streams,
+            weights,
+            jax.ShapeDtypeStruct((1, t, side, side, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+        )
+        settings = {
+            "kind": "streams",
+            **{key: frames.meta[key] for key in ("num_frames", "sampling", "image_size", "resize")},
+            **stream_settings(base, config),
+            "computed_in": config["dtype"],
+            "dtype": flags["dtype"],
+            "streams": {name: list(x.shape[1:]) for name, x in shapes.items()},
+            "frames": fingerprint(frames),
+        }
+        index = {line["video"]: i for i, line in enumerate(frames.videos)}
+
+        def encode(missing: list[stores.Source]) -> Iterator[stores.Result]:
+            bar = tqdm(total=len(missing), unit="video", disable=not missing, dynamic_ncols=True)
+            for start in range(0, len(missing), batch_size):
+                videos = [index[source["video"]] for source in missing[start : start + batch_size]]
+                batch = to_global(frames.padded([*videos, *[-1] * (batch_size - len(videos))]), mesh)
+                streams = pooled_streams(weights, **batch)
+                streams = {name: np.asarray(x.astype(flags["dtype"])) for name, x in streams.items()}
+                for i, video in enumerate(videos):
+                    yield {"line": frames.videos[video], "record": {name: x[i] for name, x in streams.items()}}
+                bar.update(len(videos))
+            bar.close()
+
+        sources = [{"video": line["video"], "source": line["source"], "bytes": 0} for line in frames.videos]
+        videos, _ = stores.write_shards(flags["out"], settings, sources, encode)
+    report = {"made_from": str(frames.path.absolute()), "videos_used": len(videos)}
+    stores.finish_store(flags["out"], settings, videos, frames.instructions, report)
+    values = sum(int(np.prod(shape)) for shape in settings["streams"].values())
+    size = f"{values * jnp.dtype(flags['dtype']).itemsize:,} bytes each"
+    print(f"{flags['out']}: {len(videos)} videos, {size}; train with --config.data={flags['out']}")
+
+
+def fingerprint(frames: stores.VideoStore) -> str:
+    """Identifies the frames of a store, whatever its questions."""
+    made = {key: value for key, value in frames.meta.items() if key != "fingerprint"}
+    return hashlib.sha256(json.dumps([made, frames.videos], sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -130,11 +130,9 @@ def streams(model: VideoLLM, features: jax.Array, frames: jax.Array | None) -> A
     count = jnp.array([len(features)])
     grid = (round(features.shape[1] ** 0.5),) * 2
     pooled = model.video.pool(features[None], count)
-    over_time, over_space = pooled["spatial"][0], pooled["temporal"][0]
-    if frames is None:
-        video = compiled(model, lambda model, x: model.project(model.video.pool(x, count)), features[None])
-    else:  # in one go, as in training
-        video = compiled(model, lambda model, frames: model.video_tokens(frames, count, FP32), frames[None])
+    over_time, over_space = pooled["spatial"], pooled["temporal"]
+    videos = pooled if frames is None else {"frames": frames[None]}  # with frames in one go, as in training
+    video = compiled(model, lambda model, videos: model.video_tokens(videos | {"num_frames": count}, FP32), videos)
     return {
         "mean_over_time": over_time[0],
         "mean_over_space": over_space[0],

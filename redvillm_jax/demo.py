@@ -3,8 +3,8 @@
 python -m redvillm_jax.demo [--base=llava|qwen_vl] [--workdir=demo]
 
 Every command is printed before it runs, so that it can be copied. It makes videos of moving shapes, prepares them,
-converts a tiny image LLM that the project carries, trains its projectors three ways, answers questions about videos
-that were held out, and exports the result. Killed, it continues where it was.
+converts a tiny image LLM that the project carries, encodes the videos with it, trains its projectors three ways,
+answers questions about videos that were held out, and exports the result. Killed, it continues where it was.
 """
 
 import json
@@ -28,6 +28,7 @@ ROWS = {  # name of the row: (folder, switches)
     "RED-VILLM": ("red_villm", []),
 }
 UNTRAINED = "before training"
+SIZES = ("--train=2000", "--dev=300", "--test=500")  # videos
 KINDS = {
     "temporal": ("direction", "first_colour", "last_colour", "first_shape", "last_shape"),
     "spatial": ("colour", "shape", "horizontal", "vertical", "count"),
@@ -45,19 +46,20 @@ def main(argv: list[str]) -> None:
     config = f"--config={os.path.relpath(ROOT / 'configs' / 'demo.py')}:{flags.base}"
     base = work / "base"
 
-    command("data_pipeline.moving_shapes", f"--out={flags.workdir / 'videos'}")
+    command("data_pipeline.moving_shapes", f"--out={flags.workdir / 'videos'}", *SIZES)
     command("conversion.from_torch", f"--family={flags.base}", f"--source={BASES / flags.base}", f"--out={base}")
     for split in ("train", "test"):
-        videos = flags.workdir / "videos" / split
+        videos, frames = flags.workdir / "videos" / split, f"{work / 'frames' / split}"
         data = (f"--videos={videos / 'videos'}", f"--instructions={videos / 'instructions.jsonl'}")
-        store = ("--num_frames=16", "--format=raw", f"--out={work / 'frames' / split}")
-        command("data_pipeline.prepare", *data, f"--base={base}", *store)
+        command("data_pipeline.prepare", *data, f"--base={base}", "--num_frames=16", "--format=raw", f"--out={frames}")
+        streams = f"--out={work / 'streams' / split}"
+        command("redvillm_jax.encode", config, f"--config.base={base}", f"--data={frames}", streams)
 
-    test = f"--data={work / 'frames' / 'test'}"
+    test = f"--data={work / 'streams' / 'test'}"
     folders = {UNTRAINED: runs / "before_training"}
     command("redvillm_jax.evaluate", f"--model={base}", config, test, f"--out={folders[UNTRAINED]}")
     for row, (name, switches) in ROWS.items():
-        inputs = (f"--config.base={base}", f"--config.data={work / 'frames' / 'train'}")
+        inputs = (f"--config.base={base}", f"--config.data={work / 'streams' / 'train'}")
         command(
             "redvillm_jax.train", config, f"--workdir={runs / name}", *inputs, f"--config.seed={flags.seed}", *switches
         )

@@ -1,0 +1,131 @@
+"""The demo's own image LLMs: their tokenizers, their published form, what they can do, and how they are made."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from conversion import from_torch
+from data_pipeline.moving_shapes import LANGUAGES, SPATIAL, TEMPLATES, WORDS
+from data_pipeline.shape_stories import KINDS, NOTHING
+from redvillm_jax import pretrain_demo
+from redvillm_jax.demo_tokenizers import CHINESE
+from redvillm_jax.sharding import make_mesh, weight_sharding
+from redvillm_jax.weights import PARTS, load_base_module, load_part, open_base
+
+FOLDERS = Path(pretrain_demo.__file__).parent / "demo_bases"
+
+
+@pytest.fixture(params=sorted(pretrain_demo.PHASES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def text_folder(family, tmp_path):
+    pretrain_demo.write_text_files(family, tmp_path, pretrain_demo.DTYPE[family])
+    return tmp_path
+
+
+def test_shipped_text_files_are_the_generated_ones(family, text_folder):
+    written = sorted(path.name for path in text_folder.iterdir())
+    assert sorted(path.name for path in (FOLDERS / family).iterdir()) == sorted([*written, "model.safetensors"])
+    for name in written:
+        assert (text_folder / name).read_bytes() == (FOLDERS / family / name).read_bytes()
+    assert sum(path.stat().st_size for path in (FOLDERS / family).iterdir()) < 5e6
+
+
+def test_every_word_is_one_token(family, text_folder):
+    tokenizer = load_base_module(family).Tokenizer(text_folder)
+    space = int(family == "llava")  # LLaMA puts a space before each text, which Chinese words do not carry
+    for words in WORDS["zh"].values():
+        for word in (*words, *CHINESE, NOTHING["zh"]):
+            assert len(tokenizer.encode(word)) == space + 1, word
+    for words in WORDS["en"].values():
+        for word in (*words, NOTHING["en"]):
+            assert len(tokenizer.encode(f"{word} {word}")) == 2, word
+    for language in LANGUAGES:
+        thing = {"en": "red object", "zh": "红色物体"}[language]
+        for template in TEMPLATES[language].values():
+            text = template.format(thing=thing)
+            count = len(text.split()) + 1 if language == "en" else count_chinese_words(text)
+            assert len(tokenizer.encode(f"\n{text}")) == 1 + count, text
+
+
+def count_chinese_words(text):
+    """Longest words first: a count without the tokenizer."""
+    known = sorted([*(word for words in WORDS["zh"].values() for word in words), *CHINESE], key=len, reverse=True)
+    count = 0
+    while text:
+        text = text[len(next(word for word in known if text.startswith(word))) :]
+        count += 1
+    return count
+
+
+def test_any_text_round_trips(family, text_folder):
+    tokenizer = load_base_module(family).Tokenizer(text_folder)
+    for text in ("What colour is the circle?", "圆形是什么颜色？", "Ünïcode 🎈 漢字\n</s> <|im_end|> x", "two  spaces"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(tokenizer.stop_ids) & set(ids)
+
+
+def test_published_form(family):
+    """transformers reads the LLaVA; the Qwen-VL has the published names, as its base module spells them."""
+    folder = FOLDERS / family
+    if family == "llava":
+        transformers = pytest.importorskip("transformers")
+        model, info = transformers.LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index
+        assert tokenizer("left")["input_ids"] == [1, *tokenizer.encode("left", add_special_tokens=False)]
+    else:
+        with safe_open(folder / "model.safetensors", "numpy") as tensors:
+            assert all(name.startswith(("transformer.", "lm_head.")) for name in tensors.keys())
+            assert tensors.get_tensor("transformer.visual.attn_pool.query").shape == (16, 96)
+        start = json.loads((folder / "config.json").read_text())["visual"]["image_start_id"]
+        assert load_base_module(family).Tokenizer(folder).special("<img>") == start
+
+
+def test_answers_questions_about_documents(family, tmp_path):
+    """Through from_torch: single pictures and stories above 90 %, over all kinds of questions."""
+    from_torch.main([f"--family={family}", f"--source={FOLDERS / family}", f"--out={tmp_path / 'base'}"])
+    opened = open_base(tmp_path / "base")
+    base, mesh = opened.module, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    place = weight_sharding(mesh, base.SHARDING)
+    parts = {part: load_part(opened, part, dtype=jnp.float32, sharding=place) for part in PARTS}
+    rows = pretrain_demo.Rows(base, opened.config, base.Tokenizer(opened.path), pretrain_demo.ROW_LENGTH[family])
+    result = pretrain_demo.accuracy(parts, base, rows, np.random.default_rng(1), 3)
+    for kind in KINDS:
+        values = [value for (of, _), value in result.items() if of == kind]
+        assert np.mean(values) > 0.9, (kind, result)
+    assert {question for of, question in result if of == "picture"} == set(SPATIAL)
+
+
+def test_making_is_deterministic(family, text_folder):
+    """A few steps of both stages, twice: the same bits; fixed position tables stay as they are."""
+    base = load_base_module(family)
+    config = base.Config.from_published(json.loads((text_folder / "config.json").read_text()), None)
+    rows = pretrain_demo.Rows(base, config, base.Tokenizer(text_folder), pretrain_demo.ROW_LENGTH[family])
+    phases = (pretrain_demo.Phase("a", 2, (), 1.0), pretrain_demo.Phase("b", 2, (1, 1, 1, 1), 0.3))
+
+    def make():
+        parts = pretrain_demo.new_parts(base, config, seed=0)
+        parts["encoder"] = pretrain_demo.train_encoder(parts["encoder"], base, config, 0, 2)
+        parts = pretrain_demo.train_language(parts, base, rows, 0, phases)
+        return pretrain_demo.published_tensors(base, config, parts)
+
+    first, second = make(), make()
+    untrained = pretrain_demo.published_tensors(base, config, pretrain_demo.new_parts(base, config, seed=0))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    table = "transformer.visual.attn_pool.pos_embed"
+    if table in first:
+        np.testing.assert_array_equal(first[table], untrained[table])
+    trained = [name for name in first if not np.array_equal(first[name], untrained[name])]
+    assert len(trained) > 0.8 * len(set(first) - set(base.unused(config)))

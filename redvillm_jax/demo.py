@@ -127,7 +127,11 @@ def draw(path: Path, base: str, summaries: Mapping[str, Mapping], losses: Mappin
     bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
     for row, file in losses.items():
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        curves.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=row, color=colours[row])
+        steps, values = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
+        curves.plot(steps, values, color=colours[row], alpha=0.25)
+        window = np.minimum(np.arange(len(values)), 4)  # a mean over the last five logged steps
+        means = [values[i - n : i + 1].mean() for i, n in enumerate(window)]
+        curves.plot(steps, means, label=row, color=colours[row])
     curves.set(xlabel="step", ylabel="loss", yscale="log", title="training")
     curves.legend(frameon=False)
     for axes in (bars, curves):

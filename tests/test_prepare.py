@@ -103,6 +103,7 @@ def test_prepare_takes_image_size_and_resize_from_a_base(data, tmp_path):
     frames = store.open_store(tmp_path / "s")
     assert frames[0]["frames"].shape == (2, 14, 14, 3)
     assert frames.meta | {"fingerprint": ""} == {
+        "kind": "frames",
         "num_frames": 2,
         "sampling": "uniform",
         "image_size": 14,

@@ -160,7 +160,7 @@ def test_what_is_refused_in_one_line(tmp_path, runs, bases, stores):
     refused(good | {"row_length": 30}, tmp_path, "row_length")
     refused(good | {"mesh": {"data": 3, "fsdp": 1, "tensor": 1}}, tmp_path, "does not fit 8 devices")
     refused(good | {"streams": "none"}, tmp_path / "streams", "streams is 'none'")
-    refused(good | {"learning_rate": 1e-3}, runs["llava"], "learning_rate=0.002")
+    refused(good | {"learning_rate": 1e-3}, runs["llava"], "learning_rate=0.004, this command says 0.001")
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path, bases, stores):

@@ -29,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import temporary_name, write_text
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
@@ -47,6 +48,9 @@ class VideoStore:
             problem = "is not finished: run the command that makes it again" if half else "is not a store of videos"
             raise UserError(f"{self.path}: {problem} (python -m data_pipeline.prepare --help)")
         self.meta: dict[str, Any] = _read_json(self.path / "store.json")
+        shards = {_shard(self.path, self.meta["kind"], part.stem) for part in self.path.glob("parts/*-of-*.json")}
+        if missing := sorted(shard.name for shard in shards if not shard.is_file()):
+            raise UserError(f"{self.path}: {missing[0]} is missing; run the command that makes the store again")
 
     @functools.cached_property
     def videos(self) -> list[dict[str, Any]]:
@@ -161,7 +165,7 @@ def write_shards(
 def _write_shard(shard: Path, part_file: Path, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
     """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
     part: dict[str, Any] = {"videos": [], "left_out": [], "num_bytes": 0}
-    temporary = _temporary(shard)
+    temporary = temporary_name(shard)
     writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
     for source, result in pairs:
         if "reason" in result:
@@ -208,17 +212,6 @@ def finish_store(
         leftover.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written."""
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
 def _shard(path: Path, kind: str, name: str) -> Path:
     return path / f"{kind}-train.array_record-{name}"
 
@@ -257,7 +250,10 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; delete the store and make it again") from None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """From a base folder and a run's switches to a video LLM on the devices."""
 
+import dataclasses
+import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.errors import UserError
-from data_pipeline.store import VideoStore
-from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.model import ExtraMLP, VideoLLM
-from redvillm_jax.sharding import replicated, weight_sharding
-from redvillm_jax.weights import PARTS, Base, load_part, open_base
-
-VIDEO_SWITCHES = ("streams", "stream_order", "temporal_module", "spatial_pool", "short_video")
+from redvillm_jax.sharding import weight_sharding
+from redvillm_jax.weights import PARTS, Base, abstract_part, load_part
 
 
 def make_video(config: Mapping[str, Any]) -> Any:
@@ -27,7 +25,7 @@ def make_video(config: Mapping[str, Any]) -> Any:
         raise UserError(f"config.video is {config['video']!r}, expected one of {', '.join(known)}")
     module = importlib.import_module(f"redvillm_jax.video.{config['video']}")
     try:
-        return module.Video(**{name: config[name] for name in VIDEO_SWITCHES})
+        return module.Video(**{field.name: config[field.name] for field in dataclasses.fields(module.Video)})
     except ValueError as error:
         raise UserError(f"config.{error}") from None
 
@@ -54,22 +52,18 @@ def load_model(
     video = make_video(config)
     options = projector_options(base.module, config)
     place = weight_sharding(mesh, base.module.SHARDING)
-    if config["temporal_init"] not in ("copy", "random"):
-        raise UserError(f"config.temporal_init is {config['temporal_init']!r}, expected 'copy' or 'random'")
     rngs = nnx.Rngs(config["seed"])
-
-    def on_mesh(module: nnx.Module) -> nnx.Module:
-        graphdef, state = nnx.split(module)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: jax.device_put(x, replicated(mesh)), state))
-
     projectors = {}
     for stream, projector in video.order() if "projector" in parts else ():
         if projector == "temporal" and config["temporal_init"] == "random":
-            projectors[projector] = on_mesh(base.module.Projector(base.config, rngs=rngs, **options))
+            random = base.module.Projector(base.config, rngs=rngs, **options)
+            projectors[projector] = on_mesh(random, base.module.PREFIX["projector"], place)
         elif projector not in projectors:
             projectors[projector] = load_part(base, "projector", dtype=jnp.float32, sharding=place, **options)
         if config["extra_mlp"]:
-            projectors[f"extra_mlp_{stream}"] = on_mesh(ExtraMLP(base.config.hidden_size, rngs=rngs))
+            projectors[f"extra_mlp_{stream}"] = on_mesh(
+                ExtraMLP(base.config.hidden_size, rngs=rngs), "", weight_sharding(mesh, ExtraMLP.SHARDING)
+            )
     return VideoLLM(
         base.module,
         base.config,
@@ -80,44 +74,21 @@ def load_model(
     )
 
 
-def open_run(
-    model: str | Path, config: Mapping[str, Any] | None
-) -> tuple[Mapping[str, Any], Base, dict[str, Any] | None]:
-    """A run directory or a base folder as (config, base, trained projectors or None).
-
-    A run brings its own config; a base needs one. Raises UserError when neither is there.
-    """
-    if (Path(model) / "base.json").is_file():
-        if config is None:
-            raise UserError(f"{model} is a base folder: give its switches with --config=configs/llava.py (or qwen.py)")
-        base = open_base(model)
-        if base.family != config["family"]:
-            raise UserError(f"{model} is a {base.family} base, --config is for {config['family']}")
-        return config, base, None
-    config, trained = load_trainables(model)
-    return config, open_base(config["base"], config["base_fingerprint"]), trained
+def on_mesh(module: nnx.Module, prefix: str, place: Callable[..., jax.sharding.Sharding]) -> nnx.Module:
+    """A module without stacked layers, its weights where `place(name, shape, stacked)` says."""
+    graphdef, state = nnx.split(module)
+    flat = {
+        path: leaf.replace(jax.device_put(leaf[...], place(prefix + ".".join(map(str, path)), leaf.shape, False)))
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def needed_parts(store: VideoStore) -> tuple[str, ...]:
-    """The parts of a model that work on a store: from frames all, from streams all but the encoder."""
-    return PARTS if store.meta["kind"] == "frames" else ("projector", "llm")
-
-
-def stream_settings(base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What stored streams depend on beyond their frames: the base's weights and the pooling."""
-    return {"base": base.fingerprint, "video": config["video"], "spatial_pool": config["spatial_pool"]}
-
-
-def check_store(store: VideoStore, path: str | Path, base: Base, config: Mapping[str, Any]) -> None:
-    """Raises UserError unless a store was made for this base, these frames and, if it holds streams, this pooling."""
-    wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": config["num_frames"]}
-    again = f"prepare it again with --base={base.path} --num_frames={config['num_frames']}"
-    if store.meta["kind"] == "streams":
-        wanted |= stream_settings(base, config)
-        again = "encode the frames again with this base and config (python -m redvillm_jax.encode --help)"
-    for key, value in wanted.items():
-        if store.meta[key] != value:
-            raise UserError(f"{path} was made with {key}={store.meta[key]}, this model needs {value}: {again}")
+def token_slots(base: Base, config: Mapping[str, Any]) -> Callable[[int], list[int]]:
+    """For a number of frames, which of a video's static token slots hold tokens."""
+    side = round(base.config.num_patches**0.5)
+    projector = abstract_part(base.module, "projector", base.config, **projector_options(base.module, config))
+    return functools.partial(make_video(config).token_slots, projector, (side, side), config["num_frames"])
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

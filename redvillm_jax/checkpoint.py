@@ -1,7 +1,8 @@
 """Training checkpoints: trainable weights, optimizer state and step; never a frozen weight."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +36,37 @@ def save(
     state: Mapping[str, Any],
     *,
     config: Mapping[str, Any],
-    fingerprint: str,
+    identity: Mapping[str, str],
 ) -> None:
-    """Saves `state` = {"trainable": …, "optimizer": …} in the background; a step that exists is left as it is."""
+    """Saves `state` = {"trainable": …, "optimizer": …} in the background; a step that exists is left as it is.
+
+    identity: fingerprints of what the weights belong to, "base" and "data".
+    """
     if any(known.step == step for known in checkpoints.checkpoints):
         return
-    metadata = {"config": config, "base_fingerprint": fingerprint, "manifest": manifest(state)}
+    metadata = {"config": config, "identity": identity, "manifest": manifest(state)}
     checkpoints.save_checkpointables_async(step, dict(state), force=True, custom_metadata=metadata)
 
 
 def restore(
-    checkpoints: ocp.training.Checkpointer, state: Mapping[str, Any], *, fingerprint: str
+    checkpoints: ocp.training.Checkpointer, state: Mapping[str, Any], *, identity: Mapping[str, str]
 ) -> tuple[int, Mapping[str, Any]]:
     """The newest checkpoint as (step, state) with the shapes and shardings of `state`; (0, state) without one.
 
-    Raises UserError when the checkpoint belongs to another base or to a run with other trainable weights.
+    Raises UserError when the checkpoint belongs to another base, to other questions or videos, or to other trainable
+    weights, and when it cannot be read.
     """
     if checkpoints.latest is None:
         return 0, state
     step = checkpoints.latest.step
-    saved = checkpoints.checkpointables_metadata(step).custom_metadata
     where = f"{checkpoints.directory}/{step}"
-    if saved["base_fingerprint"] != fingerprint:
-        raise UserError(
-            f"{where} was trained on base {saved['base_fingerprint'][:12]}, this run's base is {fingerprint[:12]}; "
-            "use that base, or another --workdir"
-        )
+    saved = read_metadata(checkpoints, step).custom_metadata
+    for name, meaning in (("base", "base"), ("data", "data (questions, videos or their order)")):
+        if saved["identity"][name] != identity[name]:
+            raise UserError(
+                f"{where} was trained on {meaning} {saved['identity'][name][:12]}, this command's is "
+                f"{identity[name][:12]}; use that {name}, or another --workdir"
+            )
     wanted = manifest(state)
     if saved["manifest"] != wanted:
         differing = sorted(
@@ -71,7 +77,25 @@ def restore(
             "use the config it was trained with, or another --workdir"
         )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(state))
-    return step, checkpoints.load_checkpointables(step, abstract)
+    with unreadable(where):
+        return step, checkpoints.load_checkpointables(step, abstract)
+
+
+@contextlib.contextmanager
+def unreadable(where: str) -> Iterator[None]:
+    """Turns Orbax's many errors for a damaged checkpoint into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{where}: cannot be read ({type(error).__name__}); delete that folder to continue from the one before"
+        ) from error
+
+
+def read_metadata(checkpoints: ocp.training.Checkpointer, step: int) -> Any:
+    """What a checkpoint says of itself, without its arrays."""
+    with unreadable(f"{checkpoints.directory}/{step}"):
+        return checkpoints.checkpointables_metadata(step)
 
 
 def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,11 +108,12 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (no config.json); give the --workdir of a training run")
     config = json.loads((run / "config.json").read_text())
-    if not any((run / FOLDER).glob("[0-9]*")):
-        raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
     with ocp.training.Checkpointer(run.absolute() / FOLDER) as checkpoints:
+        if checkpoints.latest is None:
+            raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
         step = checkpoints.latest.step
-        saved = checkpoints.checkpointables_metadata(step)
-        config |= {"step": step, "base_fingerprint": saved.custom_metadata["base_fingerprint"]}
+        saved = read_metadata(checkpoints, step)
+        config |= {"step": step, "base_fingerprint": saved.custom_metadata["identity"]["base"]}
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.metadata["trainable"])
-        return config, checkpoints.load_checkpointables(step, {"trainable": abstract})["trainable"]
+        with unreadable(f"{checkpoints.directory}/{step}"):
+            return config, checkpoints.load_checkpointables(step, {"trainable": abstract})["trainable"]

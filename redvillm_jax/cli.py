@@ -12,8 +12,8 @@ from ml_collections import config_flags
 from data_pipeline.errors import UserError
 
 
-def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """Reads `--config` and the string flags `options` (name -> help; a default may stand behind " = ").
+def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | None, str]]) -> dict[str, Any]:
+    """Reads `--config` and the string flags `options`: name -> (default, help).
 
     Returns {"config": plain nested dict or None, name: str or None, …}. `--help` prints `doc`, the flags and the
     fields of the config, and exits. Every mistake is a UserError.
@@ -21,8 +21,7 @@ def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, An
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
-    for name, text in options.items():
-        default = text.rpartition(" = ")[2] if " = " in text else None
+    for name, (default, text) in options.items():
         flags.DEFINE_string(name, default, text, flag_values=values)
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
     if file is not None and not Path(file.partition(":")[0]).is_file():
@@ -31,12 +30,14 @@ def parse(argv: list[str], doc: str, options: Mapping[str, str]) -> dict[str, An
         rest = values(["command", *argv])[1:]
         config = None if values.config is None else json.loads(values.config.to_json())
     except flags.Error as error:
-        raise UserError(f"{error} (see --help)") from None
+        raise UserError(f"{' '.join(str(error).split())[:300]} (see --help)") from None
     except Exception as error:  # a config file is code: whatever it raises is about it or its overrides
         message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
         raise UserError(f"--config={file}: {type(error).__name__}: {message[:300]} (see --help)") from error
     if values.help:
-        print(doc, *(f"  --{name}: {text}" for name, text in options.items()), sep="\n")
+        print(doc)
+        for name, (default, text) in options.items():
+            print(f"  --{name}: {text}" + (f" ({default})" if default else ""))
         print("  --config: a config file; --config.NAME=VALUE sets one of its fields")
         if values.config is not None:
             print(f"\nFields of the config:\n{values.config}")

@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from data_pipeline import store as stores
 from data_pipeline.errors import UserError, run
-from redvillm_jax.assemble import check_store, load_model, stream_settings
+from redvillm_jax.assemble import load_model
 from redvillm_jax.cli import parse, positive
+from redvillm_jax.inputs import check_store, open_config_base, stream_settings
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
-from redvillm_jax.weights import open_base
 
 OPTIONS = {
-    "data": "A frame store made by data_pipeline.prepare.",
-    "out": "Folder for the streams.",
-    "dtype": "Of the stored streams, bfloat16 or float32 = bfloat16",
-    "batch_size": "Videos encoded at once = 8",
+    "data": (None, "A frame store made by data_pipeline.prepare."),
+    "out": (None, "Folder for the streams."),
+    "dtype": ("bfloat16", "Of the stored streams, bfloat16 or float32."),
+    "batch_size": ("8", "Videos encoded at once."),
 }
 
 
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is needed (see --help)")
     if flags["dtype"] not in ("bfloat16", "float32"):
         raise UserError(f"--dtype is {flags['dtype']!r}, expected bfloat16 or float32")
-    base, frames = open_base(config["base"]), stores.open_store(flags["data"])
+    base, frames = open_config_base(config), stores.open_store(flags["data"])
     if frames.meta["kind"] != "frames":
         raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
-    check_store(frames, flags["data"], base, config)
+    check_store(frames, base, config)
     mesh = make_mesh(config["mesh"])
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)

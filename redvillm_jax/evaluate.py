@@ -7,7 +7,6 @@ Writes answers.jsonl, one line per question in the store's order, and summary.js
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from data_pipeline.errors import UserError, run
+from data_pipeline.files import write_text
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import check_store, load_model, needed_parts, open_run, put_trained
+from redvillm_jax.assemble import load_model, put_trained, token_slots
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.inference import answer
+from redvillm_jax.inputs import check_store, needed_parts, open_run
 from redvillm_jax.sharding import make_mesh
 
 OPTIONS = {
-    "model": "A run directory, or a base folder (the untrained video LLM; give its --config too).",
-    "data": "A store made by data_pipeline.prepare, or by redvillm_jax.encode.",
-    "out": "Folder for answers.jsonl and summary.json.",
-    "max_new_tokens": "Longest answer in tokens = 64",
-    "batch_size": "Questions answered at once = 64",
+    "model": (None, "A run directory, or a base folder (the untrained video LLM; give its --config too)."),
+    "data": (None, "A store made by data_pipeline.prepare, or by redvillm_jax.encode."),
+    "out": (None, "Folder for answers.jsonl and summary.json."),
+    "max_new_tokens": ("64", "Longest answer in tokens."),
+    "batch_size": ("64", "Questions answered at once."),
+    "video_batch_size": ("8", "Videos encoded at once."),
 }
 
 
@@ -36,18 +38,18 @@ def main(argv: list[str]) -> None:
     flags = parse(argv, __doc__, OPTIONS)
     for name in ("model", "data", "out"):
         if not flags[name]:
-            raise UserError(f"--{name} is needed: {OPTIONS[name]}")
-    max_new_tokens, batch_size = (positive(flags, name) for name in ("max_new_tokens", "batch_size"))
+            raise UserError(f"--{name} is needed: {OPTIONS[name][1]}")
+    sizes = {name: positive(flags, name) for name in ("max_new_tokens", "batch_size", "video_batch_size")}
     config, base, trained = open_run(flags["model"], flags["config"])
     store = open_store(flags["data"])
-    check_store(store, flags["data"], base, config)
-    mesh = make_mesh(config["mesh"])
+    check_store(store, base, config)
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})  # a run's own mesh may need other machines
     out = Path(flags["out"])
     made_with = {
         "model": str(Path(flags["model"]).absolute()),
         "base": base.fingerprint,
         "data": store.meta["fingerprint"],
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": sizes["max_new_tokens"],
         "config": dict(config),
     }
     if (summary := finished(out / "summary.json", made_with)) is not None:
@@ -61,9 +63,8 @@ def main(argv: list[str]) -> None:
         model = load_model(base, config, mesh, dtype=dtype, parts=needed_parts(store))
         if trained is not None:
             put_trained(model, trained)
-        predictions = answer(
-            model, base, store, mesh, dtype=dtype, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
+        slots = token_slots(base, config)
+        predictions = answer(model, base, store, slots, mesh, dtype=dtype, **sizes)
     answers = [row | {"prediction": text} for row, text in zip(store.instructions, predictions, strict=True)]
     write_lines(out / "answers.jsonl", answers)
     summary = {**score(answers), "made_with": made_with}
@@ -102,10 +103,8 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON lines under a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

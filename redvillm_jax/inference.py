@@ -1,7 +1,8 @@
 """Answers to the questions of a store: every video is encoded once, questions are decoded in batches."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +21,23 @@ def answer(
     model: VideoLLM,
     base: Base,
     store: VideoStore,
+    slots: Callable[[int], list[int]],
     mesh: jax.sharding.Mesh,
     *,
     dtype: jnp.dtype,
     batch_size: int,
+    video_batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to the store's instructions, in their order.
 
-    `batch_size` videos are encoded and as many questions decoded at once.
+    slots(num_frames): the token slots of a video. `video_batch_size` videos are encoded and `batch_size` questions
+    decoded at once.
     """
     tokenizer = base.module.Tokenizer(base.path)
     graphdef, weights = nnx.split(model)
-    batch_size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
+    shards = num_batch_shards(mesh)
+    batch_size, video_batch_size = (-(-size // shards) * shards for size in (batch_size, video_batch_size))
 
     @jax.jit
     def encode(weights, videos):
@@ -43,7 +48,7 @@ def answer(
         model = nnx.merge(graphdef, weights)
         return greedy(model, tokens[videos], prompts, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids)
 
-    prompts = make_prompts(model, base, tokenizer, store)
+    prompts = make_prompts(base, tokenizer, store, slots)
     width = max(len(ids) for ids, _ in prompts)
     index = {video["video"]: i for i, video in enumerate(store.videos)}
     questions_of = defaultdict(list)
@@ -53,17 +58,17 @@ def answer(
     answers = [""] * len(prompts)
     videos = sorted(questions_of)
     progress = tqdm(total=len(prompts), unit="question", disable=None, dynamic_ncols=True)
-    for start in range(0, len(videos), batch_size):
-        chunk = videos[start : start + batch_size]
-        filled = [*chunk, *[-1] * (batch_size - len(chunk))]
+    for start in range(0, len(videos), video_batch_size):
+        chunk = videos[start : start + video_batch_size]
+        filled = [*chunk, *[-1] * (video_batch_size - len(chunk))]
         tokens = encode(weights, to_global(store.padded(filled), mesh))
-        asked = [(slot, question) for slot, video in enumerate(chunk) for question in questions_of[video]]
+        asked = [(row, question) for row, video in enumerate(chunk) for question in questions_of[video]]
         for first in range(0, len(asked), batch_size):
             part = asked[first : first + batch_size]
-            slots = np.zeros(batch_size, np.int32)
-            slots[: len(part)] = [slot for slot, _ in part]
+            rows = np.zeros(batch_size, np.int32)
+            rows[: len(part)] = [row for row, _ in part]
             padded = pad_prompts([prompts[question] for _, question in part], batch_size, width)
-            ids = decode(weights, tokens, slots, to_global(padded, mesh))
+            ids = decode(weights, tokens, rows, to_global(padded, mesh))
             for (_, question), row in zip(part, np.asarray(ids).tolist(), strict=False):
                 end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
                 answers[question] = tokenizer.decode(row[:end]).strip()
@@ -72,20 +77,16 @@ def answer(
     return answers
 
 
-def make_prompts(model: VideoLLM, base: Base, tokenizer, store: VideoStore) -> list[tuple[list[int], list[int]]]:
+def make_prompts(
+    base: Base, tokenizer: Any, store: VideoStore, slots: Callable[[int], list[int]]
+) -> list[tuple[list[int], list[int]]]:
     """Per instruction (token ids, video slots) up to where the answer begins; -1 in video slots is text."""
-    side = round(base.config.num_patches**0.5)
-    projector = model.projectors[model.video.order()[0][1]]
-    frames = {video["video"]: video["num_frames"] for video in store.videos}
-    slots = {
-        n: model.video.token_slots(projector, (side, side), store.meta["num_frames"], n) for n in set(frames.values())
-    }
+    num_frames = {video["video"]: video["num_frames"] for video in store.videos}
     prompts = []
     for row in store.instructions:
-        before, after = (
-            [i for i, _ in part] for part in base.module.prompt(tokenizer, base.config, row["question"], None)
-        )
-        visual = slots[frames[row["video"]]]
+        parts = base.module.prompt(tokenizer, base.config, row["question"], None)
+        before, after = ([token for token, _ in part] for part in parts)
+        visual = slots(num_frames[row["video"]])
         ids = [*before, *[0] * len(visual), *after]
         prompts.append((ids, [-1] * len(before) + visual + [-1] * len(after)))
     return prompts

@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON line per logged step; the file is the database."""
 
 import json
-import os
 from pathlib import Path
+
+from data_pipeline.files import write_text
 
 
 def open_metrics(path: str | Path, last_step: int) -> "MetricsFile":
@@ -16,9 +17,7 @@ def open_metrics(path: str | Path, last_step: int) -> "MetricsFile":
                     kept.append(line)
             except (ValueError, KeyError):  # the half line of a killed run
                 continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept))
     return MetricsFile(path)
 
 

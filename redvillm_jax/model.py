@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.layers import Linear, gelu, normalize, pin_batch, visible
 
@@ -16,6 +17,8 @@ IMAGES_AT_ONCE = 256  # bounds the encoder's activations; frames beyond are enco
 
 class ExtraMLP(nnx.Module):
     """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
+
+    SHARDING = ((r"fc1\.weight$", P("tensor", "fsdp")), (r"fc2\.weight$", P("fsdp", "tensor")), (r"\.bias$", P()))
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.fc1 = Linear(features, features, rngs=rngs)
@@ -60,13 +63,18 @@ class VideoLLM(nnx.Module):
         return pin_batch(rearrange(features, "k c b n d -> b (k c) n d"))
 
     def project(self, streams: Mapping[str, tuple]) -> jax.Array:
-        """Pooled streams -> visual tokens (B, V, K) in the representation's token order."""
+        """Pooled streams -> visual tokens (B, V, K) in the representation's token order.
+
+        Computed in fp32, as the projectors' weights are: their gradients then sum in fp32, at little cost beside
+        the language model's.
+        """
         tokens = []
         for stream, projector in self.video.order():
-            x = self.projectors[projector](*streams[stream])
+            features, mask, layout = streams[stream]
+            x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
             if (extra := f"extra_mlp_{stream}") in self.projectors:
                 x = self.projectors[extra](x)
-            tokens.append(x)
+            tokens.append(x.astype(features.dtype))
         return jnp.concatenate(tokens, axis=1)
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
@@ -106,7 +114,7 @@ class VideoLLM(nnx.Module):
         mask = visible(batch["group_ids"], batch["question_ids"])
         hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
         supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
-        logits = pin_batch(self.llm.logits(supervised))
+        logits = self.llm.logits(pin_batch(supervised))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target_ids"][:, :, None], axis=-1)[:, :, 0]
 
 

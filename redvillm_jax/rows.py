@@ -1,16 +1,23 @@
 """Questions as token rows: the prompt of each video and question, checked, counted and shown."""
 
+import functools
+import hashlib
 import itertools
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from data_pipeline.packing import Prefix, Question
+from data_pipeline.packing import Prefix, Question, Row, RowBounds, Step, fill_row, plan_epoch, row_bounds
+from data_pipeline.store import VideoStore
+from redvillm_jax.weights import Base
+
+PACKED_ROW = 2048  # slots of a packed row, unless one question needs more
+SLOT_MULTIPLE = 8  # rows are padded to a multiple of this many slots
 
 
 def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Prefix:
@@ -21,6 +28,69 @@ def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Pre
         video_tokens=np.array([-1] * len(before) + list(slots), np.int32),
         supervised=np.array([flag for _, flag in before] + [False] * len(slots), bool),
     )
+
+
+class RowPlan(NamedTuple):
+    """All rows of a run: steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it all."""
+
+    steps: list[Step]
+    row_fn: Callable[[Row], dict[str, np.ndarray]]
+    bounds: RowBounds
+    slots_per_row: int
+    fingerprint: str
+
+
+def plan_rows(
+    config: Mapping[str, Any], base: Base, store: VideoStore, tokenizer: Any, slots: Callable[[int], list[int]]
+) -> RowPlan:
+    """Tokenises all questions of a store and plans the rows of every epoch.
+
+    slots(num_frames): the token slots of a video. Raises UserError for questions that cannot be trained on.
+    """
+    instructions = store.instructions
+    before, questions = tokenize(base.module, tokenizer, base.config, instructions, labels=config["labels"])
+    by_frames = {n: make_prefix(before, slots(n)) for n in {v["num_frames"] for v in store.videos}}
+    prefixes = [by_frames[v["num_frames"]] for v in store.videos]
+    index = {v["video"]: i for i, v in enumerate(store.videos)}
+    videos = np.array([index[row["video"]] for row in instructions])
+    prefix_lengths = np.array([len(p.ids) for p in prefixes])
+    lengths = np.array([len(q.ids) for q in questions])
+    longest = int((prefix_lengths[videos] + lengths).max())
+    if longest > base.config.max_position_embeddings:
+        raise UserError(
+            f"the longest question takes {longest} tokens with its video, the base knows "
+            f"{base.config.max_position_embeddings} positions: use fewer frames or spatial_pool=2, or drop it"
+        )
+    steps = []
+    for epoch in range(config["num_epochs"]):
+        steps += plan_epoch(
+            videos,
+            prefix_lengths,
+            lengths,
+            row_length=config["row_length"] or (max(longest, PACKED_ROW) if config["pack"] else longest),
+            batch_questions=config["batch_questions"],
+            pack=config["pack"],
+            seed=config["seed"],
+            epoch=epoch,
+        )
+    bounds = row_bounds(steps, prefixes, questions)
+    slots_per_row = -(-bounds.slots_per_row // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    row_fn = functools.partial(
+        fill_row,
+        prefixes=prefixes,
+        questions=questions,
+        row_length=slots_per_row,
+        max_groups=bounds.groups_per_row,
+        max_targets=bounds.targets_per_row,
+        tokens_per_video=len(slots(config["num_frames"])),
+    )
+    identity = (
+        steps,
+        [(row["id"], row["question"], row["answer"]) for row in instructions],
+        [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos],
+    )
+    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+    return RowPlan(steps, row_fn, bounds, slots_per_row, fingerprint)
 
 
 def tokenize(
@@ -38,9 +108,10 @@ def tokenize(
             check_round_trip(tokenizer, text, row["id"])
         before, after = base.prompt(tokenizer, config, row["question"], row["answer"], labels=labels)
         ids, supervised = zip(*after, strict=True)
-        if max(ids) >= config.vocab_size or min(ids) < 0:
+        largest = max(token for token, _ in (*before, *after))
+        if largest >= config.vocab_size:
             raise UserError(
-                f"question {row['id']!r}: token id {max(ids)} is beyond the base's {config.vocab_size} embeddings; "
+                f"question {row['id']!r}: token id {largest} is beyond the base's {config.vocab_size} embeddings; "
                 "the tokenizer files do not belong to these weights"
             )
         if not tokenizer.encode(row["answer"]):

@@ -18,6 +18,7 @@ from data_pipeline.errors import UserError
 from redvillm_jax.layers import Stack
 
 PARTS = ("encoder", "projector", "llm")
+REMEDY = "make the base folder again with conversion.from_torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,14 @@ class Base:
     published: Mapping[str, str]  # canonical name -> published name
 
 
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object; a missing or malformed file is a UserError that ends in `remedy`."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from None
+
+
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     """Opens a folder made by `conversion.from_torch`; reads no weights.
 
@@ -135,7 +144,9 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     if not description.is_file():
         hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
-    meta = json.loads(description.read_text())
+    meta = read_json(description, REMEDY)
+    if missing := {"family", "fingerprint", "image_size", "resize"} - meta.keys():
+        raise UserError(f"{description}: has no {min(missing)}; {REMEDY}")
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
         raise UserError(
             f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"
@@ -148,9 +159,9 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
 
 def read_config(base: ModuleType, folder: Path, vision: Path | None = None) -> Any:
     """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", REMEDY)
     vision_file = (vision or folder / "vision") / "config.json"
-    return base.Config.from_published(config, json.loads(vision_file.read_text()) if vision_file.is_file() else None)
+    return base.Config.from_published(config, read_json(vision_file, REMEDY) if vision_file.is_file() else None)
 
 
 def load_part(
@@ -204,6 +215,7 @@ def check_tensors(base: Base, table: Mapping[str, Leaf]) -> None:
         found = base.tensors.shape(base.published[name]) if name in base.published else leaf.shape
         if found != leaf.shape:
             wrong.append(f"{name} {found}, expected {leaf.shape}")
-    if missing or wrong:
-        lines = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"wrong shape: {'; '.join(wrong)}"] * bool(wrong)
-        raise UserError(f"{base.path}: tensors do not fit its config.json: {' | '.join(lines)}")
+    problems = [f"missing: {name}" for name in missing] + [f"wrong shape: {text}" for text in wrong]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{base.path}: tensors do not fit its config.json: {'; '.join(problems[:8])}{more}; {REMEDY}")

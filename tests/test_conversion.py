@@ -372,7 +372,13 @@ def write_run(run: Path, base: Path, trained: dict, fingerprint: str | None = No
     (run / "config.json").write_text(json.dumps(config))
     state = {"trainable": jax.tree.map(jnp.asarray, trained), "optimizer": {"count": jnp.zeros(())}}
     with checkpoint.open_checkpoints(run, keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 3, state, config=config, fingerprint=fingerprint or open_base(base).fingerprint)
+        checkpoint.save(
+            checkpoints,
+            3,
+            state,
+            config=config,
+            identity={"base": fingerprint or open_base(base).fingerprint, "data": ""},
+        )
     return run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "demo", "pretrain_demo")
+COMMANDS = ("train", "evaluate", "encode", "demo", "pretrain_demo")
 LEAVES = ("layers", "sharding", "optim", "step", "checkpoint", "metrics", "generate", "cli")
 STANDARD = set(sys.stdlib_module_names)
 
@@ -76,14 +76,18 @@ def test_product_imports_neither_conversion_nor_torch(path):
 
 @pytest.mark.parametrize("path", files("redvillm_jax") + files("conversion") + files("data_pipeline"), ids=str)
 def test_nothing_imports_a_command(path):
-    commands = {f"redvillm_jax.{name}" for name in COMMANDS} | {"data_pipeline.prepare", "conversion.from_torch"}
+    commands = {f"redvillm_jax.{name}" for name in COMMANDS} | {
+        "data_pipeline.prepare",
+        "conversion.from_torch",
+        "conversion.to_torch",
+    }
     assert not imports(path) & commands
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaves_name_no_model(name):
     ours = {n for n in imports(ROOT / f"redvillm_jax/{name}.py") if n.startswith("redvillm_jax")}
-    forbidden = ("redvillm_jax.bases", "redvillm_jax.video", "redvillm_jax.weights", "redvillm_jax.assemble")
+    forbidden = tuple(f"redvillm_jax.{m}" for m in ("bases", "video", "weights", "assemble", "inputs"))
     assert not {n for n in ours if n.startswith(forbidden)}
 
 

@@ -79,11 +79,14 @@ def test_a_large_base_lies_in_parts(bases):
                 assert not place(name, leaf.shape, False).is_fully_replicated, name
 
 
-def saved(tmp_path, fingerprint="a" * 64):
+IDENTITY = {"base": "a" * 64, "data": "d" * 64}
+
+
+def saved(tmp_path):
     state = {"trainable": {"w": jnp.arange(4.0)}, "optimizer": (jnp.int32(3),)}
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
-            checkpoint.save(checkpoints, step, state, config={}, fingerprint=fingerprint)
+            checkpoint.save(checkpoints, step, state, config={}, identity=IDENTITY)
             checkpoints.wait()
         return state, sorted(known.step for known in checkpoints.checkpoints)
 
@@ -93,7 +96,7 @@ def test_checkpoints_come_back_bit_equal_and_only_the_newest_stay(tmp_path):
     assert steps == [2, 3]
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         empty = jax.tree.map(jnp.zeros_like, state)
-        step, restored = checkpoint.restore(checkpoints, empty, fingerprint="a" * 64)
+        step, restored = checkpoint.restore(checkpoints, empty, identity=IDENTITY)
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
@@ -102,10 +105,12 @@ def test_checkpoints_of_other_weights_are_refused(tmp_path):
     state, _ = saved(tmp_path)
     with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
         with pytest.raises(UserError, match="was trained on base aaaa"):
-            checkpoint.restore(checkpoints, state, fingerprint="b" * 64)
+            checkpoint.restore(checkpoints, state, identity=IDENTITY | {"base": "b" * 64})
+        with pytest.raises(UserError, match="was trained on data"):
+            checkpoint.restore(checkpoints, state, identity=IDENTITY | {"data": "b" * 64})
         other = {**state, "trainable": {"w": jnp.zeros(5)}}
         with pytest.raises(UserError, match="other trainable weights"):
-            checkpoint.restore(checkpoints, other, fingerprint="a" * 64)
+            checkpoint.restore(checkpoints, other, identity=IDENTITY)
 
 
 def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):

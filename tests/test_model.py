@@ -14,14 +14,13 @@ from configs import demo
 from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import load_model
+from redvillm_jax.assemble import load_model, token_slots
 from redvillm_jax.generate import greedy
 from redvillm_jax.layers import visible
 from redvillm_jax.model import mean_loss
-from redvillm_jax.rows import make_prefix, tokenize
+from redvillm_jax.rows import make_prefix, plan_rows, tokenize
 from redvillm_jax.sharding import make_mesh
 from redvillm_jax.step import join, split_trainable
-from redvillm_jax.train import plan
 from redvillm_jax.weights import open_base
 
 DTYPE = jnp.float32
@@ -74,8 +73,8 @@ def test_an_image_llm_stays_one(family, bases, frames):
 
 def whole_epoch(base, config, store) -> dict[str, np.ndarray]:
     """All questions of a store as one batch."""
-    steps, row_fn, bounds, _ = plan(config, base, store)
-    return next(batches(steps, row_fn, store, rows_per_step=bounds.rows_per_step))
+    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), token_slots(base, config))
+    return next(batches(plan.steps, plan.row_fn, store, rows_per_step=plan.bounds.rows_per_step))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from data_pipeline.errors import UserError
 from redvillm_jax.layers import (
     Embedding,
     LayerNorm,
@@ -29,6 +30,8 @@ from redvillm_jax.layers import (
     split_heads,
     update_cache,
 )
+
+PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -234,7 +237,7 @@ class Encoder(nnx.Module):
 # ---- projector: names under `multi_modal_projector.`
 
 
-PROJECTOR_OPTIONS: tuple[str, ...] = ()
+PROJECTOR_OPTIONS: dict[str, tuple[str, ...]] = {}  # switches of the projector and their values
 
 
 def frozen_projector() -> tuple[str, ...]:
@@ -426,9 +429,13 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer  # seconds to import, and only text needs it
 
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        self.bos_id = self.tokenizer.bos_token_id
-        self.eos_id = self.tokenizer.eos_token_id
+        self.folder = folder
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:  # transformers raises many kinds for files that are missing or broken
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}: no tokenizer that can be read ({reason}); copy the model's own files") from None
+        self.bos_id, self.eos_id = self.special("<s>"), self.special("</s>")
         self.stop_ids = (self.eos_id,)
 
     def encode(self, text: str) -> list[int]:
@@ -442,8 +449,11 @@ class Tokenizer:
         )
 
     def special(self, token: str) -> int:
-        """The id of a special token such as "<im_start>"."""
-        return self.tokenizer.convert_tokens_to_ids(token)
+        """The id of a special token such as "<im_start>"; a tokenizer without it is a UserError."""
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise UserError(f"{self.folder}: its tokenizer has no {token}; use the files that belong to these weights")
+        return token_id
 
 
 Segment = list[tuple[int, bool]]  # token id, whether the loss counts it

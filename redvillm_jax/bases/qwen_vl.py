@@ -33,6 +33,8 @@ from redvillm_jax.layers import (
     update_cache,
 )
 
+PUBLISHED = "Qwen/Qwen-VL-Chat"
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZE = "bicubic"  # Qwen-VL squashes pictures with PIL's bicubic filter
@@ -242,7 +244,10 @@ class Encoder(nnx.Module):
 
 # ---- projector: names under `transformer.visual.`
 
-PROJECTOR_OPTIONS = ("qwen_align", "temporal_positions")
+PROJECTOR_OPTIONS = {  # switches of the projector and their values
+    "qwen_align": ("resample", "per_token"),
+    "temporal_positions": ("grid", "1d"),
+}
 
 
 def frozen_projector(qwen_align: str = "resample", temporal_positions: str = "grid") -> tuple[str, ...]:

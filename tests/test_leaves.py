@@ -1,6 +1,7 @@
 """Small parts by hand: the mask, meshes and placements, checkpoints, metrics, token rows."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,30 @@ def test_an_answer_without_a_token_or_beyond_the_embedding_is_refused(bases):
     small = dataclasses.replace(base.config, vocab_size=5)
     with pytest.raises(UserError, match="beyond the base's 5 embeddings"):
         tokenize(base.module, tokenizer, small, [row | {"answer": "left"}], labels="answer")
+
+
+def test_a_tokenizer_without_the_bases_markers_is_refused(bases):
+    base = open_base(bases["llava"])
+    with pytest.raises(UserError, match="its tokenizer has no <im_start>"):
+        base.module.Tokenizer(base.path).special("<im_start>")
+
+
+@pytest.mark.parametrize("file", ["base.json", "config.json"])
+def test_a_damaged_base_folder_is_refused(file, bases, tmp_path):
+    shutil.copytree(bases["llava"], tmp_path / "base")
+    (tmp_path / "base" / file).write_text("{")
+    with pytest.raises(UserError, match=f"{file}: cannot be read"):
+        open_base(tmp_path / "base")
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    state, _ = saved(tmp_path)
+    for file in (tmp_path / "checkpoints" / "3" / "trainable").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with checkpoint.open_checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(UserError, match="checkpoints/3: cannot be read"):
+            checkpoint.restore(checkpoints, state, identity=IDENTITY)
 
 
 def test_rows_are_shown_with_counts_and_marks():

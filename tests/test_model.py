@@ -13,14 +13,16 @@ from flax import nnx
 from configs import demo
 from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
-from data_pipeline.store import open_store
+from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.assemble import load_model, token_slots
 from redvillm_jax.generate import greedy
 from redvillm_jax.layers import visible
 from redvillm_jax.model import mean_loss
+from redvillm_jax.optim import make_optimizer
 from redvillm_jax.rows import make_prefix, plan_rows, tokenize
 from redvillm_jax.sharding import make_mesh
-from redvillm_jax.step import join, split_trainable
+from redvillm_jax.step import join, make_train_step, split_trainable
+from redvillm_jax.train import state_shardings
 from redvillm_jax.weights import open_base
 
 DTYPE = jnp.float32
@@ -256,3 +258,44 @@ def test_a_supervised_prefix_token_counts_once_per_question():
     )
     np.testing.assert_array_equal(row["target_weights"], [2, 1, 1, 0])
     np.testing.assert_array_equal(row["target_ids"][:3], [6, 8, 8])
+
+
+def test_a_short_video_in_a_store_trains_as_a_shorter_store(bases, stores, tmp_path):
+    """One video of three frames, read through the plan, the rows and the pipeline."""
+    lines = [json.loads(line) for line in (stores["llava"] / "videos.jsonl").read_text().splitlines()]
+    video = lines[0]["video"]
+    asked = [row for row in open_store(stores["llava"]).instructions if row["video"] == video]
+    frames = open_store(stores["llava"])[0]["frames"][:3]
+    results = []
+    for num_frames in (4, 3):
+        settings = {"kind": "frames", "num_frames": num_frames, "image_size": 32, "format": "raw"}
+        path = tmp_path / str(num_frames)
+        source = {"video": video, "source": "v.mp4", "bytes": 1}
+        result = {"line": lines[0] | {"num_frames": 3}, "record": {"frames": frames, "timestamps": np.zeros(3, "f")}}
+        written, _ = write_shards(path, settings, [source], lambda _, result=result: [result])
+        finish_store(path, settings, written, asked, {})
+        switches = {"num_epochs": 1, "batch_questions": 6, "num_frames": num_frames, "row_length": 200}
+        base, config, model = build(bases["llava"], "llava", **switches)
+        batch = whole_epoch(base, config, open_store(path))
+        assert (batch["num_frames"] == 3).sum() == 1 and (batch["video_tokens"] >= 0).sum() == 3 + 16
+        results.append(np.asarray(model.target_losses(batch, DTYPE))[batch["target_weights"] > 0])
+    np.testing.assert_allclose(*results, atol=1e-5)
+
+
+def test_a_step_changes_no_frozen_weight(bases, stores):
+    base, config, model = build(bases["llava"], "llava", num_epochs=1, batch_questions=8, row_length=110)
+    batch = whole_epoch(base, config, open_store(stores["llava"]))
+    graphdef, trainable, frozen = split_trainable(model)
+    before = jax.tree.map(np.array, frozen)
+    assert {path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(frozen)[0]} == {"encoder", "llm"}
+    labels = jax.tree.map(lambda _: "spatial", trainable)
+    groups = {"learning_rate": {"spatial": 1.0}, "weight_decay": {"spatial": 0.1}}
+    tx = make_optimizer(labels, **groups, total_steps=1, warmup_ratio=0, clip_norm=1)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    shardings = state_shardings(tx, trainable, mesh)
+    fixed = jax.tree.map(lambda _: False, trainable)
+    step = make_train_step(graphdef, functools.partial(mean_loss, dtype=DTYPE), tx, fixed, shardings, mesh)
+    start = jax.tree.map(np.array, trainable)
+    after, _, _ = step(jax.tree.map(jnp.copy, trainable), tx.init(trainable), frozen, batch)
+    jax.tree.map(np.testing.assert_array_equal, before, frozen)
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (start, after)), strict=True))

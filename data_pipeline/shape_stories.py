@@ -58,8 +58,8 @@ def at_tick(scene: Scene, tick: int) -> Scene:
 
 
 def pair_scene(rng: np.random.Generator) -> Scene:
-    """Two ticks: something moves from one side to the other, or one thing gives way to another."""
-    if rng.random() < 0.45:
+    """Two ticks: something moves from one side to the other (65 %), or one thing gives way to another."""
+    if rng.random() < 0.65:
         return moving_scene(rng, ticks=2)
     seen = np.eye(2, dtype=bool)
     return tuple(standing(*triple) for triple in zip(looks(rng, 2), place(rng, 2), seen, strict=True))
@@ -69,27 +69,32 @@ def tell(scene: Scene, rng: np.random.Generator, language: str, max_words: int) 
     """Tells a video's scene in words, and returns what the story answers.
 
     Things that appear are told by colour, by shape or by both, "nothing" where there is none; a mover by the place
-    it passes, maybe after its colour or shape. Seven steps at least, so that no appearance falls between two.
+    it passes, maybe after its colour or shape, and then maybe next to a thing that stands still. Seven steps at
+    least, so that no appearance falls between two.
     """
     temporal = [fact for fact in facts(scene) if fact[0] in TEMPORAL]
     mover = next((thing for kind, thing, *_ in temporal if kind == "direction"), None)
-    styles = [("colour",), ("shape",), ("colour", "shape")] if mover is None else [(), ("colour",), ("shape",)]
-    style = styles[int(rng.integers(0, 3))]
-    words = WORDS[language]
-    steps = int(rng.integers(7, max_words // (len(style) + (mover is not None)) + 1))
-    told = []
+    if mover is None:
+        style = (("colour",), ("shape",), ("colour", "shape"))[int(rng.integers(0, 3))]
+        told, words_per_step = scene, len(style)
+    else:
+        style = ((), ("colour",), ("shape",))[int(rng.integers(0, 3))]
+        told, words_per_step = (mover,), len(style) + 1
+        if style and max_words >= 7 * 2 * words_per_step and rng.random() < 0.5:
+            told, words_per_step = (scene[0], scene[1]), 2 * words_per_step
+            told = told if rng.random() < 0.5 else told[::-1]
+    steps = int(rng.integers(7, max_words // words_per_step + 1))
+    axis = "vertical" if mover is not None and mover.x[0] == mover.x[-1] else "horizontal"
+    words: list[str] = []
     for tick in ((np.arange(steps) + 0.5) * TICKS / steps).astype(int):
-        shown = [thing for thing in ([mover] if mover else scene) if thing.visible[tick]]
-        if not shown:
-            told.append(NOTHING[language])
-            continue
-        thing = shown[0]
-        told += [words[part][getattr(thing, part)] for part in style]
-        if mover:
-            axis, where = ("vertical", thing.y) if thing.x[0] == thing.x[-1] else ("horizontal", thing.x)
-            told.append(words[axis][third(where[tick])])
+        shown = [thing for thing in told if thing.visible[tick]]
+        for thing in shown:
+            words += [WORDS[language][part][getattr(thing, part)] for part in style]
+            if mover is not None:
+                words.append(WORDS[language][axis][third((thing.y if axis == "vertical" else thing.x)[tick])])
+        words += [NOTHING[language]] * (not shown)
     answered = [fact for fact in temporal if fact[0] == "direction" or fact[2] in style]
-    return (" " if language == "en" else "").join(told), answered
+    return (" " if language == "en" else "").join(words), answered
 
 
 def document(kind: str, rng: np.random.Generator, num_questions: int, max_words: int) -> Document:

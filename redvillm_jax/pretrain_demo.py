@@ -65,12 +65,12 @@ DTYPE = {"llava": "float16", "qwen_vl": "bfloat16"}  # as the real ones are publ
 PHASES = {
     "llava": (
         Phase("pictures", 700, (32, 0, 0, 0), 0.0),
-        Phase("all documents", 1000, (16, 4, 8, 4), 0.0),
+        Phase("all documents", 1000, (14, 6, 8, 4), 0.0),
     ),
     "qwen_vl": (
         Phase("align", 400, (), 1.0),
         Phase("pictures", 700, (32, 0, 0, 0), 0.3),
-        Phase("all documents", 850, (14, 4, 10, 4), 0.3),
+        Phase("all documents", 1000, (12, 8, 8, 4), 0.3),
     ),
 }
 

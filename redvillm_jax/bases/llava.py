@@ -163,6 +163,8 @@ SIZES = {
 
 
 class ClipAttention(nnx.Module):
+    """Full self-attention with separate projections: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
         self.q_proj = Linear(width, width, rngs=rngs)
         self.k_proj = Linear(width, width, rngs=rngs)
@@ -176,6 +178,8 @@ class ClipAttention(nnx.Module):
 
 
 class ClipMLP(nnx.Module):
+    """Two layers around a quick GELU: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, width: int, intermediate_size: int, *, rngs: nnx.Rngs):
         self.fc1 = Linear(width, intermediate_size, rngs=rngs)
         self.fc2 = Linear(intermediate_size, width, rngs=rngs)
@@ -185,6 +189,8 @@ class ClipMLP(nnx.Module):
 
 
 class ClipLayer(nnx.Module):
+    """One pre-norm transformer layer: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, eps = config.vision_hidden_size, config.vision_layer_norm_eps
         self.layer_norm1 = LayerNorm(width, eps=eps)
@@ -198,6 +204,8 @@ class ClipLayer(nnx.Module):
 
 
 class ClipEmbeddings(nnx.Module):
+    """Patches behind the class token, with their learned positions: (B, H, W, 3) -> (B, 1 + N, D)."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.vision_hidden_size
         self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
@@ -211,6 +219,8 @@ class ClipEmbeddings(nnx.Module):
 
 
 class ClipLayers(nnx.Module):
+    """The level that CLIP calls `encoder` in its names."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.layers = Stack(lambda rngs: ClipLayer(config, rngs=rngs), config.vision_layers_used, rngs=rngs)
 
@@ -270,6 +280,8 @@ class Projector(nnx.Module):
 
 
 class LlamaAttention(nnx.Module):
+    """Causal self-attention with rotary positions; fewer key-value heads than heads are allowed."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         head_dim = config.hidden_size // config.num_attention_heads
         kv_size = config.num_key_value_heads * head_dim
@@ -289,6 +301,8 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
+    """The gated MLP: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
@@ -299,6 +313,8 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaLayer(nnx.Module):
+    """One pre-norm decoder layer: (B, S, K) -> (B, S, K) and the updated cache."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = LlamaAttention(config, rngs=rngs)
@@ -312,6 +328,8 @@ class LlamaLayer(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
+    """The level that LLaMA calls `model` in its names."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = Stack(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_hidden_layers, rngs=rngs)

@@ -179,6 +179,8 @@ def sin_cos_positions(num_positions: int, features: int) -> jax.Array:
 
 
 class VisionAttention(nnx.Module):
+    """Full self-attention with one packed projection: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
         self.in_proj = Linear(width, 3 * width, rngs=rngs)
         self.out_proj = Linear(width, width, rngs=rngs)
@@ -191,6 +193,8 @@ class VisionAttention(nnx.Module):
 
 
 class VisionMLP(nnx.Module):
+    """Two layers around an exact GELU: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, width: int, intermediate_size: int, *, rngs: nnx.Rngs):
         self.c_fc = Linear(width, intermediate_size, rngs=rngs)
         self.c_proj = Linear(intermediate_size, width, rngs=rngs)
@@ -200,6 +204,8 @@ class VisionMLP(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
+    """One pre-norm transformer block: (B, S, D) -> (B, S, D)."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.vision_hidden_size
         self.ln_1 = LayerNorm(width, eps=VISION_LAYER_NORM_EPS)
@@ -213,6 +219,8 @@ class VisionBlock(nnx.Module):
 
 
 class VisionBlocks(nnx.Module):
+    """The level that the vision tower calls `transformer` in its names."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         make_block = lambda rngs: VisionBlock(config, rngs=rngs)  # noqa: E731
         self.resblocks = Stack(make_block, config.vision_num_hidden_layers, rngs=rngs)
@@ -375,6 +383,8 @@ class Projector(nnx.Module):
 
 
 class QwenAttention(nnx.Module):
+    """Causal self-attention with rotary positions and an optional scale of the queries (logn)."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.c_attn = Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
         self.c_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
@@ -391,6 +401,8 @@ class QwenAttention(nnx.Module):
 
 
 class QwenMLP(nnx.Module):
+    """The gated MLP: c_proj(w1(x) * silu(w2(x)))."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.w1 = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.w2 = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
@@ -401,6 +413,8 @@ class QwenMLP(nnx.Module):
 
 
 class QwenBlock(nnx.Module):
+    """One pre-norm decoder block: (B, S, K) -> (B, S, K) and the updated cache."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.ln_1 = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.attn = QwenAttention(config, rngs=rngs)
@@ -414,6 +428,8 @@ class QwenBlock(nnx.Module):
 
 
 class QwenModel(nnx.Module):
+    """The level that Qwen calls `transformer` in its names."""
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.wte = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.h = Stack(lambda rngs: QwenBlock(config, rngs=rngs), config.num_hidden_layers, rngs=rngs)

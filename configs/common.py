@@ -37,7 +37,8 @@ def get_common() -> ConfigDict:
             clip_norm=1.0,
             # The machine.
             dtype="bfloat16",  # of frozen weights and activations; what is trained stays float32
-            remat=True,  # recompute the decoder's layers in the backward pass
+            remat="full",  # what the backward pass computes again: none | full | all but the activations named
+            int8=False,  # the language model's frozen matrices in 8 bits, one scale per output
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the rest of the devices
             num_workers=0,  # processes that read frames; 0: threads
             log_every=10,

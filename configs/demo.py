@@ -13,6 +13,6 @@ def get_config(family: str = "llava"):
     config.batch_questions = 80
     config.row_length = {"llava": 128, "qwen_vl": 160}[family]  # a video with its six questions
     config.dtype = "float32"
-    config.remat = False
+    config.remat = "none"
     config.checkpoint_every = 100
     return config

@@ -46,41 +46,59 @@ def load_model(
     """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, the temporal module a copy.
 
     config: the video switches, temporal_init ("copy" | "random", Table 4 and its ablation), extra_mlp (Table 5),
-    seed (of what is random), and the base's projector options. Each host reads only its own slices. parts:
-    what is needed; the others' weights are not read (with stored streams the encoder's, to store them the rest's).
+    seed (of what is random), int8 (the language model's matrices in 8 bits), and the base's projector options. Each
+    host reads only its own slices. parts: what is needed; the others' weights are not read (with stored streams the
+    encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
     """
     video = make_video(config)
     options = projector_options(base.module, config)
     place = weight_sharding(mesh, base.module.SHARDING)
-    rngs = nnx.Rngs(config["seed"])
+    rngs = None if base.path is None else nnx.Rngs(config["seed"])
     projectors = {}
     for stream, projector in video.order() if "projector" in parts else ():
         if projector == "temporal" and config["temporal_init"] == "random":
-            random = base.module.Projector(base.config, rngs=rngs, **options)
-            projectors[projector] = on_mesh(random, base.module.PREFIX["projector"], place)
+            projectors[projector] = random_module(
+                functools.partial(base.module.Projector, base.config, **options),
+                functools.partial(place_prefixed, place, base.module.PREFIX["projector"]),
+                rngs,
+            )
         elif projector not in projectors:
             projectors[projector] = load_part(base, "projector", dtype=jnp.float32, sharding=place, **options)
         if config["extra_mlp"]:
-            projectors[f"extra_mlp_{stream}"] = on_mesh(
-                ExtraMLP(base.config.hidden_size, rngs=rngs), "", weight_sharding(mesh, ExtraMLP.SHARDING)
+            projectors[f"extra_mlp_{stream}"] = random_module(
+                functools.partial(ExtraMLP, base.config.hidden_size),
+                functools.partial(place_prefixed, weight_sharding(mesh, ExtraMLP.SHARDING), ""),
+                rngs,
             )
+    llm = {"dtype": dtype, "sharding": place, "int8": config["int8"]}
     return VideoLLM(
         base.module,
         base.config,
         video,
         encoder=load_part(base, "encoder", dtype=dtype, sharding=place) if "encoder" in parts else None,
         projectors=projectors,
-        llm=load_part(base, "llm", dtype=dtype, sharding=place) if "llm" in parts else None,
+        llm=load_part(base, "llm", **llm) if "llm" in parts else None,
     )
 
 
-def on_mesh(module: nnx.Module, prefix: str, place: Callable[..., jax.sharding.Sharding]) -> nnx.Module:
-    """A module without stacked layers, its weights where `place(name, shape, stacked)` says."""
-    graphdef, state = nnx.split(module)
-    flat = {
-        path: leaf.replace(jax.device_put(leaf[...], place(prefix + ".".join(map(str, path)), leaf.shape, False)))
-        for path, leaf in nnx.to_flat_state(state)
-    }
+def place_prefixed(place: Callable, prefix: str, path: tuple, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Where a leaf of a module without stacked layers lies, by its path."""
+    return place(prefix + ".".join(map(str, path)), shape, False)
+
+
+def random_module(
+    make: Callable[..., nnx.Module],
+    place: Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding],
+    rngs: nnx.Rngs | None,
+) -> nnx.Module:
+    """A module with its own random weights where `place(path, shape)` says, or without `rngs` their shapes alone."""
+    abstract = rngs is None
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if abstract else make(rngs=rngs))
+    flat = {}
+    for path, leaf in nnx.to_flat_state(state):
+        at = place(path, leaf.shape)
+        array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at) if abstract else jax.device_put(leaf[...], at)
+        flat[path] = leaf.replace(array)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

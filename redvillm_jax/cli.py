@@ -12,17 +12,19 @@ from ml_collections import config_flags
 from data_pipeline.errors import UserError
 
 
-def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | None, str]]) -> dict[str, Any]:
-    """Reads `--config` and the string flags `options`: name -> (default, help).
+def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | None, str]]) -> dict[str, Any]:
+    """Reads `--config` and the flags `options`: name -> (default, help), boolean if the default is, else strings.
 
-    Returns {"config": plain nested dict or None, name: str or None, …}. `--help` prints `doc`, the flags and the
+    Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
     fields of the config, and exits. Every mistake is a UserError.
     """
+    argv = [arg if arg.startswith("--config") else underscored(arg) for arg in argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
     for name, (default, text) in options.items():
-        flags.DEFINE_string(name, default, text, flag_values=values)
+        define = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, text, flag_values=values)
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
     if file is not None and not Path(file.partition(":")[0]).is_file():
         raise UserError(f"--config={file}: no such file; give one such as configs/llava.py")
@@ -45,6 +47,12 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | None, str
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
     return {"config": config, **{name: values[name].value for name in options}}
+
+
+def underscored(arg: str) -> str:
+    """--rows-per-chip=2 as --rows_per_chip=2."""
+    name, equals, value = arg.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
 
 
 def positive(flags: Mapping[str, str], name: str) -> int:

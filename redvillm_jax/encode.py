@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from data_pipeline import store as stores
@@ -22,6 +21,7 @@ from data_pipeline.errors import UserError, run
 from redvillm_jax.assemble import load_model
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.inputs import check_store, open_config_base, stream_settings
+from redvillm_jax.recipe import make_encode_step
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
 
 OPTIONS = {
@@ -49,13 +49,8 @@ def main(argv: list[str]) -> None:
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
     with jax.set_mesh(mesh):
-        graphdef, weights = nnx.split(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)))
-
-        @jax.jit
-        def pooled_streams(weights, frames, num_frames):
-            model = nnx.merge(graphdef, weights)
-            return model.video.pool(model.encode(frames, dtype), num_frames)
-
+        model = load_model(base, config, mesh, dtype=dtype, parts=("encoder",))
+        pooled_streams, weights = make_encode_step(model, dtype)
         shapes = jax.eval_shape(
             pooled_streams,
             weights,

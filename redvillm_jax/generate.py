@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from redvillm_jax.layers import pin_batch, visible
+from redvillm_jax.attention import visible
+from redvillm_jax.layers import pin_batch
 from redvillm_jax.model import VideoLLM
 
 

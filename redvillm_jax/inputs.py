@@ -7,6 +7,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.store import VideoStore
 from redvillm_jax.checkpoint import load_trainables
+from redvillm_jax.layers import KEPT
 from redvillm_jax.weights import PARTS, Base, load_base_module, open_base
 
 LEAST = {
@@ -36,6 +37,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name, allowed in (CHOICES | base.PROJECTOR_OPTIONS).items():
         if config[name] not in allowed:
             raise UserError(f"config.{name} is {config[name]!r}, expected one of {', '.join(allowed)}")
+    if config["remat"] not in ("none", "full") and (wrong := set(config["remat"].split(",")) - set(KEPT)):
+        raise UserError(
+            f"config.remat names {min(wrong)!r}, expected none, full, or names out of {','.join(KEPT)} to be kept"
+        )
     temporal_trains = config["temporal_module"] and config["streams"] != "spatial"
     if not (config["train_spatial"] or temporal_trains or config["extra_mlp"]):
         raise UserError("config.train_spatial=False leaves nothing to train without a temporal module; leave it out")

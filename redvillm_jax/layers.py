@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
+KEPT = ("query", "key", "value", "context", "residual", "gate", "up")  # activations that `remat` may store by name
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
@@ -22,16 +24,29 @@ def pin_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 1)))
 
 
+def keep(x: jax.Array, name: str) -> jax.Array:
+    """Names an activation of a block, one of `KEPT`, so that `Stack` can store it for the backward pass."""
+    return checkpoint_name(x, name)
+
+
 class Linear(nnx.Module):
-    """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it."""
+    """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it.
+
+    A frozen weight may be int8 with a scale: (out,) (see `redvillm_jax.quantize`).
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
+        self.scale = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight[...].T.astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """x: (..., in) -> (..., out); `dtype`: of the result, summed in it (default: of x)."""
+        weight = self.weight[...].astype(x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype or x.dtype)
+        if self.scale is not None:
+            y = y * self.scale[...].astype(y.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):
@@ -97,10 +112,11 @@ class Stack(nnx.Module):
         self.block = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
         self.num_layers = num_layers
 
-    def __call__(self, x: jax.Array, *args, cache=None, remat: bool = False):
+    def __call__(self, x: jax.Array, *args, cache=None, remat: str = "none"):
         """Runs all blocks; `args` are shared by them, `cache` has a leading layer axis and comes back updated.
 
-        `remat` keeps only the input of each block for the backward pass and recomputes the rest.
+        remat: what the backward pass finds stored; "none": all it needs, "full": each block's input alone, else
+        that and the activations of `KEPT` that are named, separated by commas. The rest is computed again.
         """
         graphdef, weights = nnx.split(self.block)
 
@@ -109,15 +125,24 @@ class Stack(nnx.Module):
             x, cache = nnx.merge(graphdef, weights)(pin_batch(x), *args, cache)
             return pin_batch(x), cache
 
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (weights, cache))
+        if remat != "none":
+            names = () if remat == "full" else remat.split(",")
+            # A scan's iterations are apart already: no barrier has to keep XLA from merging what is recomputed.
+            body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+        return jax.lax.scan(body, x, (weights, cache))
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | Callable | None = None
+) -> jax.Array:
     """Scaled dot-product attention with an fp32 softmax.
 
-    query: (B, S, H, D); key, value: (B, S_kv, H or a divisor of it, D); mask: (B, S, S_kv) bool, True = visible.
-    Returns (B, S, H, D). A row that sees nothing gets a finite, meaningless result.
+    query: (B, S, H, D); key, value: (B, S_kv, H or a divisor of it, D); mask: (B, S, S_kv) bool, True = visible, or a
+    fused kernel of `redvillm_jax.attention` that knows what is visible. Returns (B, S, H, D). A row that sees
+    nothing gets a finite, meaningless result.
     """
+    if callable(mask):
+        return mask(query, key, value)
     return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
 
 
@@ -167,19 +192,6 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     """images: (..., 3) uint8 -> (pixels / 255 - mean) / std in `dtype`."""
     pixels = images.astype(jnp.float32) / 255.0
     return ((pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).astype(dtype)
-
-
-def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
-    """Attention mask of rows that hold several groups, each a shared video prefix with its questions.
-
-    group_ids: (B, S) int32, 0 = padding; question_ids: (B, S) int32, 0 = prefix. Returns (B, S, S) bool: a token
-    sees the earlier tokens of its own group that belong to the prefix or to its own question.
-    """
-    slots = jnp.arange(group_ids.shape[1])
-    causal = slots[:, None] >= slots[None, :]
-    same_group = (group_ids[:, :, None] == group_ids[:, None, :]) & (group_ids[:, :, None] > 0)
-    reachable = (question_ids[:, None, :] == 0) | (question_ids[:, :, None] == question_ids[:, None, :])
-    return causal & same_group & reachable
 
 
 def broadcast_rows(x: jax.Array, batch: int) -> jax.Array:

@@ -10,7 +10,8 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from redvillm_jax.layers import Linear, gelu, normalize, pin_batch, visible
+from redvillm_jax.attention import row_attention
+from redvillm_jax.layers import BATCH_AXES, Linear, gelu, normalize, pin_batch
 
 IMAGES_AT_ONCE = 256  # bounds the encoder's activations; frames beyond are encoded one chunk after another
 
@@ -18,7 +19,7 @@ IMAGES_AT_ONCE = 256  # bounds the encoder's activations; frames beyond are enco
 class ExtraMLP(nnx.Module):
     """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
 
-    SHARDING = ((r"fc1\.weight$", P("tensor", "fsdp")), (r"fc2\.weight$", P("fsdp", "tensor")), (r"\.bias$", P()))
+    SHARDING = ((r"weight$", P(BATCH_AXES, None)), (r"\bbias$", P()))
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.fc1 = Linear(features, features, rngs=rngs)
@@ -99,26 +100,31 @@ class VideoLLM(nnx.Module):
         visual = jnp.take_along_axis(tokens, jnp.maximum(video_slots, 0)[:, :, None], axis=1)
         return pin_batch(jnp.where((video_slots >= 0)[:, :, None], visual, text))
 
-    def target_losses(self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+    def target_losses(
+        self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+    ) -> jax.Array:
         """Cross-entropy at every supervised position of a batch of rows (see `data_pipeline.packing`).
 
         batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots,
         target_ids: (R, P) int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams
-        (R, G, M, D). Logits exist at the supervised positions only, in fp32. Returns (R, P) fp32.
+        (R, G, M, D). remat: see `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at the
+        supervised positions only, in fp32. Returns (R, P) fp32.
         """
         names = [name for name in ("num_frames", "frames", *self.video.POOLED) if name in batch]
         videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
         rows = len(batch["token_ids"])
         tokens = rearrange(self.video_tokens(videos, dtype), "(r g) v k -> r (g v) k", r=rows)
         embeds = self.embed(batch["token_ids"], batch["video_tokens"], tokens)
-        mask = visible(batch["group_ids"], batch["question_ids"])
+        mask = row_attention(batch["group_ids"], batch["question_ids"], kernel)
         hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
         supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
         logits = self.llm.logits(pin_batch(supervised))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target_ids"][:, :, None], axis=-1)[:, :, 0]
 
 
-def mean_loss(model: VideoLLM, batch: Mapping[str, jax.Array], dtype: jnp.dtype, remat: bool = False) -> jax.Array:
+def mean_loss(
+    model: VideoLLM, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+) -> jax.Array:
     """Token mean of the loss over the whole batch of rows, weighted by `target_weights`: (R, P) fp32."""
-    losses, weights = model.target_losses(batch, dtype, remat), batch["target_weights"]
+    losses, weights = model.target_losses(batch, dtype, remat=remat, kernel=kernel), batch["target_weights"]
     return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9)

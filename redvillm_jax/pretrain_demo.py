@@ -31,8 +31,9 @@ from data_pipeline.moving_shapes import Scene, picture_scene, render
 from data_pipeline.packing import Prefix, Question, fill_row
 from data_pipeline.shape_stories import KINDS, Document, cell_labels, document
 from data_pipeline.videos import RESIZE
+from redvillm_jax.attention import visible
 from redvillm_jax.demo_tokenizers import write_llama_tokenizer, write_qwen_tokenizer
-from redvillm_jax.layers import Linear, normalize, visible
+from redvillm_jax.layers import Linear, normalize
 from redvillm_jax.optim import warmup_cosine
 from redvillm_jax.weights import load_base_module, name_table
 

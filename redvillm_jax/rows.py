@@ -17,7 +17,7 @@ from data_pipeline.store import VideoStore
 from redvillm_jax.weights import Base
 
 PACKED_ROW = 2048  # slots of a packed row, unless one question needs more
-SLOT_MULTIPLE = 8  # rows are padded to a multiple of this many slots
+SHORT_ROW, LONG_ROW = 8, 128  # rows are padded to a multiple of this many slots; long ones for the TPU's kernel
 
 
 def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Prefix:
@@ -74,7 +74,7 @@ def plan_rows(
             epoch=epoch,
         )
     bounds = row_bounds(steps, prefixes, questions)
-    slots_per_row = -(-bounds.slots_per_row // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    slots_per_row = pad_row(bounds.slots_per_row)
     row_fn = functools.partial(
         fill_row,
         prefixes=prefixes,
@@ -91,6 +91,12 @@ def plan_rows(
     )
     fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
     return RowPlan(steps, row_fn, bounds, slots_per_row, fingerprint)
+
+
+def pad_row(slots: int) -> int:
+    """The number of slots that rows of at most `slots` tokens are given."""
+    multiple = SHORT_ROW if slots < 8 * LONG_ROW else LONG_ROW
+    return -(-slots // multiple) * multiple
 
 
 def tokenize(

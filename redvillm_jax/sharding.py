@@ -46,13 +46,16 @@ def weight_sharding(
         if spec is None:
             raise ValueError(f"no sharding rule matches the weight {name!r}")
         spec = (None,) * stacked + tuple(spec)
-        fits = [
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, shape, strict=False)
-        ]
+        fits = [axis if size % extent(mesh, axis) == 0 else None for axis, size in zip(spec, shape, strict=False)]
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return place
+
+
+def extent(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    """Into how many parts an entry of a PartitionSpec splits a dimension."""
+    axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+    return int(np.prod([mesh.shape[name] for name in axes]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -67,7 +70,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return extent(mesh, BATCH_AXES)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -29,11 +29,13 @@ def make_train_step(
     frozen_leaves: Any,
     out_shardings: tuple[Any, Any],
     mesh: jax.sharding.Mesh,
+    compiler_options: Mapping[str, str],
 ) -> Callable:
     """A jitted step(trainable, optimizer_state, frozen, batch) -> (trainable, optimizer_state, metrics).
 
     `frozen_leaves`: True for leaves of `trainable` that never train; they do not count in the reported norm.
-    Trainable weights and optimizer state are donated. metrics: loss and grad_norm, fp32 scalars.
+    Trainable weights and optimizer state are donated. `compiler_options` are XLA's. metrics: loss and grad_norm,
+    fp32 scalars.
     """
 
     def step(trainable, optimizer_state, frozen, batch):
@@ -44,4 +46,9 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, optimizer_state, trainable)
         return optax.apply_updates(trainable, updates), optimizer_state, {"loss": loss, "grad_norm": grad_norm}
 
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*out_shardings, replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=(*out_shardings, replicated(mesh)),
+        compiler_options=dict(compiler_options),
+    )

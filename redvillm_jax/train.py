@@ -1,6 +1,5 @@
 """Trains the projectors of a video LLM: python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN."""
 
-import functools
 import json
 import sys
 import time
@@ -11,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError, run
@@ -19,15 +17,14 @@ from data_pipeline.files import write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import checkpoint
-from redvillm_jax.assemble import load_model, make_video, projector_options, token_slots
+from redvillm_jax.assemble import load_model, make_video, token_slots
 from redvillm_jax.cli import parse
 from redvillm_jax.inputs import check_store, needed_parts, open_config_base
 from redvillm_jax.metrics import open_metrics
-from redvillm_jax.model import mean_loss
-from redvillm_jax.optim import FROZEN, label_tree, make_optimizer, warmup_cosine
+from redvillm_jax.optim import FROZEN, warmup_cosine
+from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
-from redvillm_jax.sharding import make_mesh, num_batch_shards, replicated, to_global
-from redvillm_jax.step import make_train_step, split_trainable
+from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
 from redvillm_jax.weights import Base
 
 
@@ -51,36 +48,16 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     identity = {"base": base.fingerprint, "data": plan.fingerprint}
 
     with jax.set_mesh(mesh):
-        # The model, and which of its projectors' leaves train in which group.
-        dtype = jnp.dtype(config["dtype"])
-        model = load_model(base, config, mesh, dtype=dtype, parts=needed_parts(store))
-        graphdef, trainable, frozen = split_trainable(model)
-        labels = label_tree(trainable, group_rules(config, base))
-        optimizer = make_optimizer(
-            labels,
-            learning_rate={k: config["learning_rate"] * v for k, v in config["learning_rate_scale"].items()},
-            weight_decay=config["weight_decay"],
-            total_steps=len(steps),
-            warmup_ratio=config["warmup_ratio"],
-            clip_norm=config["clip_norm"],
-        )
-        shardings = state_shardings(optimizer, trainable, mesh)
-        state = {"trainable": trainable, "optimizer": jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)}
-        train_step = make_train_step(
-            graphdef,
-            functools.partial(mean_loss, dtype=dtype, remat=config["remat"]),
-            optimizer,
-            jax.tree.map(lambda label: label == FROZEN, labels),
-            shardings,
-            mesh,
-        )
+        model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
+        training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
 
         # From the newest checkpoint, if there is one.
         checkpoints = checkpoint.open_checkpoints(workdir, keep=config["keep_checkpoints"])
-        start, state = checkpoint.restore(checkpoints, state, identity=identity)
+        start, state = checkpoint.restore(checkpoints, training.state, identity=identity)
         write_config(workdir, config)
-        describe(config, store, plan, rows_per_step, labels, state["trainable"], mesh, start)
-        del model, trainable  # they would keep the untrained projectors alive
+        describe(config, store, plan, rows_per_step, training.labels, state["trainable"], mesh, start)
+        train_step, frozen = training.step, training.frozen
+        del model, training  # they would keep the untrained projectors alive
         metrics = open_metrics(workdir / "metrics.jsonl", start)
         learning_rate = warmup_cosine(config["learning_rate"], len(steps), config["warmup_ratio"])
         make_batches = batches(
@@ -170,34 +147,6 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 def round_up(number: int, multiple: int) -> int:
     """The next multiple."""
     return -(-number // multiple) * multiple
-
-
-def group_rules(config: Mapping[str, Any], base: Base) -> list[tuple[str, str]]:
-    """Which trainable leaf belongs to which optimizer group; the first match counts."""
-    fixed = base.module.frozen_projector(**projector_options(base.module, config))
-    return [
-        *((rf"(spatial|temporal)\.{pattern}", FROZEN) for pattern in fixed),
-        (r"spatial\.", "spatial" if config["train_spatial"] else FROZEN),
-        (r"temporal\.", "temporal"),
-        (r"extra_mlp_", "extra_mlp"),
-    ]
-
-
-def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> tuple:
-    """Shardings of (trainable, optimizer state): moments lie like their weights, counters everywhere."""
-    weights = jax.tree.map(lambda x: x.sharding, trainable)
-
-    def masked(leaf: Any) -> bool:  # what another group's part of the state has instead
-        return isinstance(leaf, optax.MaskedNode)
-
-    return weights, optax.tree.map_params(
-        optimizer,
-        lambda leaf, sharding: leaf if masked(leaf) else sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        weights,
-        transform_non_params=lambda _: replicated(mesh),
-        is_leaf=masked,
-    )
 
 
 def check_finite(values: Mapping[str, float], checked: int, done: int, steps: Sequence, store, checkpoints) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from data_pipeline.errors import UserError
 from redvillm_jax.layers import Stack
+from redvillm_jax.quantize import quantize, quantized_shapes
 
 PARTS = ("encoder", "projector", "llm")
 REMEDY = "make the base folder again with conversion.from_torch"
@@ -114,14 +115,17 @@ class TensorFolder:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base folder, opened: the family's module, its config, the fingerprint and the tensors by canonical name."""
+    """A base folder, opened: the family's module, its config, the fingerprint and the tensors by canonical name.
 
-    path: Path
+    Without a path it is a size without weights, to compute shapes with.
+    """
+
+    path: Path | None
     family: str
     module: ModuleType
     config: Any
     fingerprint: str
-    tensors: TensorFolder
+    tensors: TensorFolder | None
     published: Mapping[str, str]  # canonical name -> published name
 
 
@@ -157,6 +161,14 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     return Base(path, meta["family"], module, read_config(module, path), meta["fingerprint"], tensors, published)
 
 
+def sized_base(family: str, size: str) -> Base:
+    """A base of one of the family's named sizes, without weights; an unknown size is a UserError."""
+    module = load_base_module(family)
+    if size not in module.SIZES:
+        raise UserError(f"unknown size {size!r} of {family}: expected one of {', '.join(module.SIZES)}")
+    return Base(None, family, module, module.SIZES[size], "", None, {})
+
+
 def read_config(base: ModuleType, folder: Path, vision: Path | None = None) -> Any:
     """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json."""
     config = read_json(folder / "config.json", REMEDY)
@@ -170,34 +182,53 @@ def load_part(
     *,
     dtype: jax.typing.DTypeLike,
     sharding: Callable[[str, tuple[int, ...], bool], jax.sharding.Sharding],
+    int8: bool = False,
     **options: Any,
 ) -> nnx.Module:
     """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. Raises UserError that lists missing or wrongly
-    shaped tensors.
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers in 8 bits. A base
+    without a folder gives shapes, dtypes and shardings instead of arrays. Raises UserError that lists missing or
+    wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
-    check_tensors(base, table)
+    scales = quantized_shapes(module) if int8 else {}
+    if base.path is not None:
+        check_tensors(base, table)
     layers_of: dict[tuple, list[str]] = {}
     for name, leaf in table.items():
         layers_of.setdefault(leaf.path, []).append(name)
 
-    def load(path: tuple, leaf: nnx.Param) -> jax.Array:
+    def read(path: tuple, index: tuple[slice, ...]) -> np.ndarray:
         names = layers_of[path]
-        stacked = table[names[0]].layer is not None
+        if table[names[0]].layer is None:
+            return read_slice(base, names[0], index)
+        return np.stack([read_slice(base, name, index[1:]) for name in names[index[0]]])
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
-                return read_slice(base, names[0], index).astype(dtype)
-            layers = [read_slice(base, name, index[1:]).astype(dtype) for name in names[index[0]]]
-            return np.stack(layers)
-
-        return jax.make_array_from_callback(leaf.shape, sharding(names[0], leaf.shape, stacked), read)
+    def place(path: tuple, shape: tuple[int, ...], dtype: Any, callback: Callable) -> jax.Array | jax.ShapeDtypeStruct:
+        name = layers_of[path][0]
+        at = sharding(name, shape, table[name].layer is not None)
+        if base.path is None:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+        return jax.make_array_from_callback(shape, at, callback)
 
     graphdef, state = nnx.split(module)
-    flat = {path: leaf.replace(load(path, leaf)) for path, leaf in nnx.to_flat_state(state)}
+    flat = dict(nnx.to_flat_state(state))
+    for path in layers_of:
+        leaf, shape = flat[path], flat[path].shape
+        if path in scales:  # a scale belongs to a whole row, whatever part of it a device holds
+
+            def rows(index: tuple[slice, ...], path=path) -> tuple[np.ndarray, np.ndarray]:
+                return quantize(read(path, (*index, slice(None))))
+
+            weight = place(path, shape, np.int8, lambda i, rows=rows: rows(i[:-1])[0][..., i[-1]])
+            flat[scales[path]] = flat[scales[path]].replace(
+                place(path, shape[:-1], np.float32, lambda i, rows=rows: rows(i)[1])
+            )
+        else:
+            weight = place(path, shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
+        flat[path] = leaf.replace(weight)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

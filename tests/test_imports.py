@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "encode", "demo", "pretrain_demo")
-LEAVES = ("layers", "sharding", "optim", "step", "checkpoint", "metrics", "generate", "cli")
+COMMANDS = ("train", "evaluate", "encode", "plan", "demo", "pretrain_demo")
+LEAVES = (
+    *("layers", "attention", "quantize", "sharding", "optim", "step", "checkpoint", "metrics", "generate", "cli"),
+    *("flops", "hlo_cost", "topologies"),
+)
 STANDARD = set(sys.stdlib_module_names)
 
 

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError, run
 from redvillm_jax import checkpoint
-from redvillm_jax.layers import attention, visible
+from redvillm_jax.attention import visible
+from redvillm_jax.layers import attention
 from redvillm_jax.metrics import open_metrics
 from redvillm_jax.rows import check_round_trip, show_rows, tokenize
 from redvillm_jax.sharding import make_mesh, weight_sharding
@@ -28,7 +29,7 @@ def test_a_token_sees_its_prefix_and_its_own_question():
         "11001000",
         "00000100",
         "00000110",
-        "00000000",
+        "00000001",
     ]
     got = ["".join(str(int(x)) for x in row) for row in np.asarray(visible(groups, questions))[0]]
     assert got == want

@@ -15,14 +15,15 @@ from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.assemble import load_model, token_slots
+from redvillm_jax.attention import visible
 from redvillm_jax.generate import greedy
-from redvillm_jax.layers import visible
+from redvillm_jax.layers import KEPT
 from redvillm_jax.model import mean_loss
 from redvillm_jax.optim import make_optimizer
+from redvillm_jax.recipe import state_shardings
 from redvillm_jax.rows import make_prefix, plan_rows, tokenize
 from redvillm_jax.sharding import make_mesh
 from redvillm_jax.step import join, make_train_step, split_trainable
-from redvillm_jax.train import state_shardings
 from redvillm_jax.weights import open_base
 
 DTYPE = jnp.float32
@@ -208,15 +209,33 @@ def test_finetune_labels_supervise_qwens_structural_tokens_too(bases, stores):
         assert b.supervised.sum() > a.supervised.sum()
 
 
-def test_remat_changes_no_gradient(bases, stores):
-    base, config, model = build(bases["llava"], "llava", num_epochs=1, batch_questions=8, row_length=110)
-    batch = whole_epoch(base, config, open_store(stores["llava"]))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remat_changes_no_gradient(family, bases, stores):
+    base, config, model = build(bases[family], family, num_epochs=1, batch_questions=8, row_length=110)
+    batch = whole_epoch(base, config, open_store(stores[family]))
     graphdef, trainable, frozen = split_trainable(model)
-    gradients = [
-        jax.jit(jax.grad(lambda w, r=remat: mean_loss(join(graphdef, w, frozen), batch, DTYPE, r)))(trainable)
-        for remat in (False, True)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), *gradients)
+
+    def gradient(remat):
+        return jax.jit(jax.grad(lambda w: mean_loss(join(graphdef, w, frozen), batch, DTYPE, remat=remat)))(trainable)
+
+    whole = gradient("none")
+    for remat in ("full", ",".join(KEPT)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), gradient(remat), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_activations_named_are_the_ones_stored(family, bases, stores):
+    base, config, model = build(bases[family], family, num_epochs=1, batch_questions=8, row_length=110)
+    batch = whole_epoch(base, config, open_store(stores[family]))
+    graphdef, trainable, frozen = split_trainable(model)
+
+    def gradient(remat):
+        return jax.grad(lambda w: mean_loss(join(graphdef, w, frozen), batch, DTYPE, remat=remat))
+
+    c, (rows, slots) = base.config, batch["token_ids"].shape
+    gates = f"[{c.num_hidden_layers},{rows},{slots},{c.intermediate_size}]"  # of all layers
+    assert gates in str(jax.make_jaxpr(gradient("gate,up"))(trainable))
+    assert gates not in str(jax.make_jaxpr(gradient("query,key,value,context,residual"))(trainable))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -294,7 +313,7 @@ def test_a_step_changes_no_frozen_weight(bases, stores):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     shardings = state_shardings(tx, trainable, mesh)
     fixed = jax.tree.map(lambda _: False, trainable)
-    step = make_train_step(graphdef, functools.partial(mean_loss, dtype=DTYPE), tx, fixed, shardings, mesh)
+    step = make_train_step(graphdef, functools.partial(mean_loss, dtype=DTYPE), tx, fixed, shardings, mesh, {})
     start = jax.tree.map(np.array, trainable)
     after, _, _ = step(jax.tree.map(jnp.copy, trainable), tx.init(trainable), frozen, batch)
     jax.tree.map(np.testing.assert_array_equal, before, frozen)

@@ -205,7 +205,7 @@ def test_other_questions_are_refused_on_resume(tmp_path, bases, stores, runs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_with_remat_follows_float32(family, tmp_path, runs, bases, stores):
     """The defaults of the real recipes."""
-    changes = {"dtype": "bfloat16", "remat": True, "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    changes = {"dtype": "bfloat16", "remat": "full", "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
     train.train(make_config(family, bases[family], stores[family], **changes), tmp_path, jax.devices()[:1])
     np.testing.assert_allclose(losses(tmp_path), losses(runs[family]), rtol=2e-2)
     assert {leaf.dtype for leaf in leaves(tmp_path).values()} == {np.dtype(np.float32)}

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
 from redvillm_jax.layers import (
+    BATCH_AXES,
     Embedding,
     LayerNorm,
     Linear,
@@ -23,6 +24,7 @@ from redvillm_jax.layers import (
     attention,
     broadcast_rows,
     gelu,
+    keep,
     merge_heads,
     quick_gelu,
     rotary_angles,
@@ -292,9 +294,9 @@ class LlamaAttention(nnx.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def __call__(self, x, angles, attention_mask, cache_index, cache):
-        q = rotate(split_heads(self.q_proj(x), self.num_heads), angles)
-        k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
-        v = split_heads(self.v_proj(x), self.num_kv_heads)
+        q = keep(rotate(split_heads(self.q_proj(x), self.num_heads), angles), "query")
+        k = keep(rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles), "key")
+        v = keep(split_heads(self.v_proj(x), self.num_kv_heads), "value")
         if cache is not None:
             cache = k, v = update_cache(cache, k, v, cache_index)
         return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache
@@ -309,7 +311,8 @@ class LlamaMLP(nnx.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = keep(self.gate_proj(x), "gate"), keep(self.up_proj(x), "up")
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class LlamaLayer(nnx.Module):
@@ -323,7 +326,7 @@ class LlamaLayer(nnx.Module):
 
     def __call__(self, x, angles, attention_mask, cache_index, cache):
         y, cache = self.self_attn(self.input_layernorm(x), angles, attention_mask, cache_index, cache)
-        x = x + y
+        x = keep(x + y, "residual")
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
@@ -364,7 +367,7 @@ class LLM(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         cache_index: int | jax.Array = 0,
         context_length: jax.Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Decoder body and final norm.
 
@@ -380,8 +383,7 @@ class LLM(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: (..., K) -> (..., vocab_size) fp32."""
-        weight = self.lm_head.weight[...].astype(hidden.dtype)
-        return jnp.einsum("...k,vk->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden, jnp.float32)
 
 
 # ---- names
@@ -431,7 +433,7 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.weight$", P("tensor", "fsdp")),
     (r"(o_proj|out_proj|down_proj|fc2)\.weight$", P("fsdp", "tensor")),
     (r"(embed_tokens|lm_head)\.weight$", P("tensor", "fsdp")),
-    (r"multi_modal_projector\.linear(_1|_2)?\.weight$", P("fsdp", None)),
+    (r"multi_modal_projector\.linear(_1|_2)?\.weight$", P(BATCH_AXES, None)),  # what trains is small: split it whole
     (r"patch_embedding\.weight$", P()),
     (r"(class_embedding|position_embedding\.weight)$", P()),
     (r"(layer_?norm\d?|layrnorm|norm)\.(weight|bias)$", P()),

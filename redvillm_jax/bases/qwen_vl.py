@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
 from redvillm_jax.layers import (
+    BATCH_AXES,
     Embedding,
     LayerNorm,
     Linear,
@@ -26,6 +27,7 @@ from redvillm_jax.layers import (
     attention,
     broadcast_rows,
     gelu,
+    keep,
     merge_heads,
     rotary_angles,
     rotate,
@@ -392,9 +394,10 @@ class QwenAttention(nnx.Module):
 
     def __call__(self, x, angles, query_scale, attention_mask, cache_index, cache):
         q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(self.c_attn(x), 3, axis=-1))
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = rotate(q, angles), keep(rotate(k, angles), "key"), keep(v, "value")
         if query_scale is not None:
             q = q * query_scale[:, :, None, None].astype(q.dtype)
+        q = keep(q, "query")
         if cache is not None:
             cache = k, v = update_cache(cache, k, v, cache_index)
         return self.c_proj(merge_heads(attention(q, k, v, attention_mask))), cache
@@ -409,7 +412,8 @@ class QwenMLP(nnx.Module):
         self.c_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(self.w1(x) * jax.nn.silu(self.w2(x)))  # w2 is the gate
+        gate, up = keep(self.w2(x), "gate"), keep(self.w1(x), "up")
+        return self.c_proj(up * jax.nn.silu(gate))
 
 
 class QwenBlock(nnx.Module):
@@ -423,7 +427,7 @@ class QwenBlock(nnx.Module):
 
     def __call__(self, x, angles, query_scale, attention_mask, cache_index, cache):
         y, cache = self.attn(self.ln_1(x), angles, query_scale, attention_mask, cache_index, cache)
-        x = x + y
+        x = keep(x + y, "residual")
         return x + self.mlp(self.ln_2(x)), cache
 
 
@@ -476,7 +480,7 @@ class LLM(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None = None,
         cache_index: int | jax.Array = 0,
         context_length: jax.Array | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Decoder body and final norm.
 
@@ -500,8 +504,7 @@ class LLM(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: (..., K) -> (..., vocab_size) fp32."""
-        weight = self.lm_head.weight[...].astype(hidden.dtype)
-        return jnp.einsum("...k,vk->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden, jnp.float32)
 
 
 # ---- names
@@ -521,8 +524,8 @@ def unused(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
-    (r"attn_pool\.(kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight)$", P("fsdp", None)),
-    (r"visual\.proj$", P("fsdp", None)),
+    (r"attn_pool\.(kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight)$", P(BATCH_AXES, None)),  # trains
+    (r"visual\.proj$", P(BATCH_AXES, None)),
     (r"attn_pool\.(query|pos_embed|attn\.in_proj_bias)$", P()),
     (r"(c_attn|in_proj|c_fc|w1|w2)\.weight$", P("tensor", "fsdp")),
     (r"(c_proj|out_proj)\.weight$", P("fsdp", "tensor")),

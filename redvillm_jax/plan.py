@@ -1,0 +1,387 @@
+"""Says before renting whether a training fits a TPU slice, what limits it and what it will cost.
+
+python -m redvillm_jax.plan --config=configs/llava.py --topology=v5e-16 [--rows-per-chip=1] [--dump=DIR]
+python -m redvillm_jax.plan --config=configs/llava.py --all --dump=DIR
+
+Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]') on
+a machine that needs no TPU. A base's real size is taken without weights (--size), or that of --config.base; rows have
+VideoInstruct's lengths, or those of --config.data. Times are bounds: no run will be faster than what is charged here,
+and input, logging and a shared network can make it slower. --all compares the slices, each kind of chip with
+the settings that were found best for it.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data_pipeline.errors import UserError, run
+from data_pipeline.files import write_text
+from data_pipeline.store import open_store
+from redvillm_jax.assemble import load_model, make_video, token_slots
+from redvillm_jax.cli import parse, positive
+from redvillm_jax.flops import kernel_flops, matrix_sizes, step_flops
+from redvillm_jax.hlo_cost import Charge, Unpriced, charges
+from redvillm_jax.inputs import check_base, check_config, check_store
+from redvillm_jax.layers import KEPT
+from redvillm_jax.recipe import make_encode_step, make_training
+from redvillm_jax.rows import plan_rows
+from redvillm_jax.sharding import batch_sharding, make_mesh, num_batch_shards
+from redvillm_jax.topologies import NAMES, Chip, parse_topology, tpu_devices
+from redvillm_jax.weights import Base, open_base, sized_base
+from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, empty_row, fill_rows, measure, paper_lengths
+
+OPTIONS = {
+    "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
+    "size": (None, "A named size of the family instead of --config.base, such as v1-7b (its first)."),
+    "rows_per_chip": ("1", "Rows of a step on each chip, for the second line."),
+    "videos_per_chip": ("1", "Videos that each chip encodes at once."),
+    "dump": (None, "Folder for the optimized HLO, the memory analysis and the arithmetic."),
+    "all": (False, "Compares all slices."),
+}
+LONG = ",".join(KEPT)
+BEST = {  # of the variants in docs/performance.md: what fits a chip of each kind and has the highest bound
+    "v4": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
+    "v5e": {"remat": LONG, "int8": True, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 1},
+    "v5p": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
+    "v6e": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step: bytes per chip, time by kind of charge in seconds, or why one of them is not known.
+
+    problem: "" | why it does not compile or has no bound.
+    """
+
+    weights: float
+    state: float
+    temporaries: float
+    peak: float
+    seconds: float
+    shares: Mapping[str, float]
+    compile_seconds: float
+    problem: str = ""
+
+    @property
+    def known(self) -> bool:
+        return self.seconds > 0
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(argv, __doc__, OPTIONS)
+    config = flags["config"]
+    if config is None or not (flags["topology"] or flags["all"]):
+        raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")
+    check_config(config)
+    base, lengths, total = open_workload(config, flags["size"])
+    dump = Path(flags["dump"]) if flags["dump"] else None
+    videos = int(lengths[0].max()) + 1 if config["data"] else VIDEOS
+    if flags["all"]:
+        compare(config, base, lengths, total, videos, dump)
+        return
+    rows_per_chip, videos_per_chip = positive(flags, "rows_per_chip"), positive(flags, "videos_per_chip")
+    plan_one(config, base, flags["topology"], lengths, total, videos, rows_per_chip, videos_per_chip, dump)
+
+
+def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
+    """The base, the questions' lengths and how many questions an epoch has."""
+    if config["base"] and not size:
+        base = dataclasses.replace(check_base(open_base(config["base"]), config))
+    else:
+        sizes = {"llava": "v1-7b"}
+        base = check_base(sized_base(config["family"], size or sizes.get(config["family"], "7b")), config)
+    slots = token_slots(base, config)
+    if not config["data"]:
+        return shapes_only(base), paper_lengths(len(slots(config["num_frames"]))), QUESTIONS
+    if base.path is None:
+        raise UserError("--config.data needs --config.base, whose tokenizer counts its questions")
+    store = open_store(config["data"])
+    check_store(store, base, config)
+    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), slots)
+    questions = [plan.row_fn.keywords["questions"][i] for i in range(len(store.instructions))]
+    index = {video["video"]: i for i, video in enumerate(store.videos)}
+    videos = np.array([index[row["video"]] for row in store.instructions])
+    return shapes_only(base), (videos, plan.row_fn.keywords["prefixes"], questions), len(questions)
+
+
+def shapes_only(base: Base) -> Base:
+    """The base without its folder: models of it have shapes instead of arrays."""
+    return dataclasses.replace(base, path=None, tensors=None, published={})
+
+
+def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, videos_per_chip, dump) -> None:
+    """Prints the plan of one slice."""
+    chip, grid = parse_topology(topology)
+    devices = tpu_devices(topology)
+    mesh = make_mesh(config["mesh"], devices)
+    shards, chips = num_batch_shards(mesh), len(devices)
+    name = config["family"]
+    print(f"{name} on {topology}: {chips} {chip.kind} chips ({'×'.join(map(str, grid))}), mesh {dict(mesh.shape)}")
+    rows = {"row_length": config["row_length"] or 2048, "pack": config["pack"], "total_questions": total}
+    paper = measure(*lengths, batch_questions=config["batch_questions"], shards=shards, **rows)
+    filled = fill_rows(*lengths, rows=rows_per_chip * shards, **rows)
+    encode = compile_encode(config, base, mesh, chip, videos_per_chip, folder(dump, topology, "encode"))
+    encode_hours = videos / (videos_per_chip * shards) * encode.seconds / 3600
+    print_memory("encode", encode, chip, config, rows_per_chip)
+    if encode.known:
+        print(f"  {videos:,} videos once, {videos_per_chip} per chip: {encode_hours:.2f} h")
+    cached: dict[int, Program] = {}
+    for title, work in (
+        (f"the paper's {paper.questions} questions a step", paper),
+        (f"--rows-per-chip={rows_per_chip}: {filled.questions} questions a step, no longer the paper's recipe", filled),
+    ):
+        print(f"{title}: {work.rows} rows of {work.row_length} slots, {work.rows / shards:g} per chip")
+        if work.rows not in cached:
+            where = folder(dump, topology, f"train-{work.rows}-rows")
+            cached[work.rows] = compile_train(config, base, mesh, chip, work, where)
+        program = cached[work.rows]
+        print_memory("train", program, chip, config, rows_per_chip)
+        if program.known:
+            print_bound(program, work, base, chip, chips, config, encode_hours)
+    if paper.rows * paper.row_length > 1.5 * paper.tokens:
+        print(
+            f"note: {1 - paper.tokens / (paper.rows * paper.row_length):.0%} of the slots are empty at "
+            f"{paper.questions} questions a step: use fewer chips or --config.mesh.tensor, or more questions a step"
+        )
+
+
+def folder(dump: Path | None, topology: str, name: str) -> Path | None:
+    """Where a program is dumped."""
+    return None if dump is None else dump / topology / name
+
+
+def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None) -> Program:
+    """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
+    model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
+    training = make_training(config, base, model, mesh, num_steps=3 * work.steps, row_length=work.row_length)
+    trainable, moments = training.state["trainable"], training.state["optimizer"]
+    batch = abstract_batch(config, base, mesh, work)
+    heads = base.config.num_attention_heads
+    kernels = kernel_flops(
+        work.rows // num_batch_shards(mesh),
+        work.row_length,
+        heads // math.gcd(heads, mesh.shape["tensor"]),
+        base.config.hidden_size // heads,
+    )
+    lower = training.step.lower
+    return compile_program(
+        lambda: lower(trainable, moments, training.frozen, batch),
+        mesh,
+        chip,
+        kernels,
+        weights=training.frozen,
+        state=training.state,
+        dump=dump,
+    )
+
+
+def compile_encode(config, base: Base, mesh, chip: Chip, videos_per_chip: int, dump: Path | None) -> Program:
+    """Compiles the step of `redvillm_jax.encode`."""
+    dtype = jnp.dtype(config["dtype"])
+    step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
+    side, at = base.config.image_size, batch_sharding(mesh)
+    b = videos_per_chip * num_batch_shards(mesh)
+    frames = jax.ShapeDtypeStruct((b, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
+    num_frames = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=at)
+    return compile_program(
+        lambda: step.lower(weights, frames, num_frames), mesh, chip, {}, weights=weights, state=(), dump=dump
+    )
+
+
+def abstract_batch(config, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of rows with their videos' streams."""
+    side = round(base.config.num_patches**0.5)
+    video = make_video(config)
+    row = empty_row(work, len(token_slots(base, config)(config["num_frames"])))
+    shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
+    shapes["num_frames"] = (work.groups,), jnp.int32
+    for stream, layout in video.layouts((side, side), config["num_frames"]).items():
+        width = base.config.vision_hidden_size
+        shapes[stream] = (work.groups, math.prod(layout), width), jnp.bfloat16
+    at = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((work.rows, *s), d, sharding=at) for name, (s, d) in shapes.items()}
+
+
+def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: Path | None) -> Program:
+    """Compiles for the slice and charges every instruction; one that does not fit says what the compiler said."""
+    sizes = {"weights": bytes_per_chip(weights), "state": bytes_per_chip(state)}
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+        if "hbm" not in said.lower() or "RESOURCE_EXHAUSTED" not in said:
+            raise
+        used = said.partition("Used ")[2].partition(" of ")[0]
+        needed = float(used[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[-1]]
+        return Program(**sizes, temporaries=0, peak=needed, seconds=0, shares={}, compile_seconds=0)
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    hlo, problem, found = compiled.as_text(), "", []
+    try:
+        found = charges(hlo, chip, kernels)
+    except Unpriced as error:
+        problem = f"no bound: {error} has no price"
+    shares = {kind: sum(c.seconds for c in found if c.kind == kind) for kind in sorted({c.kind for c in found})}
+    program = Program(
+        **sizes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        seconds=sum(shares.values()),
+        shares=shares,
+        compile_seconds=seconds,
+        problem=problem,
+    )
+    if dump is not None:
+        write_dump(dump, hlo, str(memory), found, program, chip)
+    return program
+
+
+def bytes_per_chip(tree: Any) -> float:
+    """Bytes of arrays that one chip holds."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
+    """Bytes per chip, and what to change when they are too many."""
+    parts = f"weights {gb(program.weights)}, trained {gb(program.state)}, temporaries {gb(program.temporaries)}"
+    fits = program.peak <= chip.hbm
+    state = "fits" if fits else "DOES NOT FIT"
+    timed = f", compiled in {program.compile_seconds:.0f} s" if program.compile_seconds else ""
+    print(f"  {name}, GB per chip: {parts}; peak {gb(program.peak)} of {gb(chip.hbm)}: {state}{timed}")
+    if program.problem:
+        print(f"  {program.problem}")
+    if not fits:
+        print(f"  try: {'; '.join(remedies(program, chip, config, rows_per_chip))}")
+
+
+def gb(size: float) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_chip: int) -> list[str]:
+    """What makes a program smaller, the cheapest in time first."""
+    found = []
+    if program.weights > 0.5 * chip.hbm and not config["int8"]:
+        found.append("--config.int8=True")
+    if rows_per_chip > 1:
+        found.append(f"--rows-per-chip={rows_per_chip // 2}")
+    if config["remat"] != "full":
+        found.append("--config.remat=full")
+    if config["mesh"]["fsdp"] == 1:
+        found.append("--config.mesh.data=1 --config.mesh.fsdp=-1")
+    if config["mesh"]["tensor"] == 1:
+        found.append("--config.mesh.tensor=2")
+    return found or ["more chips"]
+
+
+def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
+    """Time of a step and what follows from it."""
+    flops, useful = model_flops(base, config, work)
+    shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
+    available = chip.peak_flops * chips * program.seconds
+    hours = 3 * work.steps * program.seconds / 3600
+    print(f"  a step: {flops:.3g} flops in at least {program.seconds * 1e3:.0f} ms ({shares})")
+    print(
+        f"  MFU at most {flops / available:.3f} counting row tokens, {useful / available:.3f} counting real ones; "
+        f"at most {work.questions / program.seconds:.1f} questions/s"
+    )
+    print(
+        f"  3 epochs: at least {hours:.2f} h, with the encoding {hours + encode_hours:.2f} h = "
+        f"{chips * (hours + encode_hours):.1f} chip-hours"
+    )
+
+
+def model_flops(base: Base, config, work: Workload) -> tuple[float, float]:
+    """4·N·D of a step: with all slots of its rows, and with its real tokens alone."""
+    matrices = matrix_sizes(nnx.eval_shape(lambda: base.module.LLM(base.config, rngs=nnx.Rngs(0))))
+    return (
+        step_flops(matrices, work.rows * work.row_length, work.rows * work.targets),
+        step_flops(matrices, work.tokens, work.supervised),
+    )
+
+
+def compare(config, base: Base, lengths, total: int, videos: int, dump: Path | None) -> None:
+    """The table of all slices, and its picture."""
+    print("slice     settings                      GB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
+    lines = []
+    for topology in NAMES:
+        chip, _ = parse_topology(topology)
+        best = BEST[chip.kind]
+        settings = {**config, **{key: best[key] for key in ("remat", "int8", "mesh")}}
+        devices = tpu_devices(topology)
+        mesh = make_mesh(settings["mesh"], devices)
+        work = fill_rows(
+            *lengths,
+            row_length=config["row_length"] or 2048,
+            pack=config["pack"],
+            rows=best["rows_per_chip"] * num_batch_shards(mesh),
+            total_questions=total,
+        )
+        train = compile_train(settings, base, mesh, chip, work, folder(dump, topology, "train"))
+        encode = compile_encode(settings, base, mesh, chip, 1, folder(dump, topology, "encode"))
+        said = f"{'int8' if best['int8'] else 'bf16'}, {best['rows_per_chip']} rows per chip"
+        if not (train.known and encode.known and train.peak <= chip.hbm):
+            print(f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or 'does not fit'}", flush=True)
+            continue
+        bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
+        hours = (3 * work.steps * train.seconds + videos / len(devices) * encode.seconds) / 3600
+        lines.append((topology, bound, hours, hours * len(devices)))
+        print(
+            f"{topology:<9} {said:<29} {gb(train.peak):>7}  {bound:>9.3f}  {work.questions:>14}  "
+            f"{work.questions / train.seconds:>11.1f}  {hours:>5.2f}  {hours * len(devices):>10.1f}",
+            flush=True,
+        )
+    if dump is not None and lines:
+        draw(lines, config["family"], dump / "plan.png")
+        print(f"picture: {dump / 'plan.png'}")
+
+
+def draw(lines: list[tuple[str, float, float, float]], family: str, path: Path) -> None:
+    """Hours and chip-hours by slice, one line per kind of chip."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for kind in dict.fromkeys(name.split("-")[0] for name, *_ in lines):
+        chosen = [line for line in lines if line[0].startswith(kind + "-")]
+        chips = [round(cost / hours) for _, _, hours, cost in chosen]
+        axes[0].plot(chips, [hours for _, _, hours, _ in chosen], "o-", label=kind)
+        axes[1].plot(chips, [cost for *_, cost in chosen], "o-", label=kind)
+    for axis, label in zip(axes, ("hours, at least", "chip-hours, at least"), strict=True):
+        axis.set(xscale="log", xlabel="chips", ylabel=label, title=f"{family}: the paper's 3 epochs, encoding included")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_dump(dump: Path, hlo: str, memory: str, found: list[Charge], program: Program, chip: Chip) -> None:
+    """The optimized HLO, the compiler's memory analysis, every charge, and their sum."""
+    dump.mkdir(parents=True, exist_ok=True)
+    write_text(dump / "optimized.hlo", hlo)
+    write_text(dump / "memory.txt", memory + "\n")
+    rows = [f"{c.kind},{c.name},{c.times},{c.seconds:.9f},{c.busy:.9f},{json.dumps(c.source)}" for c in found]
+    write_text(dump / "charges.csv", "\n".join(["kind,instruction,times,seconds,busy_seconds,source", *rows]) + "\n")
+    summary = dataclasses.asdict(program) | {"chip": dataclasses.asdict(chip)}
+    write_text(dump / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,5 +1,7 @@
 """Rows of the training batch: video prefixes, each with its questions, as a function of (seed, epoch)."""
 
+import math
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,7 +60,9 @@ def plan_epoch(
 
     question_videos: (Q,) the video of each question. prefix_lengths: (videos,). question_lengths: (Q,).
     Without `pack` a row is one question. With it the questions of a video share one prefix, as many as fit a
-    row; these groups are shuffled, cut where a step is full, and placed first-fit into the step's rows.
+    row; these groups are shuffled, cut where a step is full, and placed first-fit into the step's rows. No step
+    takes more rows than it must: every step is computed at the size of the largest, so a group that would open
+    one more row waits for the next step, and a later one takes its place.
     Raises UserError for a question that fits no row.
     """
     question_videos, question_lengths = np.asarray(question_videos), np.asarray(question_lengths)
@@ -78,7 +82,11 @@ def plan_epoch(
     videos, prefixes, lengths = (a.tolist() for a in (question_videos, prefix_lengths, question_lengths))
     groups = _group(order.tolist(), videos, prefixes, lengths, row_length)
     groups = [groups[i] for i in rng.permutation(len(groups))]
-    return [_first_fit(step, prefixes, lengths, row_length) for step in _cut(groups, batch_questions)]
+    sizes = [prefixes[video] + sum(lengths[q] for q in questions) for video, questions in groups]
+    share = min(batch_questions / max(len(order), 1), 1)
+    fewest = max(1, math.ceil(share * sum(sizes) / row_length))
+    plans = (_steps(groups, prefixes, lengths, row_length, batch_questions, n) for n in range(fewest, len(order) + 1))
+    return next(filter(None, plans), [])
 
 
 def _group(order: list[int], videos, prefixes, lengths, row_length: int) -> list[Group]:
@@ -96,34 +104,73 @@ def _group(order: list[int], videos, prefixes, lengths, row_length: int) -> list
     return [(videos[questions[0]], tuple(questions)) for questions in members]
 
 
-def _cut(groups: Iterable[Group], batch_questions: int) -> Iterable[list[Group]]:
-    """Yields lists of groups with `batch_questions` questions in all, splitting a group where one is full."""
-    step, room = [], batch_questions
-    for video, questions in groups:
-        while questions:
-            taken, questions = questions[:room], questions[room:]
-            step.append((video, taken))
-            room -= len(taken)
-            if room == 0:
-                yield step
-                step, room = [], batch_questions
-    if step:
-        yield step
+def _steps(
+    groups: Iterable[Group], prefixes, lengths, row_length: int, batch_questions: int, max_rows: int
+) -> list[Step] | None:
+    """Steps of `batch_questions` questions in at most `max_rows` rows, in the order given but for groups that wait.
+
+    None where that cannot be done.
+    """
+    steps, waiting = [], deque(groups)
+    while waiting:
+        step, late, room = Rows(prefixes, lengths, row_length, max_rows), [], batch_questions
+        while waiting and room:
+            video, questions = waiting.popleft()
+            group, rest = (video, questions[:room]), questions[room:]
+            if not step.place(group):
+                row, held = step.poorest()
+                if held < len(questions):  # give its row to the group with more questions
+                    late += step.empty(row)
+                    room += held
+                    waiting.appendleft((video, questions))
+                else:
+                    late.append((video, questions))
+                if len(late) > 8 * batch_questions:  # it does not pay to look further
+                    return None
+                continue
+            room -= len(group[1])
+            if rest:
+                waiting.appendleft((video, rest))
+        if (late and room) or not step.rows:
+            return None
+        waiting.extendleft(reversed(late))
+        steps.append(tuple(map(tuple, step.rows)))
+    return steps
 
 
-def _first_fit(groups: list[Group], prefixes, lengths, row_length: int) -> Step:
-    """Puts each group, the longest first, into the first row that has room for it."""
-    sizes = [prefixes[video] + sum(lengths[q] for q in questions) for video, questions in groups]
-    rows: list[list[Group]] = []
-    rooms: list[int] = []
-    for size, group in sorted(zip(sizes, groups, strict=True), key=lambda item: -item[0]):
-        row = next((i for i, room in enumerate(rooms) if room >= size), len(rows))
-        if row == len(rows):
-            rows.append([])
-            rooms.append(row_length)
-        rows[row].append(group)
-        rooms[row] -= size
-    return tuple(map(tuple, rows))
+class Rows:
+    """The rows of one step while they are filled: each group goes where it leaves the least room."""
+
+    def __init__(self, prefixes, lengths, row_length: int, max_rows: int):
+        self.prefixes, self.lengths, self.row_length, self.max_rows = prefixes, lengths, row_length, max_rows
+        self.rows: list[list[Group]] = []
+        self.rooms: list[int] = []
+
+    def place(self, group: Group) -> bool:
+        """Adds a group to a row; False when none has room for it."""
+        video, questions = group
+        size = self.prefixes[video] + sum(self.lengths[q] for q in questions)
+        row = min((i for i, room in enumerate(self.rooms) if room >= size), key=self.rooms.__getitem__, default=None)
+        if row is None and len(self.rows) < self.max_rows:
+            row = len(self.rows)
+            self.rows.append([])
+            self.rooms.append(self.row_length)
+        if row is None:
+            return False
+        self.rows[row].append(group)
+        self.rooms[row] -= size
+        return True
+
+    def poorest(self) -> tuple[int, int]:
+        """The row with the fewest questions, and how many it has."""
+        held = [sum(len(questions) for _, questions in row) for row in self.rows]
+        return held.index(min(held)), min(held)
+
+    def empty(self, row: int) -> list[Group]:
+        """Takes a row's groups out again."""
+        self.rooms[row] = self.row_length
+        groups, self.rows[row] = self.rows[row], []
+        return groups
 
 
 def row_bounds(

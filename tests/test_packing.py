@@ -61,6 +61,17 @@ def test_a_group_splits_where_it_does_not_fit_the_row():
     assert all(len(row) == 1 for row in steps[0])
 
 
+def test_a_group_that_would_open_one_more_row_waits():
+    """Videos of 1 to 6 questions; every step is computed at the size of the largest, so none may stand out."""
+    rng = np.random.default_rng(0)
+    videos = np.repeat(np.arange(400), rng.integers(1, 7, 400))
+    steps = plan((videos, [40] * 400, [10] * len(videos)), row_length=100, batch_questions=20)
+    rows = np.array([len(step) for step in steps[:-1]])
+    assert rows.max() - rows.mean() < 1
+    assert [sum(len(qs) for row in step for _, qs in row) for step in steps[:-1]] == [20] * len(rows)
+    assert sorted(q for step in steps for row in step for _, qs in row for q in qs) == list(range(len(videos)))
+
+
 def test_the_plan_is_a_function_of_seed_and_epoch():
     data = problem()
     assert plan(data) == plan(data)

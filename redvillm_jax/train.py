@@ -19,12 +19,14 @@ from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import checkpoint
 from redvillm_jax.assemble import load_model, make_video, token_slots
 from redvillm_jax.cli import parse
+from redvillm_jax.flops import matrix_sizes, step_flops
 from redvillm_jax.inputs import check_store, needed_parts, open_config_base
 from redvillm_jax.metrics import open_metrics
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.topologies import peak_flops
 from redvillm_jax.weights import Base
 
 
@@ -57,6 +59,7 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
         write_config(workdir, config)
         describe(config, store, plan, rows_per_step, training.labels, state["trainable"], mesh, start)
         train_step, frozen = training.step, training.frozen
+        matrices, peak = matrix_sizes(model.llm), peak_flops(mesh.devices.flat[0])
         del model, training  # they would keep the untrained projectors alive
         metrics = open_metrics(workdir / "metrics.jsonl", start)
         learning_rate = warmup_cosine(config["learning_rate"], len(steps), config["warmup_ratio"])
@@ -74,12 +77,13 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
         # The loop: read, step, log, save.
         interval = 0.5 if sys.stderr.isatty() else 30  # a log file gets a line now and then
         progress = tqdm(total=len(steps), initial=start, unit="step", dynamic_ncols=True, mininterval=interval)
-        checked, last_time, questions, tokens = start, time.perf_counter(), 0, 0
+        checked, last_time, questions, tokens, supervised = start, time.perf_counter(), 0, 0, 0
         for step, batch in enumerate(make_batches, start=start):
             if step == 0:
                 write_text(workdir / "first_batch.txt", show_rows(tokenizer, batch, count=4))
             questions += sum(len(group) for row in steps[step] for _, group in row)
             tokens += int((batch["group_ids"] > 0).sum()) * jax.process_count()
+            supervised += int((batch["target_weights"] > 0).sum()) * jax.process_count()
             batch = to_global(batch, mesh)
             state["trainable"], state["optimizer"], values = train_step(
                 state["trainable"], state["optimizer"], frozen, batch
@@ -94,9 +98,11 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
             if log:
                 seconds, last_time = time.perf_counter() - last_time, time.perf_counter()
                 rates = {"examples_per_second": questions / seconds, "tokens_per_second": tokens / seconds}
+                if peak is not None:
+                    rates["mfu"] = step_flops(matrices, tokens, supervised) / (seconds * peak * mesh.size)
                 metrics.write(done, **values, learning_rate=float(learning_rate(step)), **rates)
                 progress.set_postfix_str(f"loss {values['loss']:.4f}, {rates['examples_per_second']:.1f} examples/s")
-                questions = tokens = 0
+                questions = tokens = supervised = 0
             if keep:
                 checkpoint.save(checkpoints, done, state, config=config, identity=identity)
         progress.close()

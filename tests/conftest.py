@@ -1,5 +1,9 @@
 """Fixtures: random tiny bases in base-folder form, and a few generated videos prepared for them."""
 
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU compiler that the tests use would look for a TPU
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device

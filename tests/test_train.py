@@ -211,6 +211,23 @@ def test_bfloat16_with_remat_follows_float32(family, tmp_path, runs, bases, stor
     assert {leaf.dtype for leaf in leaves(tmp_path).values()} == {np.dtype(np.float32)}
 
 
+def test_a_language_model_in_8_bits_trains_like_the_exact_one(tmp_path, runs, bases, stores):
+    changes = {"int8": True, "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
+    train.train(make_config("llava", bases["llava"], stores["llava"], **changes), tmp_path, jax.devices()[:1])
+    np.testing.assert_allclose(losses(tmp_path), losses(runs["llava"]), rtol=2e-2)
+    assert losses(tmp_path) != losses(runs["llava"])
+
+
+def test_mfu_is_logged_where_the_peak_is_known(tmp_path, bases, stores, monkeypatch):
+    monkeypatch.setattr("redvillm_jax.train.peak_flops", lambda device: 1e12)
+    train.train(make_config("llava", bases["llava"], stores["llava"]), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    body = 3 * (4 * 96 * 96 + 3 * 96 * 256)  # the matrices of three layers, without the head's share
+    for line in lines:
+        least = 4 * body * line["tokens_per_second"] / (1e12 * len(jax.devices()))
+        assert least < line["mfu"] < 1.5 * least
+
+
 def test_random_modules_workers_and_several_epochs(tmp_path, bases, stores):
     changes = {"temporal_init": "random", "extra_mlp": True, "num_workers": 1, "num_epochs": 2, "log_every": 5}
     train.train(make_config("llava", bases["llava"], stores["llava"], **changes), tmp_path)

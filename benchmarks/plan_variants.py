@@ -1,0 +1,96 @@
+"""The way to the bound: one lever after the other, as `redvillm_jax.plan` prices the real train step.
+
+python benchmarks/plan_variants.py [--family=llava] [--topology=v5e-16]
+
+Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table is the line before it
+with one thing changed; a variant that does not fit says what it would need. Compiling one takes about a minute.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data_pipeline.errors import Parser, run
+from redvillm_jax.assemble import token_slots
+from redvillm_jax.plan import BEST, compile_train, gb, model_flops
+from redvillm_jax.sharding import make_mesh, num_batch_shards
+from redvillm_jax.topologies import parse_topology, tpu_devices
+from redvillm_jax.weights import sized_base
+from redvillm_jax.workload import QUESTIONS, fill_rows, paper_lengths
+
+SHARDED, REPLICATED = {"data": 1, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": 1, "tensor": 1}
+CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b")}
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python benchmarks/plan_variants.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--family", default="llava", choices=list(CONFIGS), help="llava or qwen_vl (llava)")
+    parser.add_argument("--topology", default="v5e-16", help="a slice, as in redvillm_jax.plan (v5e-16)")
+    parser.add_argument("--best", action="store_true", help="only the last line, as plan --all uses it")
+    flags = parser.parse_args(argv)
+    chip, _ = parse_topology(flags.topology)
+    devices = tpu_devices(flags.topology)
+    module, size = CONFIGS[flags.family]
+    config, base = json.loads(importlib.import_module(module).get_config().to_json()), sized_base(flags.family, size)
+    tokens = len(token_slots(base, config)(config["num_frames"]))
+    print(
+        "| variant | rows a chip | bound | real tokens | ms | compute, kernels, collectives, copies | GB | compiled |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for label, settings, rows, patches in variants(chip.kind, flags.best):
+        mesh = make_mesh(settings["mesh"], devices)
+        work = fill_rows(
+            *paper_lengths(tokens),
+            row_length=2048,
+            pack=True,
+            rows=rows * num_batch_shards(mesh),
+            total_questions=QUESTIONS,
+        )
+        undo = [mock.patch(*patch) for patch in patches]
+        for patch in undo:
+            patch.start()
+        program = compile_train({**config, **settings}, base, mesh, chip, work, None)
+        for patch in undo:
+            patch.stop()
+        if not program.known:
+            print(
+                f"| {label} | {rows} | {program.problem or 'does not fit'} | | | | {gb(program.peak)} | |", flush=True
+            )
+            continue
+        flops, useful = model_flops(base, config, work)
+        available = chip.peak_flops * len(devices) * program.seconds
+        shares = [1e3 * program.shares.get(kind, 0) for kind in ("compute", "kernel", "collective", "copy")]
+        print(
+            f"| {label} | {rows} | {flops / available:.3f} | {useful / available:.3f} | {1e3 * program.seconds:.0f} | "
+            f"{', '.join(f'{share:.0f}' for share in shares)} | {gb(program.peak)} | {program.compile_seconds:.0f} s |",
+            flush=True,
+        )
+
+
+def variants(kind: str, best: bool) -> list[tuple[str, dict, int, list]]:
+    """(label, settings, rows a chip, patches) for a kind of chip."""
+    xla = [("redvillm_jax.recipe.choose_kernel", lambda *_: "xla")]
+    unpinned = [(f"redvillm_jax.{name}.pin_batch", lambda x: x) for name in ("layers", "model")]
+    narrow = [("redvillm_jax.recipe.compiler_options", lambda _: {})]
+    last = {key: BEST[kind][key] for key in ("remat", "int8", "mesh")}
+    rows = BEST[kind]["rows_per_chip"]
+    full = {"remat": "full", "int8": False, "mesh": SHARDED}
+    replicated = full | {"mesh": REPLICATED, "int8": last["int8"]}
+    found = [
+        ("fsdp, all recomputed, XLA attention, activations not pinned", full, rows, xla + unpinned + narrow),
+        ("activations pinned to the batch axes", full, rows, xla + narrow),
+        ("splash attention", full, rows, narrow),
+        (f"weights on every chip{', in 8 bits' if last['int8'] else ''}", replicated, rows, narrow),
+        ("activations kept by name", last, rows, narrow),
+    ]
+    if parse_topology(f"{kind}-8")[0].scoped_vmem:
+        found.append(("more vector memory for tiles", last, rows, []))
+    return [("best", last, rows, [])] if best else found
+
+
+if __name__ == "__main__":
+    run(main)

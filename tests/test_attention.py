@@ -1,0 +1,110 @@
+"""Every attention kernel computes the same: XLA, and splash in interpret mode, alone and on meshes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from redvillm_jax.attention import choose_kernel, row_attention, splash_blocks
+from redvillm_jax.layers import BATCH_AXES, attention
+from redvillm_jax.sharding import make_mesh
+
+HEADS, DIM = 2, 128
+
+
+def packed_ids(rows: int, length: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Rows of two videos with a few questions each and padding at the end: group_ids, question_ids (B, S)."""
+    rng = np.random.default_rng(seed)
+    groups, questions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        start, number = 0, 0
+        for group in (1, 2):
+            for part in range(4):
+                size = int(rng.integers(length // 16, length // 8))
+                groups[row, start : start + size] = group
+                number += part > 0
+                questions[row, start : start + size] = number if part else 0
+                start += size
+    return jnp.asarray(groups), jnp.asarray(questions)
+
+
+def result_and_gradients(ids, query, key, value, kernel):
+    """Context and its gradients at the slots that hold tokens."""
+    real = (ids[0] > 0)[:, :, None, None]
+
+    def total(query, key, value):
+        context = attention(query, key, value, row_attention(*ids, kernel))
+        weights = jnp.cos(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
+        return (context * weights * real).sum(), context * real
+
+    (_, context), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    return context, *gradients
+
+
+def inputs(rows: int, length: int, kv_heads: int = HEADS):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [
+        jax.random.normal(k, (rows, length, h, DIM)) for k, h in zip(keys, (HEADS, kv_heads, kv_heads), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("rows", "length", "kv_heads"), [(1, 256, 2), (3, 384, 2), (2, 256, 1)])
+def test_splash_equals_xla(rows, length, kv_heads):
+    ids, qkv = packed_ids(rows, length), inputs(rows, length, kv_heads)
+    want = result_and_gradients(ids, *qkv, "xla")
+    with pltpu.force_tpu_interpret_mode():
+        got = result_and_gradients(ids, *qkv, "splash")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_splash_equals_xla_when_several_blocks_make_a_row(monkeypatch):
+    """Blocks of 128 in rows of 512: most pairs of blocks are skipped, and rows must not reach into each other."""
+    small = {name: 128 for name in splash_blocks(512).__dataclass_fields__ if name.startswith("block")}
+    blocks = type(splash_blocks(512))(**small)
+    monkeypatch.setattr("redvillm_jax.attention.splash_blocks", lambda _: blocks)
+    ids, qkv = packed_ids(2, 512), inputs(2, 512)
+    want = result_and_gradients(ids, *qkv, "xla")
+    with pltpu.force_tpu_interpret_mode():
+        got = result_and_gradients(ids, *qkv, "splash")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_splash_on_a_mesh_equals_one_device():
+    ids, qkv = packed_ids(4, 128), inputs(4, 128)
+    want = result_and_gradients(ids, *qkv, "xla")
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+        at = NamedSharding(mesh, P(BATCH_AXES))
+        got = result_and_gradients(jax.device_put(ids, at), *jax.device_put(qkv, at), "splash")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_padding_sees_something():
+    """A softmax over nothing would be NaN, and NaN times the zero weight of a masked key is NaN, too."""
+    ids = jnp.zeros((1, 256), jnp.int32), jnp.zeros((1, 256), jnp.int32)
+    qkv = inputs(1, 256)
+    with pltpu.force_tpu_interpret_mode():
+        context = attention(*qkv, row_attention(*ids, "splash"))
+    assert jnp.isfinite(context).all()
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "length", "head_dim", "kernel"),
+    [
+        ("tpu", "bfloat16", 2048, 128, "splash"),
+        ("tpu", "float32", 2048, 128, "splash"),
+        ("tpu", "bfloat16", 2040, 128, "xla"),
+        ("tpu", "bfloat16", 128, 24, "xla"),
+        ("gpu", "bfloat16", 2048, 128, "cudnn"),
+        ("gpu", "float32", 2048, 128, "xla"),
+        ("cpu", "bfloat16", 2048, 128, "xla"),
+    ],
+)
+def test_the_kernel_is_chosen_by_device_and_shape(platform, dtype, length, head_dim, kernel):
+    assert choose_kernel(platform, dtype, length, head_dim) == kernel

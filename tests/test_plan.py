@@ -1,0 +1,121 @@
+"""The plan command on a described TPU slice: the real compiler, tiny sizes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data_pipeline.errors import UserError
+from redvillm_jax import plan, topologies
+from redvillm_jax.attention import row_attention
+from redvillm_jax.flops import kernel_flops, step_flops
+from redvillm_jax.layers import BATCH_AXES, attention
+from redvillm_jax.sharding import make_mesh
+from redvillm_jax.topologies import NAMES, parse_topology
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "redvillm_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory):
+    """What the command prints and dumps for a tiny LLaVA on four chips."""
+    out = tmp_path_factory.mktemp("dump")
+    flags = ("--config=configs/llava.py", "--size=tiny", "--topology=v5e-4", "--rows-per-chip=2", f"--dump={out}")
+    done = command(*flags, "--config.num_frames=16")
+    assert done.returncode == 0, done.stderr
+    return done, out / "v5e-4"
+
+
+def test_a_plan_says_what_fits_and_what_it_costs(dumped):
+    done, _ = dumped
+    for text in (
+        "llava on v5e-4: 4 v5e chips (2×2)",
+        "the paper's 32 questions a step",
+        "no longer the paper's recipe: 8 rows of",
+        "MFU at most",
+        "chip-hours",
+        ": fits",
+    ):
+        assert text in done.stdout, done.stdout
+    assert not done.stderr
+
+
+def test_the_dump_adds_up(dumped):
+    done, out = dumped
+    folders = sorted(path.name for path in out.iterdir())
+    assert folders[0] == "encode" and len(folders) in (2, 3)
+    for folder in folders:
+        summary = json.loads((out / folder / "summary.json").read_text())
+        rows = list(csv.DictReader((out / folder / "charges.csv").read_text().splitlines()))
+        assert sum(float(row["seconds"]) for row in rows) == pytest.approx(summary["seconds"], rel=1e-4)
+        assert summary["seconds"] == pytest.approx(sum(summary["shares"].values()))
+        assert (out / folder / "optimized.hlo").read_text().startswith("HloModule")
+    shown = max(json.loads((out / f / "summary.json").read_text())["seconds"] for f in folders[1:])
+    assert f"{shown * 1e3:.0f} ms" in done.stdout
+
+
+def test_the_packed_kernel_compiles_for_a_tpu():
+    devices = topologies.tpu_devices("v5e-4")
+    mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, devices)
+    at = NamedSharding(mesh, P(BATCH_AXES))
+    ids = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=at)
+    qkv = [jax.ShapeDtypeStruct((4, 1024, 4, 128), jnp.bfloat16, sharding=at)] * 3
+
+    def loss(query, key, value, groups, questions):
+        context = attention(query, key, value, row_attention(groups, questions, "splash"))
+        return context.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        hlo = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv, ids, ids).compile().as_text()
+    for kernel in kernel_flops(1, 1, 1, 1):
+        assert f"%{kernel}" in hlo, "the arithmetic knows a kernel by another name than the program"
+
+
+def test_arithmetic():
+    assert step_flops((10, 3), 100, 7) == 4 * (10 * 100 + 3 * 7)
+    forward, dq, dkv = kernel_flops(2, 4, 3, 8).values()
+    assert forward == 2 * 2 * (2 * 10 * 3 * 8)  # two products of 2 flops for 10 visible pairs in each of 2 rows
+    assert (dq / forward, dkv / forward) == (1.5, 2)
+
+
+def test_names_count_what_users_count():
+    assert parse_topology("v4-32")[1] == (2, 2, 4) and parse_topology("v5p-16")[1] == (2, 2, 2)
+    assert parse_topology("v5e-16")[1] == (4, 4)
+    assert {"v4-8", "v4-128", "v5e-4", "v5e-256", "v5p-8", "v5p-128", "v6e-8"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config and --topology are needed"),
+        (["--config=configs/llava.py", "--topology=v5e-5"], "--topology=v5e-5: unknown, expected one of v4-8"),
+        (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
+        (["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"], "--rows_per_chip is '0'"),
+        (["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"], "config.remat names 'gates'"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(flags)
+
+
+def test_a_missing_compiler_ends_in_one_line(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("no libtpu")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"cannot be used \(no libtpu\); pip install -e '.\[tpu\]' brings it"):
+        topologies.tpu_devices("v5e-4")

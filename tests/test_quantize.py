@@ -1,0 +1,56 @@
+"""Frozen matrices in 8 bits: how exact they are, where they lie, and that a model with them trains."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES
+from flax import nnx
+
+from redvillm_jax.layers import Linear
+from redvillm_jax.quantize import quantize
+from redvillm_jax.sharding import make_mesh, weight_sharding
+from redvillm_jax.weights import load_part, open_base
+
+
+def load(folder, mesh, **options):
+    base = open_base(folder)
+    return load_part(base, "llm", dtype=jnp.float32, sharding=weight_sharding(mesh, base.module.SHARDING), **options)
+
+
+def linears(module: nnx.Module) -> dict[tuple, Linear]:
+    return {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Linear)}
+
+
+def test_rounding_is_to_the_nearest_of_255_steps_per_output():
+    weight = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
+    weight[1, 2] = 0
+    values, scale = quantize(weight)
+    assert values.dtype == np.int8 and scale.shape == (3, 5)
+    assert (np.abs(values).max(-1)[weight.any(-1)] == 127).all()
+    assert (np.abs(values * scale[..., None] - weight) <= scale[..., None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_the_language_model_is_quantized_and_close(family, bases):
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    exact, small = load(bases[family], mesh), load(bases[family], mesh, int8=True)
+    for path, layer in linears(small).items():
+        assert layer.weight.dtype == jnp.int8, path
+        want = linears(exact)[path].weight[...]
+        got = layer.weight[...] * layer.scale[...][..., None]
+        assert (jnp.abs(got - want) <= layer.scale[...][..., None] * 0.5001).all(), path
+    assert small.embed(jnp.zeros((1, 1), jnp.int32), jnp.float32).dtype == jnp.float32
+
+    embeds = exact.embed(jnp.arange(40).reshape(2, 20), jnp.float32)
+    mask = jnp.tril(jnp.ones((2, 20, 20), bool))
+    logits = [m.logits(m(embeds, jnp.arange(20)[None].repeat(2, 0), mask)[0]) for m in (small, exact)]
+    assert 0 < jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]) < 0.02
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_scale_belongs_to_the_whole_row_on_every_mesh(sizes, bases):
+    one = load(bases["llava"], make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), int8=True)
+    many = load(bases["llava"], make_mesh(sizes), int8=True)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(many))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(nnx.state(many)))

@@ -163,7 +163,7 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": "frames",
         "num_frames": flags.num_frames,
-        "sampling": "uniform",
+        "sampling": store.SAMPLING,
         "image_size": image["image_size"] or 224,
         "resize": image["resize"] or "nearest",
         "format": flags.format,

@@ -32,6 +32,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import temporary_name, write_text
 
 FORMATS = ("jpeg", "raw")
+SAMPLING = "uniform"  # which frames a store has (`videos.uniform_indices`)
 VIDEOS_PER_SHARD = 64
 
 Source = dict[str, Any]  # {"video": id, "source": relative file, "bytes": its size}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.store import VideoStore
+from data_pipeline.store import SAMPLING, VideoStore
 from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.layers import KEPT
 from redvillm_jax.weights import PARTS, Base, load_base_module, open_base
@@ -106,6 +106,7 @@ def check_store(store: VideoStore, base: Base, config: Mapping[str, Any]) -> Non
     if not store.instructions:
         raise UserError(f"{store.path}: has no questions; prepare it with --instructions=FILE")
     wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": config["num_frames"]}
+    wanted["sampling"] = SAMPLING
     again = f"prepare it again with --base={base.path} --num_frames={config['num_frames']}"
     if store.meta["kind"] == "streams":
         wanted |= stream_settings(base, config)

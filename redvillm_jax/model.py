@@ -100,15 +100,14 @@ class VideoLLM(nnx.Module):
         visual = jnp.take_along_axis(tokens, jnp.maximum(video_slots, 0)[:, :, None], axis=1)
         return pin_batch(jnp.where((video_slots >= 0)[:, :, None], visual, text))
 
-    def target_losses(
+    def target_logits(
         self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
     ) -> jax.Array:
-        """Cross-entropy at every supervised position of a batch of rows (see `data_pipeline.packing`).
+        """Logits (R, P, vocab_size) fp32 at every supervised position of a batch of rows (`data_pipeline.packing`).
 
-        batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots,
-        target_ids: (R, P) int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams
-        (R, G, M, D). remat: see `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at the
-        supervised positions only, in fp32. Returns (R, P) fp32.
+        batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots: (R, P)
+        int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams (R, G, M, D). remat: see
+        `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at these positions only.
         """
         names = [name for name in ("num_frames", "frames", *self.video.POOLED) if name in batch]
         videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
@@ -118,7 +117,16 @@ class VideoLLM(nnx.Module):
         mask = row_attention(batch["group_ids"], batch["question_ids"], kernel)
         hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
         supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
-        logits = self.llm.logits(pin_batch(supervised))
+        return self.llm.logits(pin_batch(supervised))
+
+    def target_losses(
+        self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+    ) -> jax.Array:
+        """Cross-entropy (R, P) fp32 at every supervised position.
+
+        batch: that of `target_logits`, and target_ids: (R, P) int32.
+        """
+        logits = self.target_logits(batch, dtype, remat=remat, kernel=kernel)
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["target_ids"][:, :, None], axis=-1)[:, :, 0]
 
 

@@ -78,6 +78,14 @@ def test_a_stale_cache_is_refused_and_says_what_differs(bases, streams, tmp_path
             train.train(config | change, tmp_path / "run")
 
 
+def test_a_cache_of_other_frames_is_refused(bases, streams, tmp_path):
+    shutil.copytree(streams["llava"], tmp_path / "streams")
+    file = tmp_path / "streams" / "store.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling": "middle"}))
+    with pytest.raises(UserError, match="was made with sampling=middle, this model needs uniform"):
+        train.train(make_config("llava", bases["llava"], tmp_path / "streams"), tmp_path / "run")
+
+
 def test_a_killed_run_encodes_only_what_is_missing(bases, stores, streams, tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.store.VIDEOS_PER_SHARD", 5)
     out = tmp_path / "store"

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python benchmarks/plan_variants.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--family", default="llava", choices=list(CONFIGS), help="llava or qwen_vl (llava)")
     parser.add_argument("--topology", default="v5e-16", help="a slice, as in redvillm_jax.plan (v5e-16)")
-    parser.add_argument("--best", action="store_true", help="only the last line, as plan --all uses it")
+    parser.add_argument("--last", type=int, default=99, help="only so many variants from the end (all)")
     flags = parser.parse_args(argv)
     chip, _ = parse_topology(flags.topology)
     devices = tpu_devices(flags.topology)
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
         "| variant | rows a chip | bound | real tokens | ms | compute, kernels, collectives, copies | GB | compiled |"
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for label, settings, rows, patches in variants(chip.kind, flags.best):
+    for label, settings, rows, patches in variants(chip.kind)[-flags.last :]:
         mesh = make_mesh(settings["mesh"], devices)
         work = fill_rows(
             *paper_lengths(tokens),
@@ -71,25 +71,28 @@ def main(argv: list[str]) -> None:
         )
 
 
-def variants(kind: str, best: bool) -> list[tuple[str, dict, int, list]]:
+def variants(kind: str) -> list[tuple[str, dict, int, list]]:
     """(label, settings, rows a chip, patches) for a kind of chip."""
     xla = [("redvillm_jax.recipe.choose_kernel", lambda *_: "xla")]
     unpinned = [(f"redvillm_jax.{name}.pin_batch", lambda x: x) for name in ("layers", "model")]
+    scattered = [("redvillm_jax.layers.gather_weights", lambda weights: weights)]
     narrow = [("redvillm_jax.recipe.compiler_options", lambda _: {})]
     last = {key: BEST[kind][key] for key in ("remat", "int8", "mesh")}
     rows = BEST[kind]["rows_per_chip"]
     full = {"remat": "full", "int8": False, "mesh": SHARDED}
-    replicated = full | {"mesh": REPLICATED, "int8": last["int8"]}
+    kept = full | {"remat": last["remat"]}
+    naive = xla + unpinned + scattered + narrow
     found = [
-        ("fsdp, all recomputed, XLA attention, activations not pinned", full, rows, xla + unpinned + narrow),
-        ("activations pinned to the batch axes", full, rows, xla + narrow),
+        ("fsdp, all recomputed, XLA attention, activations not pinned", full, rows, naive),
+        ("activations pinned to the batch axes", full, rows, xla + scattered + narrow),
+        ("each block gathers its weights", full, rows, xla + narrow),
         ("splash attention", full, rows, narrow),
-        (f"weights on every chip{', in 8 bits' if last['int8'] else ''}", replicated, rows, narrow),
-        ("activations kept by name", last, rows, narrow),
+        ("activations kept by name", kept, rows, narrow),
+        (f"weights on every chip{', in 8 bits' if last['int8'] else ''}", last, rows, narrow),
     ]
     if parse_topology(f"{kind}-8")[0].scoped_vmem:
         found.append(("more vector memory for tiles", last, rows, []))
-    return [("best", last, rows, [])] if best else found
+    return found
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.variants import Variant, failed, measure, parse, print_table
 from data_pipeline.errors import Parser, run
 from data_pipeline.packing import Prefix, Question, Row, fill_row, plan_epoch, row_bounds
+from redvillm_jax.flops import step_flops
+from redvillm_jax.topologies import GPU_PEAKS
 from redvillm_jax.weights import load_base_module, read_config
 
 ROOT = Path(__file__).parents[1]
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12}  # dense bf16, first match
 NUM_VIDEOS = 40
 REMATS = ("query,key,value,residual,gate,up", "full")  # at 7b: keep what is dear to compute, else what fits
 TOLERANCE = 1e-4
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> int:
         print(f"unpacked: {describe(rows)}; packed: {describe(packed)}")
         measured = measure("make_step", variants, rounds=flags.rounds, steps=flags.steps, alternate=not gpu)
 
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = next((flops for name, flops in GPU_PEAKS.items() if name in gpu), None)
     lines = []
     for variant in variants:
         batch, result = variant.arguments["batch"], measured[variant.name]
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> int:
             continue
         real, row_tokens = int((batch["group_ids"] > 0).sum()), batch["group_ids"].size
         targets = int((batch["target_weights"] > 0).sum())
-        flops = 4 * (body_weights(config) * real + config.hidden_size * config.vocab_size * targets)
+        flops = step_flops((body_weights(config), config.hidden_size * config.vocab_size), real, targets)
         s = result.seconds
         line = {
             "variant": variant.name,

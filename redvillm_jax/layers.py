@@ -1,6 +1,7 @@
 """Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,18 @@ def pin_batch(x: jax.Array) -> jax.Array:
 def keep(x: jax.Array, name: str) -> jax.Array:
     """Names an activation of a block, one of `KEPT`, so that `Stack` can store it for the backward pass."""
     return checkpoint_name(x, name)
+
+
+def gather_weights(weights: Any) -> Any:
+    """Brings one block's weights, split over "fsdp", to every device; nothing to do without that axis.
+
+    Said inside the block it moves them one layer at a time; left to itself XLA moves activations through windows of
+    each product. With a "tensor" axis the weights stay split and the partitioner decides.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return weights
+    return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, PartitionSpec()), weights)
 
 
 class Linear(nnx.Module):
@@ -122,7 +135,7 @@ class Stack(nnx.Module):
 
         def body(x, layer):
             weights, cache = layer
-            x, cache = nnx.merge(graphdef, weights)(pin_batch(x), *args, cache)
+            x, cache = nnx.merge(graphdef, gather_weights(weights))(pin_batch(x), *args, cache)
             return pin_batch(x), cache
 
         if remat != "none":

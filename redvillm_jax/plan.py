@@ -36,7 +36,7 @@ from redvillm_jax.recipe import make_encode_step, make_training
 from redvillm_jax.rows import plan_rows
 from redvillm_jax.sharding import batch_sharding, make_mesh, num_batch_shards
 from redvillm_jax.topologies import NAMES, Chip, parse_topology, tpu_devices
-from redvillm_jax.weights import Base, open_base, sized_base
+from redvillm_jax.weights import Base, load_base_module, open_base, sized_base
 from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, empty_row, fill_rows, measure, paper_lengths
 
 OPTIONS = {
@@ -47,6 +47,7 @@ OPTIONS = {
     "dump": (None, "Folder for the optimized HLO, the memory analysis and the arithmetic."),
     "all": (False, "Compares all slices."),
 }
+PAPER_BATCH = 32
 LONG = ",".join(KEPT)
 BEST = {  # of the variants in docs/performance.md: what fits a chip of each kind and has the highest bound
     "v4": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
@@ -95,11 +96,11 @@ def main(argv: list[str]) -> None:
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
     """The base, the questions' lengths and how many questions an epoch has."""
+    family = config["family"]
     if config["base"] and not size:
-        base = dataclasses.replace(check_base(open_base(config["base"]), config))
+        base = check_base(open_base(config["base"]), config)
     else:
-        sizes = {"llava": "v1-7b"}
-        base = check_base(sized_base(config["family"], size or sizes.get(config["family"], "7b")), config)
+        base = check_base(sized_base(family, size or next(iter(load_base_module(family).SIZES))), config)
     slots = token_slots(base, config)
     if not config["data"]:
         return shapes_only(base), paper_lengths(len(slots(config["num_frames"]))), QUESTIONS
@@ -137,7 +138,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, vide
         print(f"  {videos:,} videos once, {videos_per_chip} per chip: {encode_hours:.2f} h")
     cached: dict[int, Program] = {}
     for title, work in (
-        (f"the paper's {paper.questions} questions a step", paper),
+        (f"{paper.questions} questions a step{', the paper’s' if paper.questions == PAPER_BATCH else ''}", paper),
         (f"--rows-per-chip={rows_per_chip}: {filled.questions} questions a step, no longer the paper's recipe", filled),
     ):
         print(f"{title}: {work.rows} rows of {work.row_length} slots, {work.rows / shards:g} per chip")

@@ -36,7 +36,14 @@ CHIPS = {
     "v5p": Chip("v5p", "TPU v5", 459e12, 95 * 2**30, 2765e9, 90e9, 1.75e9, 32768),
     "v6e": Chip("v6e", "TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 90e9, 1.75e9, None),
 }
-GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # dense bf16, by name
+GPU_PEAKS = {  # dense bf16 by a part of the name, the first that fits
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
 CORES_IN_NAME = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}  # v4-32 and v5p-32 count cores: 16 chips
 SIZES = {  # chips -> grid, as Google Cloud offers them
     "v4": {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},

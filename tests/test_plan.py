@@ -43,7 +43,7 @@ def test_a_plan_says_what_fits_and_what_it_costs(dumped):
     done, _ = dumped
     for text in (
         "llava on v5e-4: 4 v5e chips (2×2)",
-        "the paper's 32 questions a step",
+        "32 questions a step, the paper’s: ",
         "no longer the paper's recipe: 8 rows of",
         "MFU at most",
         "chip-hours",
@@ -65,6 +65,23 @@ def test_the_dump_adds_up(dumped):
         assert (out / folder / "optimized.hlo").read_text().startswith("HloModule")
     shown = max(json.loads((out / f / "summary.json").read_text())["seconds"] for f in folders[1:])
     assert f"{shown * 1e3:.0f} ms" in done.stdout
+
+
+def test_a_base_and_a_store_of_ones_own_are_planned(bases, stores, capsys):
+    plan.main(
+        [
+            "--config=configs/llava.py",
+            "--topology=v5e-4",
+            f"--config.base={bases['llava']}",
+            f"--config.data={stores['llava']}",
+            "--config.num_frames=4",
+            "--config.batch_questions=8",
+            "--config.row_length=96",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "\n8 questions a step: 4 rows of 96 slots, 1 per chip" in said
+    assert "  12 videos once, 1 per chip" in said
 
 
 def test_the_packed_kernel_compiles_for_a_tpu():

@@ -15,6 +15,9 @@ Row = tuple[Group, ...]
 Step = tuple[Row, ...]
 
 
+MAX_SHORT_STEPS = 2  # at an epoch's end
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What stands before the questions of one video.
@@ -56,7 +59,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> list[Step]:
-    """Distributes every question once over steps of exactly `batch_questions` questions (the last: the rest).
+    """Distributes every question once over steps of exactly `batch_questions` questions (the last two: the rest).
 
     question_videos: (Q,) the video of each question. prefix_lengths: (videos,). question_lengths: (Q,).
     Without `pack` a row is one question. With it the questions of a video share one prefix, as many as fit a
@@ -111,7 +114,7 @@ def _steps(
 
     None where that cannot be done.
     """
-    steps, waiting = [], deque(groups)
+    steps, waiting, short = [], deque(groups), 0
     while waiting:
         step, late, room = Rows(prefixes, lengths, row_length, max_rows), [], batch_questions
         while waiting and room:
@@ -131,7 +134,8 @@ def _steps(
             room -= len(group[1])
             if rest:
                 waiting.appendleft((video, rest))
-        if (late and room) or not step.rows:
+        short += room > 0
+        if short > MAX_SHORT_STEPS:
             return None
         waiting.extendleft(reversed(late))
         steps.append(tuple(map(tuple, step.rows)))

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from redvillm_jax.layers import BATCH_AXES
+from redvillm_jax.layers import BATCH_AXES, keep
 
 LANES = 128  # the TPU kernel's blocks and heads come in multiples of a vector register's width
 
@@ -59,6 +59,7 @@ def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
 
 def cudnn_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """cuDNN's flash attention; mask: (B, S, S) bool."""
+    query = keep(query, "query")
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")
 
 
@@ -110,7 +111,7 @@ def splash_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: j
 
     mask: (B, S, S) bool; every slot must see one.
     """
-    query = query * query.shape[-1] ** -0.5
+    query = keep(query * query.shape[-1] ** -0.5, "query")
 
     def attend(mask: jax.Array, *qkv: jax.Array) -> jax.Array:
         kernel = splash.SplashAttentionKernel(

@@ -31,13 +31,13 @@ def keep(x: jax.Array, name: str) -> jax.Array:
 
 
 def gather_weights(weights: Any) -> Any:
-    """Brings one block's weights, split over "fsdp", to every device; nothing to do without that axis.
+    """Brings weights that are split over the batch axes to every device.
 
-    Said inside the block it moves them one layer at a time; left to itself XLA moves activations through windows of
-    each product. With a "tensor" axis the weights stay split and the partitioner decides.
+    Said where they are used, in each block, it moves them one layer at a time; left to itself XLA moves activations
+    through windows of each product. With a "tensor" axis the weights stay split and the partitioner decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+    if mesh.empty or mesh.shape["tensor"] > 1:
         return weights
     return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, PartitionSpec()), weights)
 
@@ -154,8 +154,10 @@ def attention(
     fused kernel of `redvillm_jax.attention` that knows what is visible. Returns (B, S, H, D). A row that sees
     nothing gets a finite, meaningless result.
     """
+    key, value = keep(key, "key"), keep(value, "value")
     if callable(mask):
         return mask(query, key, value)
+    query = keep(query, "query")
     return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
 
 
@@ -184,11 +186,27 @@ def rotary_angles(position_ids: jax.Array, head_dim: int, base: float | jax.Arra
     return position_ids[..., None].astype(jnp.float32) * base**-exponent
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the half-split pairs (j, j + D/2) of x: (B, S, H, D) in fp32 and returns them in the dtype of x."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Rotates the half-split pairs (j, j + D/2) of x: (B, S, H, D) in fp32 and returns them in the dtype of x.
+
+    angles: (B, S, D/2) fp32. The halves change places in a product with a permutation, which is exact: half a vector
+    register cannot be moved cheaply on a TPU. The gradient is the rotation back.
+    """
+    halves = np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1)
+    swapped = jnp.einsum(
+        "...d,de->...e", x, jnp.asarray(halves, x.dtype), precision="highest", preferred_element_type=jnp.float32
+    )
+    cos = jnp.cos(angles)[:, :, None]
+    sin = jnp.sin(angles)[:, :, None]
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+
+
+rotate.defvjp(
+    lambda x, angles: (rotate(x, angles), angles),
+    lambda angles, gradient: (rotate(gradient, -angles), jnp.zeros_like(angles)),
+)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from redvillm_jax.layers import gather_weights
 from redvillm_jax.sharding import replicated
 
 
@@ -39,7 +40,10 @@ def make_train_step(
     """
 
     def step(trainable, optimizer_state, frozen, batch):
-        loss, grads = jax.value_and_grad(lambda weights: loss_fn(join(graphdef, weights, frozen), batch))(trainable)
+        def loss_of(weights):
+            return loss_fn(join(graphdef, gather_weights(weights), frozen), batch)
+
+        loss, grads = jax.value_and_grad(loss_of)(trainable)
         grad_norm = optax.tree.norm(
             jax.tree.map(lambda g, fixed: jnp.zeros_like(g) if fixed else g, grads, frozen_leaves)
         )

@@ -294,9 +294,9 @@ class LlamaAttention(nnx.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def __call__(self, x, angles, attention_mask, cache_index, cache):
-        q = keep(rotate(split_heads(self.q_proj(x), self.num_heads), angles), "query")
-        k = keep(rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles), "key")
-        v = keep(split_heads(self.v_proj(x), self.num_kv_heads), "value")
+        q = rotate(split_heads(self.q_proj(x), self.num_heads), angles)
+        k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
         if cache is not None:
             cache = k, v = update_cache(cache, k, v, cache_index)
         return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache

@@ -394,10 +394,9 @@ class QwenAttention(nnx.Module):
 
     def __call__(self, x, angles, query_scale, attention_mask, cache_index, cache):
         q, k, v = (split_heads(part, self.num_heads) for part in jnp.split(self.c_attn(x), 3, axis=-1))
-        q, k, v = rotate(q, angles), keep(rotate(k, angles), "key"), keep(v, "value")
+        q, k = rotate(q, angles), rotate(k, angles)
         if query_scale is not None:
             q = q * query_scale[:, :, None, None].astype(q.dtype)
-        q = keep(q, "query")
         if cache is not None:
             cache = k, v = update_cache(cache, k, v, cache_index)
         return self.c_proj(merge_heads(attention(q, k, v, attention_mask))), cache

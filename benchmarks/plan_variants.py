@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline.errors import Parser, run
 from redvillm_jax.assemble import token_slots
-from redvillm_jax.plan import BEST, compile_train, gb, model_flops
+from redvillm_jax.plan import BEST, gb
+from redvillm_jax.programs import compile_train, model_flops
 from redvillm_jax.sharding import make_mesh, num_batch_shards
 from redvillm_jax.topologies import parse_topology, tpu_devices
 from redvillm_jax.weights import sized_base

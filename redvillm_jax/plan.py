@@ -11,33 +11,24 @@ the settings that were found best for it.
 """
 
 import dataclasses
-import json
-import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from data_pipeline.errors import UserError, run
-from data_pipeline.files import write_text
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import load_model, make_video, token_slots
+from redvillm_jax.assemble import token_slots
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.flops import kernel_flops, matrix_sizes, step_flops
-from redvillm_jax.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.inputs import check_base, check_config, check_store
 from redvillm_jax.layers import KEPT
-from redvillm_jax.recipe import make_encode_step, make_training
+from redvillm_jax.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.rows import plan_rows
-from redvillm_jax.sharding import batch_sharding, make_mesh, num_batch_shards
+from redvillm_jax.sharding import make_mesh, num_batch_shards
 from redvillm_jax.topologies import NAMES, Chip, parse_topology, tpu_devices
 from redvillm_jax.weights import Base, load_base_module, open_base, sized_base
-from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, empty_row, fill_rows, measure, paper_lengths
+from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 
 OPTIONS = {
     "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
@@ -55,27 +46,6 @@ BEST = {  # of the variants in docs/performance.md: what fits a chip of each kin
     "v5p": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
     "v6e": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled step: bytes per chip, time by kind of charge in seconds, or why one of them is not known.
-
-    problem: "" | why it does not compile or has no bound.
-    """
-
-    weights: float
-    state: float
-    temporaries: float
-    peak: float
-    seconds: float
-    shares: Mapping[str, float]
-    compile_seconds: float
-    problem: str = ""
-
-    @property
-    def known(self) -> bool:
-        return self.seconds > 0
 
 
 def main(argv: list[str]) -> None:
@@ -161,99 +131,6 @@ def folder(dump: Path | None, topology: str, name: str) -> Path | None:
     return None if dump is None else dump / topology / name
 
 
-def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None) -> Program:
-    """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
-    model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-    training = make_training(config, base, model, mesh, num_steps=3 * work.steps, row_length=work.row_length)
-    trainable, moments = training.state["trainable"], training.state["optimizer"]
-    batch = abstract_batch(config, base, mesh, work)
-    heads = base.config.num_attention_heads
-    kernels = kernel_flops(
-        work.rows // num_batch_shards(mesh),
-        work.row_length,
-        heads // math.gcd(heads, mesh.shape["tensor"]),
-        base.config.hidden_size // heads,
-    )
-    lower = training.step.lower
-    return compile_program(
-        lambda: lower(trainable, moments, training.frozen, batch),
-        mesh,
-        chip,
-        kernels,
-        weights=training.frozen,
-        state=training.state,
-        dump=dump,
-    )
-
-
-def compile_encode(config, base: Base, mesh, chip: Chip, videos_per_chip: int, dump: Path | None) -> Program:
-    """Compiles the step of `redvillm_jax.encode`."""
-    dtype = jnp.dtype(config["dtype"])
-    step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
-    side, at = base.config.image_size, batch_sharding(mesh)
-    b = videos_per_chip * num_batch_shards(mesh)
-    frames = jax.ShapeDtypeStruct((b, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
-    num_frames = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=at)
-    return compile_program(
-        lambda: step.lower(weights, frames, num_frames), mesh, chip, {}, weights=weights, state=(), dump=dump
-    )
-
-
-def abstract_batch(config, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of rows with their videos' streams."""
-    side = round(base.config.num_patches**0.5)
-    video = make_video(config)
-    row = empty_row(work, len(token_slots(base, config)(config["num_frames"])))
-    shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
-    shapes["num_frames"] = (work.groups,), jnp.int32
-    for stream, layout in video.layouts((side, side), config["num_frames"]).items():
-        width = base.config.vision_hidden_size
-        shapes[stream] = (work.groups, math.prod(layout), width), jnp.bfloat16
-    at = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct((work.rows, *s), d, sharding=at) for name, (s, d) in shapes.items()}
-
-
-def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: Path | None) -> Program:
-    """Compiles for the slice and charges every instruction; one that does not fit says what the compiler said."""
-    sizes = {"weights": bytes_per_chip(weights), "state": bytes_per_chip(state)}
-    start = time.perf_counter()
-    try:
-        with jax.set_mesh(mesh):
-            compiled = lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        said = str(error)
-        if "hbm" not in said.lower() or "RESOURCE_EXHAUSTED" not in said:
-            raise
-        used = said.partition("Used ")[2].partition(" of ")[0]
-        needed = float(used[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[-1]]
-        return Program(**sizes, temporaries=0, peak=needed, seconds=0, shares={}, compile_seconds=0)
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    hlo, problem, found = compiled.as_text(), "", []
-    try:
-        found = charges(hlo, chip, kernels)
-    except Unpriced as error:
-        problem = f"no bound: {error} has no price"
-    shares = {kind: sum(c.seconds for c in found if c.kind == kind) for kind in sorted({c.kind for c in found})}
-    program = Program(
-        **sizes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        seconds=sum(shares.values()),
-        shares=shares,
-        compile_seconds=seconds,
-        problem=problem,
-    )
-    if dump is not None:
-        write_dump(dump, hlo, str(memory), found, program, chip)
-    return program
-
-
-def bytes_per_chip(tree: Any) -> float:
-    """Bytes of arrays that one chip holds."""
-    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
     """Bytes per chip, and what to change when they are too many."""
     parts = f"weights {gb(program.weights)}, trained {gb(program.state)}, temporaries {gb(program.temporaries)}"
@@ -268,6 +145,7 @@ def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip:
 
 
 def gb(size: float) -> str:
+    """Bytes as GiB."""
     return f"{size / 2**30:.1f}"
 
 
@@ -301,15 +179,6 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
     print(
         f"  3 epochs: at least {hours:.2f} h, with the encoding {hours + encode_hours:.2f} h = "
         f"{chips * (hours + encode_hours):.1f} chip-hours"
-    )
-
-
-def model_flops(base: Base, config, work: Workload) -> tuple[float, float]:
-    """4·N·D of a step: with all slots of its rows, and with its real tokens alone."""
-    matrices = matrix_sizes(nnx.eval_shape(lambda: base.module.LLM(base.config, rngs=nnx.Rngs(0))))
-    return (
-        step_flops(matrices, work.rows * work.row_length, work.rows * work.targets),
-        step_flops(matrices, work.tokens, work.supervised),
     )
 
 
@@ -371,17 +240,6 @@ def draw(lines: list[tuple[str, float, float, float]], family: str, path: Path) 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def write_dump(dump: Path, hlo: str, memory: str, found: list[Charge], program: Program, chip: Chip) -> None:
-    """The optimized HLO, the compiler's memory analysis, every charge, and their sum."""
-    dump.mkdir(parents=True, exist_ok=True)
-    write_text(dump / "optimized.hlo", hlo)
-    write_text(dump / "memory.txt", memory + "\n")
-    rows = [f"{c.kind},{c.name},{c.times},{c.seconds:.9f},{c.busy:.9f},{json.dumps(c.source)}" for c in found]
-    write_text(dump / "charges.csv", "\n".join(["kind,instruction,times,seconds,busy_seconds,source", *rows]) + "\n")
-    summary = dataclasses.asdict(program) | {"chip": dataclasses.asdict(chip)}
-    write_text(dump / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Row = tuple[Group, ...]
 Step = tuple[Row, ...]
 
 
-MAX_SHORT_STEPS = 2  # at an epoch's end
+LONG_EPOCH = 100  # steps, from which on an epoch may end in two short ones
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,14 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> list[Step]:
-    """Distributes every question once over steps of exactly `batch_questions` questions (the last two: the rest).
+    """Distributes every question once over steps of exactly `batch_questions` questions (the last: the rest).
 
     question_videos: (Q,) the video of each question. prefix_lengths: (videos,). question_lengths: (Q,).
     Without `pack` a row is one question. With it the questions of a video share one prefix, as many as fit a
     row; these groups are shuffled, cut where a step is full, and placed first-fit into the step's rows. No step
     takes more rows than it must: every step is computed at the size of the largest, so a group that would open
-    one more row waits for the next step, and a later one takes its place.
+    one more row waits for the next step, and a later one takes its place. A long epoch may end in two short steps
+    where one would be too large.
     Raises UserError for a question that fits no row.
     """
     question_videos, question_lengths = np.asarray(question_videos), np.asarray(question_lengths)
@@ -135,7 +136,7 @@ def _steps(
             if rest:
                 waiting.appendleft((video, rest))
         short += room > 0
-        if short > MAX_SHORT_STEPS:
+        if short > 1 + (len(steps) >= LONG_EPOCH):
             return None
         waiting.extendleft(reversed(late))
         steps.append(tuple(map(tuple, step.rows)))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,11 +105,9 @@ def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: P
         with jax.set_mesh(mesh):
             compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        said = str(error)
-        if "hbm" not in said.lower() or "RESOURCE_EXHAUSTED" not in said:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        used = said.partition("Used ")[2].partition(" of ")[0]
-        needed = float(used[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[used[-1]]
         return Program(**sizes, temporaries=0, peak=needed, seconds=0, shares={}, compile_seconds=0)
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     hlo, problem, found = compiled.as_text(), "", []
@@ -129,6 +128,16 @@ def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: P
     if dump is not None:
         write_dump(dump, hlo, str(memory), found, program, chip)
     return program
+
+
+def needed_bytes(said: str) -> float | None:
+    """What a program needs, by the compiler's complaint about memory: the largest size in it; None for others."""
+    if "RESOURCE_EXHAUSTED" not in said or "hbm" not in said.lower():
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return max(
+        (float(size) * units[unit] for size, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", said)), default=None
+    )
 
 
 def bytes_per_chip(tree: Any) -> float:

@@ -17,6 +17,7 @@ from redvillm_jax import plan, topologies
 from redvillm_jax.attention import row_attention
 from redvillm_jax.flops import kernel_flops, step_flops
 from redvillm_jax.layers import BATCH_AXES, attention
+from redvillm_jax.programs import needed_bytes
 from redvillm_jax.sharding import make_mesh
 from redvillm_jax.topologies import NAMES, parse_topology
 
@@ -99,6 +100,27 @@ def test_the_packed_kernel_compiles_for_a_tpu():
         hlo = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv, ids, ids).compile().as_text()
     for kernel in kernel_flops(1, 1, 1, 1):
         assert f"%{kernel}" in hlo, "the arithmetic knows a kernel by another name than the program"
+
+
+def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):
+    size, mesh = ["--config=configs/llava.py", "--size=v1-7b"], ["--config.mesh.data=-1", "--config.mesh.fsdp=1"]
+    plan.main([*size, "--topology=v5e-4", *mesh, "--config.remat=gate,up", "--rows-per-chip=2"])
+    said = capsys.readouterr().out
+    assert "of 16.0: DOES NOT FIT" in said
+    assert "try: --config.int8=True; --rows-per-chip=1; --config.remat=full; --config.mesh.data=1" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: … HLO temporaries (24.58G) exceeds available HBM (15.75G).", 24.58 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.", 20.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.22M of 16.00M vmem.", None),
+        ("INTERNAL: hbm", None),
+    ],
+)
+def test_the_compilers_complaints_are_read(said, needed):
+    assert needed_bytes(said) == needed
 
 
 def test_arithmetic():

@@ -11,6 +11,7 @@ the settings that were found best for it.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,20 +103,21 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, vide
     paper = measure(*lengths, batch_questions=config["batch_questions"], shards=shards, **rows)
     filled = fill_rows(*lengths, rows=rows_per_chip * shards, **rows)
     encode = compile_encode(config, base, mesh, chip, videos_per_chip, folder(dump, topology, "encode"))
-    encode_hours = videos / (videos_per_chip * shards) * encode.seconds / 3600
+    encode_hours = videos / (videos_per_chip * shards) * encode.seconds / 3600 if encode.known else math.nan
     print_memory("encode", encode, chip, config, rows_per_chip)
     if encode.known:
         print(f"  {videos:,} videos once, {videos_per_chip} per chip: {encode_hours:.2f} h")
-    cached: dict[int, Program] = {}
+    cached: dict[tuple[int, ...], Program] = {}
     for title, work in (
         (f"{paper.questions} questions a step{', the paper’s' if paper.questions == PAPER_BATCH else ''}", paper),
         (f"--rows-per-chip={rows_per_chip}: {filled.questions} questions a step, no longer the paper's recipe", filled),
     ):
         print(f"{title}: {work.rows} rows of {work.row_length} slots, {work.rows / shards:g} per chip")
-        if work.rows not in cached:
-            where = folder(dump, topology, f"train-{work.rows}-rows")
-            cached[work.rows] = compile_train(config, base, mesh, chip, work, where)
-        program = cached[work.rows]
+        shape = work.rows, work.row_length, work.groups, work.targets
+        if shape not in cached:
+            where = folder(dump, topology, f"train-{work.questions}-questions")
+            cached[shape] = compile_train(config, base, mesh, chip, work, where)
+        program = cached[shape]
         print_memory("train", program, chip, config, rows_per_chip)
         if program.known:
             print_bound(program, work, base, chip, chips, config, encode_hours)
@@ -137,7 +139,7 @@ def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip:
     fits = program.peak <= chip.hbm
     state = "fits" if fits else "DOES NOT FIT"
     timed = f", compiled in {program.compile_seconds:.0f} s" if program.compile_seconds else ""
-    print(f"  {name}, GB per chip: {parts}; peak {gb(program.peak)} of {gb(chip.hbm)}: {state}{timed}")
+    print(f"  {name}, GiB per chip: {parts}; peak {gb(program.peak)} of {gb(chip.hbm)}: {state}{timed}")
     if program.problem:
         print(f"  {program.problem}")
     if not fits:
@@ -184,7 +186,7 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
 
 def compare(config, base: Base, lengths, total: int, videos: int, dump: Path | None) -> None:
     """The table of all slices, and its picture."""
-    print("slice     settings                      GB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
+    print("slice     settings                     GiB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
     lines = []
     for topology in NAMES:
         chip, _ = parse_topology(topology)

@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from data_pipeline.errors import UserError
 from redvillm_jax.attention import row_attention
 from redvillm_jax.layers import BATCH_AXES, Linear, gelu, normalize, pin_batch
 
@@ -71,12 +72,29 @@ class VideoLLM(nnx.Module):
         """
         tokens = []
         for stream, projector in self.video.order():
-            features, mask, layout = streams[stream]
-            x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
-            if (extra := f"extra_mlp_{stream}") in self.projectors:
-                x = self.projectors[extra](x)
-            tokens.append(x.astype(features.dtype))
+            tokens.append(self.project_stream(stream, projector, *streams[stream]))
         return jnp.concatenate(tokens, axis=1)
+
+    def project_stream(
+        self, stream: str, projector: str, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]
+    ) -> jax.Array:
+        """One stream through its projector, and its extra MLP if there is one: (B, M, D) -> (B, num_tokens, K)."""
+        x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
+        if (extra := f"extra_mlp_{stream}") in self.projectors:
+            x = self.projectors[extra](x)
+        return x.astype(features.dtype)
+
+    def picture_tokens(self, pictures: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Visual tokens (B, V, K) of pictures (B, H, W, 3) uint8, the image LLM's own way.
+
+        Their features go through its projector as they are, with no pooling and no temporal stream. Raises UserError
+        for a model without that projector.
+        """
+        if "spatial" not in self.projectors:
+            raise UserError("a model with streams=temporal has no projector for pictures: ask it about videos")
+        features = self.encode(pictures[:, None], dtype)[:, 0]
+        side = round(features.shape[1] ** 0.5)
+        return self.project_stream("spatial", "spatial", features, jnp.ones(features.shape[:2], bool), (side, side))
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.

@@ -65,9 +65,7 @@ def logits(model, base, visual: np.ndarray, question: str) -> np.ndarray:
 def test_an_image_llm_stays_one(family, bases, frames):
     base, _, model = build(bases[family], family, streams="spatial")
     still = np.repeat(frames[:1, :1], NUM_FRAMES, axis=1)
-    features = model.encode(jnp.asarray(still[:, :1]), DTYPE)[:, 0]
-    side = round(features.shape[1] ** 0.5)
-    picture = model.projectors["spatial"](features, jnp.ones(features.shape[:2], bool), (side, side))
+    picture = model.picture_tokens(jnp.asarray(still[:, 0]), DTYPE)
     want = logits(model, base, np.asarray(picture)[0], "What is this?")
     got = logits(model, base, tokens(model, still)[0], "What is this?")
     np.testing.assert_allclose(got, want, atol=1e-4)

@@ -161,6 +161,11 @@ SIZES = {
 }
 
 
+def picture_fit(config: Config) -> str:
+    """How a picture becomes a square (`data_pipeline.pictures.FIT`): v1.5 pads it, v1 takes CLIP's own crop."""
+    return "crop" if config.projector == "linear" else "pad"
+
+
 # ---- vision tower: names under `vision_tower.`
 
 
@@ -482,12 +487,19 @@ Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
 
 
 def prompt(
-    tokenizer: Tokenizer, config: Config, question: str, answer: str | None, labels: str = "answer"
+    tokenizer: Tokenizer,
+    config: Config,
+    question: str,
+    answer: str | None,
+    labels: str = "answer",
+    *,
+    picture: bool = False,
 ) -> tuple[Segment, Segment]:
     """What stands before and after the visual tokens: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`.
 
     Without an answer the second part ends where the model starts to write. The loss counts the answer and
-    `</s>`; LLaVA's own fine-tuning counts the same, so both values of `labels` give the same rows.
+    `</s>`; LLaVA's own fine-tuning counts the same, so both values of `labels` give the same rows. A video stands
+    where LLaVA has its picture, so `picture` changes nothing.
     """
     markers = ("<im_start>", "<im_end>") if config.image_markers else ()
     start, end = ([tokenizer.special(marker)] for marker in markers) if markers else ([], [])

@@ -132,6 +132,11 @@ SIZES = {
 }
 
 
+def picture_fit(config: Config) -> str:
+    """How a picture becomes a square (`data_pipeline.pictures.FIT`): squashed, as a video's frames are."""
+    return "squash"
+
+
 # ---- positions
 
 
@@ -599,10 +604,17 @@ Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
 
 
 def prompt(
-    tokenizer: Tokenizer, config: Config, question: str, answer: str | None, labels: str = "answer"
+    tokenizer: Tokenizer,
+    config: Config,
+    question: str,
+    answer: str | None,
+    labels: str = "answer",
+    *,
+    picture: bool = False,
 ) -> tuple[Segment, Segment]:
     """What stands before and after the visual tokens: ChatML, the video between <img> and </img> in the user's turn.
 
+    A picture has `Picture 1: ` before <img>, as in Qwen-VL's own chat format.
     Each segment is tokenised on its own. Without an answer the second part ends where the model starts to
     write. `labels="answer"` counts the answer and its <|im_end|>; `"finetune"` is the convention of Qwen's own
     script, which also counts <|im_start|>, <|im_end|> and the newline after it in every turn. The first token
@@ -620,7 +632,8 @@ def prompt(
     newline = tokenizer.encode("\n")
     close = [(token, structure) for token in (end, *newline)]
     system = [*turn("system"), *plain(*tokenizer.encode(config.system_prompt)), *close]
-    before = [*(system if config.system_prompt else []), *turn("user"), *plain(img)]
+    number = tokenizer.encode("Picture 1: ") if picture else []
+    before = [*(system if config.system_prompt else []), *turn("user"), *plain(*number, img)]
     after = [*plain(img_end, *tokenizer.encode(f"\n{question}")), *close, *turn("assistant")]
     if answer is not None:
         after += [(token, True) for token in (*tokenizer.encode(answer), end, *newline * structure)]

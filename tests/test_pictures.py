@@ -1,0 +1,274 @@
+"""Pictures: read as the originals read them, and answered about as the image LLM itself would."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES
+from PIL import Image
+from test_model import DTYPE, build
+
+from data_pipeline.errors import UserError
+from data_pipeline.pictures import read_picture
+from redvillm_jax.attention import visible
+from redvillm_jax.bases import llava, qwen_vl
+
+torch = pytest.importorskip("torch")
+from tests import torch_qwen_vl as oracle  # noqa: E402
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Saves random pixels (height, width, 3) as a PNG file and returns its path and them."""
+
+    def save(width: int, height: int):
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        return tmp_path / "photo.png", pixels
+
+    return save
+
+
+# ---- reading
+
+
+SHAPES = ((37, 91), (91, 37), (224, 224), (500, 333), (5, 7), (1, 199))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [33, 224])
+def test_crop_is_clip_s_own(photo, shape, size):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    path, pixels = photo(*shape)
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    processor = CLIPImageProcessorPil(**sizes, do_rescale=False, do_normalize=False)
+    want = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_array_equal(read_picture(path, size, "crop"), want)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pad_stands_in_the_middle_of_the_mean_colour(photo, shape):
+    path, pixels = photo(*shape)
+    height, width, _ = pixels.shape
+    square = np.empty((max(shape), max(shape), 3), np.uint8)
+    square[:] = [int(255 * mean) for mean in llava.MEAN]
+    top, left = (max(shape) - height) // 2, (max(shape) - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    want = np.asarray(Image.fromarray(square).resize((24, 24), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(read_picture(path, 24, "pad"), want)
+
+
+def test_squash_keeps_all_and_no_ratio(photo):
+    path, pixels = photo(91, 37)
+    want = np.asarray(Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(read_picture(path, 24, "squash"), want)
+
+
+def test_which_base_takes_which():
+    assert [llava.picture_fit(llava.SIZES[size]) for size in ("v1-7b", "v1.5-7b", "v1.5-7b-hf")] == [
+        "crop",
+        "pad",
+        "pad",
+    ]
+    assert qwen_vl.picture_fit(qwen_vl.SIZES["7b"]) == "squash"
+
+
+def filled(mode: str, pixel: tuple) -> Image.Image:
+    return Image.new(mode, (30, 20), pixel)
+
+
+GREY, RED = filled("RGB", (200, 200, 200)), filled("RGB", (255, 0, 0))
+
+
+def palette() -> Image.Image:
+    picture = Image.new("P", (30, 20), 1)
+    picture.putpalette([9, 9, 9, 10, 20, 30])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("picture", "name", "options", "colour"),
+    [
+        (GREY, "a.jpg", {}, (200, 200, 200)),
+        (GREY, "a.webp", {"lossless": True}, (200, 200, 200)),
+        (GREY.convert("L"), "a.png", {}, (200, 200, 200)),
+        (GREY.convert("L").point(lambda value: 255, mode="1"), "a.png", {}, (255, 255, 255)),
+        (GREY.convert("CMYK"), "a.jpg", {}, (200, 200, 200)),
+        (palette(), "a.png", {}, (10, 20, 30)),
+        (palette(), "a.png", {"transparency": 1}, (255, 255, 255)),
+        (filled("LA", (10, 0)), "a.png", {}, (255, 255, 255)),
+        (filled("RGBA", (0, 0, 0, 51)), "a.png", {}, (204, 204, 204)),
+        (filled("RGB", (1, 2, 3)), "a.png", {"transparency": (1, 2, 3)}, (255, 255, 255)),
+        (Image.fromarray(np.full((20, 30), 0x9C40, np.uint16)), "a.png", {}, (0x9C, 0x9C, 0x9C)),
+        (Image.fromarray(np.full((20, 30), 0x9C40, np.uint16)), "a.tif", {}, (0x9C, 0x9C, 0x9C)),
+        (GREY, "a.gif", {"save_all": True, "append_images": [RED]}, (200, 200, 200)),
+        (GREY, "a.png", {"exif": b"garbage"}, (200, 200, 200)),
+    ],
+)
+def test_any_mode_becomes_rgb(picture, name, options, colour, tmp_path):
+    picture.save(tmp_path / name, **options)
+    got = read_picture(tmp_path / name, 8, "squash")
+    assert got.shape == (8, 8, 3) and got.dtype == np.uint8
+    np.testing.assert_array_equal(got, np.broadcast_to(np.uint8(colour), (8, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "white"), [(1, np.s_[:, :3]), (3, np.s_[:, -3:]), (6, np.s_[:3]), (8, np.s_[-3:])]
+)
+def test_exif_turns_a_picture(orientation, white, tmp_path):
+    half = Image.new("RGB", (30, 20))
+    half.paste((255, 255, 255), (0, 0, 15, 20))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    half.save(tmp_path / "a.png", exif=exif)
+    got = read_picture(tmp_path / "a.png", 8, "squash")
+    assert (got[white] > 250).all() and got.mean() < 140
+
+
+def cut(name: str, keep: float):
+    def make(folder):
+        GREY.save(folder / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(keep * len(content))])
+        return folder / name
+
+    return make
+
+
+def holding(name: str, content: bytes):
+    def make(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return make
+
+
+def saved(name: str, picture: Image.Image):
+    def make(folder):
+        picture.save(folder / name)
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (cut("a.jpg", 0.9), "a.jpg: cannot be read as a picture"),
+        (cut("a.png", 0.7), "a.png: cannot be read as a picture"),
+        (holding("a.png", b""), "a.png: not a picture in a known format"),
+        (holding("a.jpg", b"<html>"), "not a picture in a known format"),
+        (holding("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99), r"a.heic: not a picture.*HEIC cannot"),
+        (saved("a.tif", Image.new("F", (3, 3))), "a.tif: cannot be read as a picture.*mode F"),
+        (saved("a.png", Image.new("RGB", (1, 300))), "1 × 300 pixels, expected at most 200 times as long"),
+        (lambda folder: folder, "cannot be read as a picture"),
+        (lambda folder: folder / "none.jpg", "none.jpg: no such file"),
+    ],
+)
+def test_mistakes_end_in_one_line(make, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        read_picture(make(tmp_path), 8, "squash")
+    assert "\n" not in str(error.value)
+
+
+# ---- answering: a base alone is the image LLM that it was made from
+
+QUESTION = "What is the colour of the square?"
+
+
+def picture_logits(base, model, pictures: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
+    """Logits of a whole picture question, and the ids before and after the visual tokens."""
+    tokenizer = base.module.Tokenizer(base.path)
+    before, after = (
+        [i for i, _ in part] for part in base.module.prompt(tokenizer, base.config, QUESTION, None, picture=True)
+    )
+    tokens = model.picture_tokens(jnp.asarray(pictures), DTYPE)
+    slots = [-1] * len(before) + list(range(tokens.shape[1])) + [-1] * len(after)
+    ids = jnp.array([[*before, *[0] * tokens.shape[1], *after]])
+    embeds = model.embed(ids, jnp.array([slots]), tokens)
+    ones = jnp.ones(ids.shape, jnp.int32)
+    positions = jnp.arange(ids.shape[1])[None]
+    hidden, _ = model.llm(embeds, positions, visible(ones, 0 * ones), context_length=jnp.array([ids.shape[1]]))
+    return np.asarray(model.llm.logits(hidden)), before, after
+
+
+def pixels(base, picture: np.ndarray) -> torch.Tensor:
+    """(1, 3, H, W) normalised in torch."""
+    mean, std = (np.float32(value) for value in (base.module.MEAN, base.module.STD))
+    return torch.from_numpy((picture.astype(np.float32) / 255 - mean) / std).permute(2, 0, 1)[None]
+
+
+def test_llava_answers_about_a_picture_as_transformers_does(bases, photo):
+    from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+    base, _, model = build(bases["llava"], "llava")
+    picture = read_picture(photo(50, 40)[0], base.config.image_size, base.module.picture_fit(base.config))
+    got, before, after = picture_logits(base, model, picture[None])
+
+    reference = LlavaForConditionalGeneration.from_pretrained(bases["llava"], dtype=torch.float32).eval()
+    image = reference.config.image_token_index
+    ids = [*before, *[image] * base.config.num_patches, *after]
+    with torch.no_grad():
+        want = reference(input_ids=torch.tensor([ids]), pixel_values=pixels(base, picture)).logits
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(bases["llava"])
+    assert tokenizer.decode(before + after) == f"<s>USER:\n{QUESTION} ASSISTANT:"
+
+
+def test_qwen_vl_answers_about_a_picture_as_the_reference_does(bases, photo):
+    from safetensors.torch import load_file
+
+    base, _, model = build(bases["qwen_vl"], "qwen_vl")
+    picture = read_picture(photo(50, 40)[0], base.config.image_size, base.module.picture_fit(base.config))
+    got, before, after = picture_logits(base, model, picture[None])
+
+    tensors = load_file(bases["qwen_vl"] / "model.safetensors")
+    projector = oracle.below(tensors, "transformer.visual.")
+    side = round(base.config.num_patches**0.5)
+    heads = base.config.resampler_num_attention_heads
+    with torch.no_grad():
+        features = oracle.vision(tensors, pixels(base, picture), heads=base.config.vision_num_attention_heads)["vit"]
+        positions = oracle.grid(projector["attn_pool.pos_embed"], side, side)
+        visual = oracle.resample(projector, features, positions, heads=heads)["visual_out"]
+        before_embeds, after_embeds = (tensors["transformer.wte.weight"][part][None] for part in (before, after))
+        embeds = torch.cat([before_embeds, visual, after_embeds], dim=1)
+        want = oracle.decoder(tensors, embeds, heads=base.config.num_attention_heads, seq_length=base.config.seq_length)
+    assert visual.shape[1] == base.config.n_queries
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    said = base.module.Tokenizer(base.path).decode(before + after, keep_special=True)
+    asked = f"<|im_start|>user\nPicture 1: <img></img>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert said == f"<|im_start|>system\n{qwen_vl.SYSTEM_PROMPT}<|im_end|>\n{asked}"
+
+
+def test_v1_puts_its_markers_around_a_picture(bases):
+    class Words:
+        bos_id = "<s>"
+
+        def encode(self, text):
+            return [text]
+
+        def special(self, token):
+            return token
+
+    before, after = llava.prompt(Words(), llava.SIZES["v1-7b"], "Who?", None, picture=True)
+    text = "".join(token for token, _ in before) + "*" + "".join(token for token, _ in after)
+    assert text == f"<s>{llava.SYSTEM_PROMPT} USER:<im_start>*<im_end>\nWho? ASSISTANT:"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_switches_of_videos_do_not_touch_a_picture(family, bases):
+    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
+    want = build(bases[family], family)[2].picture_tokens(pictures, DTYPE)
+    assert want.shape[:2] == (3, 16)
+    for switches in ({"streams": "spatial"}, {"spatial_pool": 2}, {"temporal_module": False}):
+        got = build(bases[family], family, **switches)[2].picture_tokens(pictures, DTYPE)
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(UserError, match="streams=temporal has no projector for pictures"):
+        build(bases[family], family, streams="temporal")[2].picture_tokens(pictures, DTYPE)
+
+
+def test_an_extra_mlp_stands_behind_pictures_too(bases):
+    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))
+    plain, more = (build(bases["llava"], "llava", extra_mlp=flag)[2] for flag in (False, True))
+    want = more.projectors["extra_mlp_spatial"](plain.picture_tokens(pictures, DTYPE))
+    np.testing.assert_allclose(more.picture_tokens(pictures, DTYPE), want, atol=1e-6)

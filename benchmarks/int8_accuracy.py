@@ -21,7 +21,7 @@ from data_pipeline.errors import Parser, run
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
 from redvillm_jax.assemble import load_model, put_trained, token_slots
-from redvillm_jax.inputs import check_store, needed_parts, open_run
+from redvillm_jax.inputs import check_store, needed_parts, open_model
 from redvillm_jax.rows import plan_rows
 from redvillm_jax.sharding import make_mesh
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, help="a run of redvillm_jax.train")
     parser.add_argument("--data", required=True, help="a store of frames or streams with questions")
     flags = parser.parse_args(argv)
-    config, base, trained = open_run(flags.model, None)
+    config, base, trained, *_ = open_model(flags.model)
     store = open_store(flags.data)
     check_store(store, base, config)
     config = {**config, "num_epochs": 1}

@@ -18,7 +18,6 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion.names import (
-    BASE_MARK,
     Tensors,
     check_tensors,
     copy_small_files,
@@ -30,7 +29,14 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.weights import canonical_name, expected_tensors, known_families, load_base_module, read_config
+from redvillm_jax.weights import (
+    BASE_MARK,
+    canonical_name,
+    expected_tensors,
+    known_families,
+    load_base_module,
+    read_config,
+)
 
 
 def from_torch(family: str, source: Path, out: Path, vision: Path | None = None) -> dict[str, Any]:

@@ -18,14 +18,11 @@ import numpy as np
 from safetensors import safe_open
 
 from data_pipeline.errors import UserError
-from redvillm_jax.weights import canonical_name, expected_tensors
+from redvillm_jax.weights import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 KEPT_BYTES = 20_000_000
-BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"
-TEMPORAL_PREFIX = "temporal_module."
-EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
 
 CODES = {  # safetensors' names of the dtypes
     "float64": "F64",

@@ -7,7 +7,6 @@ MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes 
 import argparse
 import functools
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion.names import (
-    BASE_MARK,
-    EXPORT_MARK,
-    EXTRA_PREFIX,
-    TEMPORAL_PREFIX,
     Tensor,
     copy_small_files,
     is_extra,
@@ -31,9 +26,17 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.weights import Base, abstract_part, name_table, open_base
+from redvillm_jax.weights import (
+    BASE_MARK,
+    EXPORT_MARK,
+    EXTRA_PREFIX,
+    PROJECTORS,
+    Base,
+    open_base,
+    projector_names,
+)
 
-METHOD = (  # the run's switches that a PyTorch user needs to rebuild the model
+METHOD = (  # the run's switches that are needed to rebuild the model, here or in PyTorch, and to answer as it does
     "video",
     "num_frames",
     "streams",
@@ -47,6 +50,9 @@ METHOD = (  # the run's switches that a PyTorch user needs to rebuild the model
     "qwen_align",
     "temporal_positions",
     "labels",
+    "sampling",
+    "dtype",
+    "int8",
 )
 
 
@@ -57,19 +63,19 @@ def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
     under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
     neither a run nor a base, or `out` holds something else.
     """
-    base, config, trained = open_model(model)
+    base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)
     separate_vision = (base.path / "vision").is_dir()
     tower = read_folder(base.path / "vision") if any(base.path.glob("vision/*.safetensors")) else {}
-    leaves = projector_leaves(base)
-    new = trained_tensors(base, leaves, tensors, trained)
+    own = projector_names(base, "spatial")
+    new = trained_tensors(base, tensors, trained)
     if full:
-        dtype = tensors[next(iter(leaves.values()))].dtype
+        dtype = tensors[next(iter(own))].dtype
         rounded = {n: array.astype(tensors[n].dtype if n in tensors else dtype) for n, array in new.items()}
         tensors |= {name: in_memory(array) for name, array in rounded.items()}
     else:
-        kept = {name: tensor for name, tensor in tensors.items() if name in leaves.values() or is_extra(name)}
+        kept = {name: tensor for name, tensor in tensors.items() if name in own or is_extra(name)}
         tensors, tower = (kept if config is None else {}) | {n: in_memory(a) for n, a in new.items()}, {}
     meta = describe(base, config)
 
@@ -92,12 +98,12 @@ def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
             if tower:
                 write_shards(folder / "vision", tower, watch)
         else:
-            write_safetensors(folder / "projectors.safetensors", tensors, watch)
+            write_safetensors(folder / PROJECTORS, tensors, watch)
         (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
 
-def open_model(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
+def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
     """A run as (its base, its config, its trained projectors), or a base as (it, None, nothing)."""
     if (model / BASE_MARK).is_file():
         return open_base(model), None, {}
@@ -113,13 +119,6 @@ def open_model(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]
     return base, config, trained
 
 
-def projector_leaves(base: Base) -> dict[str, str]:
-    """The projector's leaf paths ("linear_1.weight") and their published names."""
-    prefix = base.module.PREFIX["projector"]
-    table = name_table(abstract_part(base.module, "projector", base.config), prefix)
-    return {name.removeprefix(prefix): base.published[name] for name in table}
-
-
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     """Nested dicts of arrays by dotted path."""
     flat = {}
@@ -128,9 +127,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
-def trained_tensors(
-    base: Base, leaves: Mapping[str, str], tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+def trained_tensors(base: Base, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
     arrays = {}
     for group, tree in ({"spatial": {}} | dict(trained) if trained else {}).items():
@@ -138,11 +135,10 @@ def trained_tensors(
         if group.startswith(EXTRA_PREFIX):
             arrays |= {f"{group}.{path}": np.asarray(array, np.float32) for path, array in flat.items()}
             continue
-        for path, published in leaves.items():
-            array = flat[path] if path in flat else tensors[published].read()
-            leaf = re.sub(base.module.PROJECTOR_PREFIX, "", published)
-            name = published if group == "spatial" else f"{TEMPORAL_PREFIX}{leaf}"
-            arrays[name] = np.asarray(array, np.float32)
+        names = zip(projector_names(base, group).items(), projector_names(base, "spatial"), strict=True)
+        for (name, leaf), published in names:
+            path = ".".join(leaf.path)
+            arrays[name] = np.asarray(flat[path] if path in flat else tensors[published].read(), np.float32)
     return arrays
 
 

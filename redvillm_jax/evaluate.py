@@ -22,7 +22,7 @@ from redvillm_jax.assemble import load_model, put_trained, token_slots
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command
 from redvillm_jax.inference import answer
-from redvillm_jax.inputs import check_store, needed_parts, open_run
+from redvillm_jax.inputs import check_store, needed_parts, open_model
 from redvillm_jax.sharding import make_mesh
 
 OPTIONS = {
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if jax.process_count() > 1:
         raise UserError("evaluate runs in one process: run it on one machine with --model=RUN")
     sizes = {name: positive(flags, name) for name in ("max_new_tokens", "batch_size", "video_batch_size")}
-    config, base, trained = open_run(flags["model"], flags["config"])
+    config, base, trained, *_ = open_model(flags["model"], flags["config"])
     store = open_store(flags["data"])
     check_store(store, base, config)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})  # a run's own mesh may need other machines

@@ -20,6 +20,10 @@ from redvillm_jax.layers import Stack
 from redvillm_jax.quantize import quantize, quantized_shapes
 
 PARTS = ("encoder", "projector", "llm")
+BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
+PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
+TEMPORAL_PREFIX = "temporal_module."  # of names in exports
+EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
 REMEDY = "make the base folder again with conversion.from_torch"
 
 
@@ -145,7 +149,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     the one that a run was trained on.
     """
     path = local_copy(path)
-    description = path / "base.json"
+    description = path / BASE_MARK
     if not description.is_file():
         hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
@@ -156,10 +160,14 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
         raise UserError(
             f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"
         )
-    module = load_base_module(meta["family"])
-    tensors = TensorFolder(path)
+    return published_base(path, meta["family"], meta["fingerprint"])
+
+
+def published_base(path: Path, family: str, fingerprint: str) -> Base:
+    """The base that a local folder of published files is, by the word of whoever calls."""
+    module, tensors = load_base_module(family), TensorFolder(path)
     published = {canonical_name(module, name): name for name in tensors.names()}
-    return Base(path, meta["family"], module, read_config(module, path), meta["fingerprint"], tensors, published)
+    return Base(path, family, module, read_config(module, path), fingerprint, tensors, published)
 
 
 def sized_base(family: str, size: str) -> Base:
@@ -231,6 +239,16 @@ def load_part(
             weight = place(path, shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
         flat[path] = leaf.replace(weight)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def projector_names(base: Base, projector: str) -> dict[str, Leaf]:
+    """A projector's leaves by their names in exports: the published ones, the temporal module's under a prefix."""
+    table = name_table(abstract_part(base.module, "projector", base.config), base.module.PREFIX["projector"])
+    check_tensors(base, table)
+    published = {base.published[name]: leaf for name, leaf in table.items()}
+    if projector == "spatial":
+        return published
+    return {TEMPORAL_PREFIX + re.sub(base.module.PROJECTOR_PREFIX, "", name): leaf for name, leaf in published.items()}
 
 
 def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:

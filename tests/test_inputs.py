@@ -1,17 +1,313 @@
-"""Which stores a model takes: those with the frames that it knows."""
+"""Which models are opened, in every form there is of one, and which stores a model takes."""
 
+import json
+import shutil
+from pathlib import Path
+
+import fake_gcs
 import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 from conftest import NUM_FRAMES
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 from test_prepare import write_video
 from test_train import losses, make_config
 
+from configs.common import get_common
+from conversion.from_torch import from_torch
+from conversion.to_torch import to_torch
 from data_pipeline import prepare
 from data_pipeline.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import train
-from redvillm_jax.inputs import check_store
+from redvillm_jax import checkpoint, inputs, train
+from redvillm_jax.assemble import load_model, put_trained, token_slots
+from redvillm_jax.inference import answer
+from redvillm_jax.inputs import OpenedModel, check_store, model_fingerprint, open_model
+from redvillm_jax.sharding import make_mesh
 from redvillm_jax.weights import open_base
+
+MESH = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+# ---- one model, whatever it lies in
+
+
+def write_run(folder: Path, family: str, base: Path, **switches) -> Path:
+    """A run as training leaves it, its projectors moved at random: the model's own switches are all that counts."""
+    config = make_config(family, base, Path("frames"), **switches)
+    opened, mesh = open_base(base), make_mesh(MESH, jax.devices()[:1])
+    projectors = load_model(opened, config, mesh, dtype=jnp.float32, parts=("projector",)).projectors
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda x: jnp.asarray(x + rng.normal(0, 0.05, x.shape).astype("f")), nnx.to_pure_dict(nnx.state(projectors))
+    )
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {"trainable": moved, "optimizer": {"count": jnp.zeros(())}}
+    identity = {"base": opened.fingerprint, "data": ""}
+    with checkpoint.open_checkpoints(folder, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 3, state, config=config, identity=identity)
+    return folder
+
+
+def export(run: Path, family: str, folder: Path) -> dict[str, Path]:
+    """What conversion makes of a run: its projectors, a whole folder, and a base of that."""
+    to_torch(run, folder / "projectors")
+    to_torch(run, folder / "whole", full=True)
+    from_torch(family, folder / "whole", folder / "again")
+    return {name: folder / name for name in ("projectors", "whole", "again")}
+
+
+def say(opened: OpenedModel, store: Path) -> tuple[np.ndarray, list[str]]:
+    """Visual tokens of a store's first two videos, and answers to all its questions, in fp32."""
+    store, mesh = open_store(store), make_mesh(MESH, jax.devices()[:1])
+    model = load_model(opened.base, opened.config, mesh, dtype=jnp.float32)
+    if opened.trained is not None:
+        put_trained(model, opened.trained)
+    sizes = {"batch_size": 72, "video_batch_size": 12, "max_new_tokens": 4}
+    slots = token_slots(opened.base, opened.config)
+    texts = answer(model, opened.base, store, slots, mesh, dtype=jnp.float32, **sizes)
+    videos = {name: jnp.asarray(array) for name, array in store.padded([0, 1]).items()}
+    return np.asarray(model.video_tokens(videos, jnp.float32)), texts
+
+
+def assert_same_weights(got: dict, want: dict) -> None:
+    jax.tree.map(np.testing.assert_array_equal, got, want)  # fails for other keys, too
+    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        ("llava", {"extra_mlp": True, "stream_order": "spatial_first"}),
+        ("llava", {"temporal_module": False, "streams": "temporal"}),
+        ("qwen_vl", {"qwen_align": "per_token", "spatial_pool": 2, "sampling": "fps=2"}),
+        ("qwen_vl", {"streams": "temporal", "int8": True}),
+    ],
+)
+def test_a_run_and_its_exports_are_one_model(family, switches, bases, tmp_path):
+    run = write_run(tmp_path / "run", family, bases[family], **switches)
+    forms = export(run, family, tmp_path)
+    want = open_model(run)
+    assert want.name == "run" and want.base.path == bases[family]
+    shutil.copytree(bases[family], tmp_path / "moved")
+    opened = [open_model(run, base=tmp_path / "moved"), open_model(forms["projectors"], base=tmp_path / "moved")]
+    opened += [open_model(forms["whole"]), open_model(f"{forms['again']}/")]
+    for other, name in zip(opened, ("run", "projectors", "whole", "again"), strict=True):
+        assert_same_weights(other.trained, want.trained)
+        assert other.fingerprint == want.fingerprint and other.name == name
+        assert other.base.fingerprint == want.base.fingerprint and other.base.config == want.base.config
+        said = json.loads((forms["projectors"] / "redvillm.json").read_text())["method"]
+        assert {key: other.config[key] for key in said} == {key: want.config[key] for key in said}
+
+
+def test_a_whole_export_answers_as_its_run_does(bases, stores, tmp_path):
+    run = write_run(tmp_path / "run", "llava", bases["llava"])
+    forms = export(run, "llava", tmp_path)
+    (tokens, texts), untrained = say(open_model(run), stores["llava"]), make_config("llava", "", "")
+    assert len(set(texts)) > 1
+    for form in ("whole", "again"):
+        got_tokens, got_texts = say(open_model(forms[form]), stores["llava"])
+        np.testing.assert_array_equal(got_tokens, tokens)
+        assert got_texts == texts
+    base = open_model(bases["llava"], untrained)
+    assert base.trained is None and not np.allclose(say(base, stores["llava"])[0], tokens, atol=1e-2)
+
+
+def test_an_export_in_16_bits_is_close(bases, stores, tmp_path):
+    source = tmp_path / "published"
+    shutil.copytree(bases["llava"], source)
+    (source / "base.json").unlink()
+    tensors = {
+        name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(source / "model.safetensors").items()
+    }
+    save_file(tensors, source / "model.safetensors")
+    from_torch("llava", source, tmp_path / "base")
+    run = write_run(tmp_path / "run", "llava", tmp_path / "base")
+    forms = export(run, "llava", tmp_path)
+    want, whole = open_model(run), open_model(forms["whole"])
+    assert whole.fingerprint == open_model(forms["again"]).fingerprint != want.fingerprint
+    projectors = open_model(forms["projectors"], base=tmp_path / "base")
+    assert_same_weights(projectors.trained, want.trained)
+    assert projectors.fingerprint == want.fingerprint
+    np.testing.assert_allclose(say(whole, stores["llava"])[0], say(want, stores["llava"])[0], atol=0.05)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), whole.trained, want.trained)
+
+
+def test_exports_made_before_a_switch_have_its_default(bases, tmp_path):
+    run = write_run(tmp_path / "run", "llava", bases["llava"], dtype="float32")
+    forms = export(run, "llava", tmp_path)
+    file = forms["whole"] / "redvillm.json"
+    said = json.loads(file.read_text())
+    for name in ("sampling", "dtype", "int8"):
+        del said["method"][name]
+    file.write_text(json.dumps(said))
+    config = open_model(forms["whole"]).config
+    assert {name: config[name] for name in inputs.UNSAID} == {name: get_common()[name] for name in inputs.UNSAID}
+    assert open_model(forms["whole"]).fingerprint == open_model(run).fingerprint
+
+
+def test_exports_of_a_base_are_untrained(bases, tmp_path):
+    to_torch(bases["llava"], tmp_path / "projectors")
+    to_torch(bases["llava"], tmp_path / "whole", full=True)
+    config = make_config("llava", "", "")
+    want = open_model(bases["llava"], config)
+    for opened in (
+        open_model(tmp_path / "projectors", config, bases["llava"]),
+        open_model(tmp_path / "whole", config),
+    ):
+        assert opened.trained is None and opened.fingerprint == want.fingerprint
+
+
+def test_models_in_a_bucket(bases, tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "llava", bases["llava"])
+    forms = export(run, "llava", tmp_path)
+    want = open_model(run)
+    monkeypatch.setenv("REDVILLM_CACHE", str(tmp_path / "cache"))
+    with fake_gcs.serve("bucket") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for folder in (run, forms["whole"], forms["projectors"]):
+            server.upload(folder, "bucket", f"models/{folder.name}")
+        server.upload(bases["llava"], "bucket", "base")
+        for opened, name in (
+            (open_model("gs://bucket/models/whole"), "whole"),
+            (open_model("gs://bucket/models/projectors/", base="gs://bucket/base"), "projectors"),
+        ):
+            assert opened.fingerprint == want.fingerprint and opened.name == name
+        with pytest.raises(UserError, match="gs://bucket/none: not a run directory"):
+            open_model("gs://bucket/none")
+
+
+def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
+    run = open_model(write_run(tmp_path / "run", "qwen_vl", bases["qwen_vl"]))
+
+    def of(trained=run.trained, **changes) -> str:
+        return model_fingerprint(run.base, run.config | changes, trained)
+
+    turned = {key: dict(reversed(value.items())) for key, value in reversed(run.trained.items())}
+    same = [of(), of(turned), of(dtype="bfloat16"), of(seed=1), of(learning_rate=9.0), of(temporal_init="random")]
+    assert set(same) == {run.fingerprint} and len(run.fingerprint) == 64
+    flipped = jax.tree.map(np.copy, run.trained)
+    bits = flipped["temporal"]["proj"].view(np.uint32)
+    bits[0, 0] ^= 1
+    changes = [{"num_frames": 5}, {"sampling": "fps=1"}, {"streams": "spatial"}, {"spatial_pool": 2}, {"int8": True}]
+    changes += [{"qwen_align": "per_token"}, {"extra_mlp": True}, {"short_video": "zero"}]
+    random = {"temporal_init": "random"}
+    others = [*(of(**change) for change in changes), of(flipped), of(None), of(None, **random)]
+    others.append(of(None, **random, seed=1))
+    assert len({run.fingerprint, *others}) == 1 + len(others)
+    assert of(None) == of(None, seed=1)
+
+
+def change_json(file: Path, change) -> None:
+    said = json.loads(file.read_text())
+    change(said)
+    file.write_text(json.dumps(said))
+
+
+@pytest.fixture(scope="module")
+def models(bases, tmp_path_factory) -> dict[str, Path]:
+    """A run with an extra MLP and its exports."""
+    folder = tmp_path_factory.mktemp("models")
+    run = write_run(folder / "run", "llava", bases["llava"], extra_mlp=True)
+    return {"run": run, **export(run, "llava", folder)}
+
+
+def copied(name: str, break_it):
+    def make(models, bases, tmp_path):
+        folder = tmp_path / name
+        shutil.copytree(models[name], folder)
+        break_it(folder)
+        return {"model": folder} | ({"base": bases["llava"]} if name == "projectors" else {})
+
+    return make
+
+
+def without_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "projectors.safetensors")
+    save_file(
+        {k: v for k, v in tensors.items() if k != "extra_mlp_spatial.fc2.bias"}, folder / "projectors.safetensors"
+    )
+
+
+def with_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"temporal_module.linear_1.bias": np.zeros(3, "f")}, folder / "model.safetensors")
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def edited(name: str, change):
+    return copied(
+        name, lambda folder: change_json(folder / ("config.json" if name == "run" else "redvillm.json"), change)
+    )
+
+
+def published(models, bases, tmp_path):
+    shutil.copytree(bases["llava"], tmp_path / "published")
+    (tmp_path / "published" / "base.json").unlink()
+    return {"model": tmp_path / "published"}
+
+
+CONFIG = {"config": {"family": "llava"}}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda models, bases, tmp_path: {"model": tmp_path}, "not a run directory .* or an export"),
+        (lambda models, bases, tmp_path: {"model": tmp_path / "none", **CONFIG}, "none: not a run directory"),
+        (published, "published files: make a base folder of them with conversion.from_torch"),
+        (lambda models, bases, tmp_path: {"model": bases["llava"]}, "untrained: give its switches with --config"),
+        (
+            lambda models, bases, tmp_path: {"model": bases["llava"], "config": make_config("qwen_vl", "", "")},
+            "is a llava base, this config is for qwen_vl",
+        ),
+        *(
+            (lambda models, bases, tmp_path, form=form: {"model": models[form], **CONFIG}, "brings its own config")
+            for form in ("run", "projectors", "whole", "again")
+        ),
+        *(
+            (lambda models, bases, tmp_path, form=form: {"model": models[form], "base": bases["llava"]}, "leave it out")
+            for form in ("whole", "again")
+        ),
+        (lambda models, bases, tmp_path: {"model": models["projectors"]}, "holds projectors alone: .* --base=BASE"),
+        *(
+            (
+                lambda models, bases, tmp_path, form=form: {"model": models[form], "base": bases["qwen_vl"]},
+                "qwen_vl.*: is base .*, the run was trained on",
+            )
+            for form in ("run", "projectors")
+        ),
+        (lambda models, bases, tmp_path: {"model": models["run"], "base": tmp_path}, "not a base folder"),
+        (
+            edited("run", lambda said: said.update(base="/moved")),
+            "/moved: not a base folder.*say where with --base=BASE",
+        ),
+        (edited("run", lambda said: said.pop("streams")), "run: does not say its streams"),
+        (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: does not say its extra_mlp"),
+        (edited("whole", lambda said: said["method"].update(video="blue")), "config.video is 'blue'"),
+        (edited("whole", lambda said: said.pop("trained")), "redvillm.json: has no trained; export the model again"),
+        (edited("whole", lambda said: said.update(family="blip")), "unknown base family 'blip'"),
+        (copied("whole", lambda folder: (folder / "redvillm.json").write_text("{")), "redvillm.json: cannot be read"),
+        (copied("projectors", without_tensor), r"lacks 1 tensors, extra_mlp_spatial\.fc2\.bias; export"),
+        (copied("whole", with_another_shape), r"temporal_module\.linear_1\.bias \(3,\), expected \(96,\)"),
+        (copied("whole", without_weights), r"no \.safetensors file found"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_in_one_line(make, message, models, bases, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        open_model(**make(models, bases, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ---- stores
 
 
 @pytest.fixture(scope="module")

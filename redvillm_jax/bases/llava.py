@@ -499,11 +499,13 @@ def prompt(
 
     Without an answer the second part ends where the model starts to write. The loss counts the answer and
     `</s>`; LLaVA's own fine-tuning counts the same, so both values of `labels` give the same rows. A video stands
-    where LLaVA has its picture, so `picture` changes nothing.
+    where LLaVA has its picture; with `picture` the blank before it is a token too, as LLaVA-1.5's tokenizer has it.
     """
     markers = ("<im_start>", "<im_end>") if config.image_markers else ()
     start, end = ([tokenizer.special(marker)] for marker in markers) if markers else ([], [])
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
+    if picture and not markers:
+        system += " "
     before = [tokenizer.bos_id, *tokenizer.encode(system), *start]
     after = [*end, *tokenizer.encode(f"\n{question} ASSISTANT:")]
     reply = [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos_id]

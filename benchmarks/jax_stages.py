@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.stage_file import NEW_TOKENS
-from redvillm_jax.generate import greedy
+from redvillm_jax import generate
 from redvillm_jax.layers import normalize, rotary_angles
 from redvillm_jax.model import VideoLLM
+from redvillm_jax.sampler import Sampling
 from redvillm_jax.weights import Base
 
 RENAMED = {  # what stands for both families below -> its name in the reference arrays
@@ -72,9 +73,26 @@ def logits(model: VideoLLM, tokens: jax.Array, ids: jax.Array, slots: jax.Array,
 
 
 def continued(model: VideoLLM, tokens: jax.Array, ids: jax.Array, slots: jax.Array) -> jax.Array:
-    """The greedy ids after one row, through the function that answers questions; nothing stops it early."""
-    prompt = {"token_ids": ids, "video_slots": slots, "length": jnp.full(1, ids.shape[1])}
-    return compiled(model, lambda model: greedy(model, tokens, prompt, max_new_tokens=NEW_TOKENS, stop_ids=(-1,)))
+    """The greedy ids after one row, through the functions that answer questions; nothing stops it early."""
+    length = ids.shape[1]
+    prefix = {"token_ids": ids[:, :-1], "video_slots": slots[:, :-1], "length": jnp.full(1, length - 1)}
+    prefix["context_length"] = jnp.full(1, length)
+    question = {
+        "token_ids": ids[:, -1:],
+        "length": jnp.ones(1, int),
+        "prefix_length": prefix["length"],
+        "text_ids": ids,
+    }
+    stop_ids, keys = jnp.full(1, -1), jax.random.split(jax.random.key(0), 1)
+
+    def answer(model: VideoLLM) -> jax.Array:
+        cache = generate.prefill(model, tokens, prefix)
+        empty = model.llm.init_cache(1, length + NEW_TOKENS, cache[0].dtype)
+        cache = generate.place(empty, cache, jnp.zeros(1, int))
+        rows = generate.start(model, cache, question, Sampling(), keys, stop_ids, max_new_tokens=NEW_TOKENS)
+        return generate.decode(model, rows, Sampling(), stop_ids, NEW_TOKENS).ids
+
+    return compiled(model, answer)
 
 
 # ---- stages

@@ -104,9 +104,20 @@ def random_module(
 
 def token_slots(base: Base, config: Mapping[str, Any]) -> Callable[[int], list[int]]:
     """For a number of frames, which of a video's static token slots hold tokens."""
+    projector, grid = projector_and_grid(base, config)
+    return functools.partial(make_video(config).token_slots, projector, grid, config["num_frames"])
+
+
+def num_picture_tokens(base: Base, config: Mapping[str, Any]) -> int:
+    """How many visual tokens a picture has."""
+    projector, grid = projector_and_grid(base, config)
+    return projector.num_tokens(grid)
+
+
+def projector_and_grid(base: Base, config: Mapping[str, Any]) -> tuple[nnx.Module, tuple[int, int]]:
+    """A projector without weights, and the rows and columns of a frame's patches."""
     side = round(base.config.num_patches**0.5)
-    projector = abstract_part(base.module, "projector", base.config, **projector_options(base.module, config))
-    return functools.partial(make_video(config).token_slots, projector, (side, side), config["num_frames"])
+    return abstract_part(base.module, "projector", base.config, **projector_options(base.module, config)), (side, side)
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

@@ -12,8 +12,9 @@ from ml_collections import config_flags
 from data_pipeline.errors import UserError
 
 
-def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | None, str]]) -> dict[str, Any]:
-    """Reads `--config` and the flags `options`: name -> (default, help), boolean if the default is, else strings.
+def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | list | None, str]]) -> dict[str, Any]:
+    """Reads `--config` and the flags `options`: name -> (default, help); a flag is boolean if its default is, may be
+    repeated if that is a list, and is a string otherwise.
 
     Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
     fields of the config, and exits. Every mistake is a UserError.
@@ -23,7 +24,8 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | No
     config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
     for name, (default, text) in options.items():
-        define = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        kinds = {bool: flags.DEFINE_boolean, list: flags.DEFINE_multi_string}
+        define = kinds.get(type(default), flags.DEFINE_string)
         define(name, default, text, flag_values=values)
     file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
     if file is not None and not Path(file.partition(":")[0]).is_file():
@@ -60,3 +62,12 @@ def positive(flags: Mapping[str, str], name: str) -> int:
     if not flags[name].isdigit() or int(flags[name]) < 1:
         raise UserError(f"--{name} is {flags[name]!r}, expected a positive integer")
     return int(flags[name])
+
+
+def number(flags: Mapping[str, str], name: str, kind: type[int] | type[float]) -> int | float:
+    """A flag as a number."""
+    try:
+        return kind(flags[name])
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{name} is {flags[name]!r}, expected {expected}") from None

@@ -22,7 +22,7 @@ from redvillm_jax.blame import check_steps, in_words
 from redvillm_jax.cli import parse
 from redvillm_jax.flops import matrix_sizes
 from redvillm_jax.inputs import check_store, needed_parts, open_config_base
-from redvillm_jax.metrics import open_metrics
+from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
@@ -113,7 +113,8 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
                 if log and first:
                     values = {name: float(seen[-1][name]) for name in ("loss", "grad_norm")}
                     rates = speed.rates()
-                    metrics.write(done, **values, learning_rate=float(learning_rate(done - 1)), **rates)
+                    rate = float(learning_rate(done - 1))
+                    metrics.write({"step": done, **values, "learning_rate": rate, **rates})
                     progress.set_postfix_str(
                         f"loss {values['loss']:.4f}, {rates['examples_per_second']:.1f} examples/s"
                     )
@@ -177,6 +178,11 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
     """Writes config.json; its folders are absolute, so that a run can be used from anywhere."""
     folders = {key: str(absolute(config[key])) for key in ("base", "data")}
     write_text(workdir / "config.json", json.dumps({**config, **folders}, indent=2) + "\n")
+
+
+def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
+    """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
+    return open_lines(path, [line for line in read_lines(path) if line["step"] <= last_step])
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -21,7 +21,7 @@ from data_pipeline import files
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import metrics, train
+from redvillm_jax import lines, train
 from redvillm_jax.checkpoint import load_trainables
 
 ROOT = Path(__file__).parents[1]
@@ -179,21 +179,21 @@ def test_metrics_are_written_now_and_then(server, monkeypatch):
         return sum((what, name) == ("write", "bucket/logged/metrics.jsonl") for _, what, name in server.requests)
 
     clock = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
     path = "gs://bucket/logged/metrics.jsonl"
-    log = metrics.open_metrics(path, 0)
+    log = train.open_metrics(path, 0)
     for step in range(1, 41):
         clock[0] += 1
-        log.write(step, loss=1.5)
+        log.write({"step": step, "loss": 1.5})
     assert writes() == 1 + 4
-    log.write(41, loss=0.5)
+    log.write({"step": 41, "loss": 0.5})
     log.flush()
     log.flush()
     log.close()
     assert writes() == 6
-    metrics.open_metrics(path, 40).close()
-    lines = server.buckets["bucket"]["logged/metrics.jsonl"].data.decode().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+    train.open_metrics(path, 40).close()
+    kept = server.buckets["bucket"]["logged/metrics.jsonl"].data.decode().splitlines()
+    assert [json.loads(line)["step"] for line in kept] == list(range(1, 41))
 
 
 def test_mistakes_end_in_one_line(server, tmp_path):

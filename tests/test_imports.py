@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "encode", "plan", "demo", "pretrain_demo", "selfcheck")
+COMMANDS = ("train", "answer", "evaluate", "judge", "encode", "plan", "demo", "pretrain_demo", "selfcheck")
 LEAVES = (
-    *("layers", "attention", "quantize", "sharding", "optim", "step", "checkpoint", "metrics", "generate", "cli"),
+    *(
+        "layers",
+        "attention",
+        "quantize",
+        "sharding",
+        "optim",
+        "step",
+        "checkpoint",
+        "lines",
+        "sampler",
+        "generate",
+        "cli",
+    ),
     *("flops", "hlo_cost", "topologies"),
 )
 STANDARD = set(sys.stdlib_module_names)

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from data_pipeline.errors import UserError, run
 from redvillm_jax.attention import visible
 from redvillm_jax.layers import attention
-from redvillm_jax.metrics import open_metrics
 from redvillm_jax.rows import check_round_trip, show_rows, tokenize
 from redvillm_jax.sharding import make_mesh, weight_sharding
+from redvillm_jax.train import open_metrics
 from redvillm_jax.weights import load_base_module, open_base
 
 
@@ -83,7 +83,7 @@ def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
     metrics = open_metrics(path, last_step=1)
-    metrics.write(2, loss=1.5)
+    metrics.write({"step": 2, "loss": 1.5})
     metrics.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 3.0},

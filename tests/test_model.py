@@ -16,7 +16,6 @@ from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.assemble import load_model, token_slots
 from redvillm_jax.attention import visible
-from redvillm_jax.generate import greedy
 from redvillm_jax.layers import KEPT
 from redvillm_jax.model import mean_loss
 from redvillm_jax.optim import make_optimizer
@@ -236,37 +235,6 @@ def test_the_activations_named_are_the_ones_stored(family, bases, stores):
     gates = f"[{c.num_hidden_layers},{rows},{slots},{c.intermediate_size}]"  # of all layers
     assert gates in str(jax.make_jaxpr(gradient("gate,up"))(trainable))
     assert gates not in str(jax.make_jaxpr(gradient("query,key,value,context,residual"))(trainable))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_greedy_decoding_equals_full_forward_passes(family, bases, frames):
-    base, _, model = build(bases[family], family)
-    visual = tokens(model, frames)
-    tokenizer = base.module.Tokenizer(base.path)
-    prompts = []
-    for question in ("What?", "Which direction does the red circle move?"):
-        before, after = base.module.prompt(tokenizer, base.config, question, None)
-        slots = [-1] * len(before) + list(range(visual.shape[1])) + [-1] * len(after)
-        prompts.append(([i for i, _ in before] + [0] * visual.shape[1] + [i for i, _ in after], slots))
-    width = max(len(ids) for ids, _ in prompts)
-    arrays = {
-        "token_ids": np.array([ids + [0] * (width - len(ids)) for ids, _ in prompts]),
-        "video_slots": np.array([slots + [-1] * (width - len(slots)) for _, slots in prompts]),
-        "length": np.array([len(ids) for ids, _ in prompts]),
-    }
-    got = np.asarray(greedy(model, jnp.asarray(visual), arrays, max_new_tokens=5, stop_ids=(-1,)))
-    for row, (ids, slots) in enumerate(prompts):  # one forward pass over prompt and answer predicts each answer token
-        whole, slots = [*ids, *got[row].tolist()], [*slots, *[-1] * 5]
-        embeds = model.embed(jnp.array([whole]), jnp.array([slots]), jnp.asarray(visual[row : row + 1]))
-        ones = jnp.ones((1, len(whole)), jnp.int32)
-        hidden, _ = model.llm(embeds, jnp.arange(len(whole))[None], visible(ones, 0 * ones))
-        want = model.llm.logits(hidden[0, len(ids) - 1 : -1]).argmax(-1)
-        np.testing.assert_array_equal(got[row], want)
-    stop = int(got[0, 1])
-    stopped = np.asarray(greedy(model, jnp.asarray(visual), arrays, max_new_tokens=5, stop_ids=(stop,)))
-    first = stopped[0].tolist().index(stop)
-    np.testing.assert_array_equal(stopped[0, : first + 1], got[0, : first + 1])
-    assert (stopped[0, first:] == stop).all()
 
 
 def test_a_supervised_prefix_token_counts_once_per_question():

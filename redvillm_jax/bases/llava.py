@@ -363,6 +363,10 @@ class LLM(nnx.Module):
         shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
+    def context_class(self, context_length: int) -> int:
+        """Prompts of one class share the keys of what they share: all of them."""
+        return 0
+
     def __call__(
         self,
         embeds: jax.Array,

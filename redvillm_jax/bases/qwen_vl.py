@@ -475,6 +475,11 @@ class LLM(nnx.Module):
         shape = (c.num_hidden_layers, batch, length, c.num_attention_heads, head_dim)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
+    def context_class(self, context_length: int) -> int:
+        """Prompts of one class share the keys of what they share: those with one rotary base."""
+        c = self.config
+        return sum(context_length > c.seq_length * 2**i for i in range(16)) if c.use_dynamic_ntk else 0
+
     def __call__(
         self,
         embeds: jax.Array,

@@ -1,0 +1,163 @@
+"""Answers questions about videos and pictures.
+
+python -m redvillm_jax.answer --model=RUN --video=clip.mp4 --question="What happens?" --question="Who is there?"
+python -m redvillm_jax.answer --model=BASE --config=configs/qwen.py --picture=photo.jpg --question="…"
+python -m redvillm_jax.answer --model=EXPORT --input=questions.jsonl --output=answers.jsonl
+
+--model is a run directory, a base folder with the config of its switches (the untrained video LLM; about a picture, the
+image LLM it is), or an export of conversion.to_torch. One --video or --picture with its questions is answered on the
+terminal, as the words come; the video is read once.
+
+--input has a question a line: {"question": …, "video" or "picture": path from the file's folder}, with "start" and
+"end" in seconds for a part of a video, and any other fields. --output has the same lines in the same order with
+"prediction" and how it came about; a stopped run continues. Several processes share the videos. A question whose video
+cannot be read gets "prediction": null and an "error"; OUTPUT.report.json lists them, and the exit code is then 1.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import as_path, write_text
+from data_pipeline.media import Clip, Picture, lost_media, try_media
+from data_pipeline.processes import ordered_map
+from data_pipeline.records import Record, read_records, show, text
+from redvillm_jax.answer_log import AnswerLog
+from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.assistant import Assistant, load
+from redvillm_jax.cli import parse, positive
+from redvillm_jax.distributed import command, is_first
+from redvillm_jax.inference import Arrays, Generation
+from redvillm_jax.prompts import Prompt
+
+FLAGS = {
+    "model": (None, "A run directory, a base folder (give its --config too), or an export."),
+    "video": (None, "A video file."),
+    "picture": (None, "A picture file."),
+    "question": ([], "What to ask about it; may be repeated."),
+    "input": (None, "Questions, a JSON object a line."),
+    "output": (None, "Answers to --input, a JSON object a line."),
+    "num_workers": ("4", "Processes that read the videos of --input."),
+    "time_limit": ("120", "Seconds after which the process that reads a video is ended."),
+    **OPTIONS,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 1 if a question of --input has no answer."""
+    flags = parse(argv, __doc__, FLAGS)
+    if not flags["model"]:
+        raise UserError(f"--model is needed: {FLAGS['model'][1]}")
+    generation, sizes, workers = generation_of(flags), sizes_of(flags), positive(flags, "num_workers")
+    time_limit, tensor = positive(flags, "time_limit"), positive(flags, "tensor")
+    sources = [name for name in ("video", "picture", "input") if flags[name]]
+    if len(sources) != 1:
+        raise UserError("give one of --video, --picture and --input")
+    if (sources == ["input"]) != bool(flags["output"]) or (sources == ["input"]) == bool(flags["question"]):
+        raise UserError("--video and --picture go with --question, --input with --output")
+    rows = read_questions(Path(flags["input"])) if flags["input"] else []
+    if not rows and jax.process_count() > 1:
+        raise UserError("one video is asked in one process; several share those of --input")
+    open_assistant = functools.partial(load, flags["model"], base=flags["base"], config=flags["config"])
+    assistant = open_assistant(dtype=flags["dtype"], tensor=tensor)
+    if rows:
+        return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+    media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
+    for question in flags["question"]:
+        show_answer(assistant, media, question, generation)
+    return 0
+
+
+def show_answer(assistant: Assistant, media: Clip | Picture, question: str, generation: Generation) -> None:
+    """Prints a question, and its answer as it is written."""
+    start = time.time()
+    words = assistant.stream(media, question, **dataclasses.asdict(generation))
+    print(f"> {question}", flush=True)
+    for word in words:
+        print(word, end="", flush=True)
+    print(flush=True)
+    if sys.stderr.isatty():
+        print(f"({time.time() - start:.1f} s)", file=sys.stderr)
+
+
+def read_questions(path: Path) -> list[Row]:
+    """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
+    records = read_records(path)
+    if not records:
+        raise UserError(f"{path}: holds no questions")
+    return [check_question(record) for record in records]
+
+
+def check_question(record: Record) -> Row:
+    """The row itself. Raises UserError."""
+    text(record, "question")
+    named = [name for name in ("video", "picture") if name in record.fields]
+    if len(named) != 1:
+        raise UserError(f"{record.where}: expected either a field 'video' or a field 'picture', a path")
+    text(record, named[0])
+    part = [record.fields.get(name) for name in ("start", "end")]
+    if part != [None, None]:
+        if named != ["video"] or not all(type(x) in (int, float) for x in part) or not 0 <= part[0] < part[1]:
+            raise UserError(f"{record.where}: is about {show(part[0])} to {show(part[1])} seconds, expected a part")
+    return record.fields
+
+
+def answer_file(
+    assistant: Assistant,
+    rows: list[Row],
+    flags: dict[str, Any],
+    generation: Generation,
+    sizes: dict[str, int],
+    workers: int,
+    time_limit: int,
+) -> int:
+    """Answers --input into --output and writes its report; a finished one is left alone."""
+    folder, output = Path(flags["input"]).parent, as_path(flags["output"])
+    report_file = output.with_name(f"{output.name}.report.json")
+    settings = made_with(assistant, rows, generation)
+    if output.exists() and report_file.exists() and json.loads(report_file.read_text())["made_with"] == settings:
+        print(f"{output} is whole already")
+        return 1 if json.loads(report_file.read_text())["failed"] else 0
+
+    def source(row: Row) -> Clip | Picture:
+        if "picture" in row:
+            return Picture(str(folder / row["picture"]))
+        part = (float(row["start"]), float(row["end"])) if row.get("start") is not None else None
+        return Clip(str(folder / row["video"]), part)
+
+    def read(media: list[Clip | Picture]) -> Iterator[Arrays | UserError]:
+        work = functools.partial(try_media, assistant.reading)
+        return ordered_map(work, media, workers, time_limit=time_limit, failed=lost_media)
+
+    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+        if "picture" in row:
+            return assistant.picture_prompt(row["question"])
+        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+
+    log = AnswerLog(output, settings)
+    write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)
+    answers = log.finish(len(rows))
+    failures = [
+        {"question": i + 1, "error": row["error"]} for i, row in enumerate(answers) if row["prediction"] is None
+    ]
+    if is_first():
+        report = {"made_with": settings, "answered": len(rows) - len(failures), "failed": failures}
+        write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        print(f"{output}: {report['answered']} of {len(rows)} questions answered")
+        for failure in failures[:5]:
+            print(f"  question {failure['question']}: {failure['error']}")
+        if failures:
+            print(f"  all {len(failures)} that failed are in {report_file}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,76 @@
+"""answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import as_path, make_folder, write_text
+from redvillm_jax.distributed import is_first, wait_for_all
+from redvillm_jax.lines import LineFile, LineObject, as_text, open_lines, read_lines
+
+Answer = dict[str, Any]
+
+
+class AnswerLog:
+    """The unfinished answers of a file: each process appends its own to FILE.part0, FILE.part1, …
+
+    `done`: answers by number of the question, from all parts that are there, of whatever number of processes. Raises
+    UserError when they were made with other settings than `made_with`.
+    """
+
+    def __init__(self, path: str | Path, made_with: Mapping[str, Any]):
+        self.path = as_path(path)
+        make_folder(self.path.parent)
+        self.done: dict[int, Answer] = {}
+        own = self.path.with_name(f"{self.path.name}.part{jax.process_index()}")
+        kept: list[dict[str, Any]] = []
+        for part in self.parts():
+            header, *lines = read_lines(part) or [{"made_with": made_with}]
+            check_same(part, header.get("made_with", {}), made_with)
+            self.done |= {line["number"]: line["answer"] for line in lines}
+            kept += lines if part == own else []
+        wait_for_all("answers are read")  # nobody writes while others read
+        self.file: LineFile | LineObject = open_lines(own, [{"made_with": made_with}, *kept])
+
+    def parts(self) -> list[Path]:
+        """The parts that are there."""
+        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+
+    def write(self, answers: Mapping[int, Answer]) -> None:
+        """Keeps answers by number of the question."""
+        self.file.write(*({"number": number, "answer": answer} for number, answer in answers.items()))
+
+    def finish(self, count: int) -> list[Answer]:
+        """Puts all `count` answers into the file and removes the parts; every process must come here.
+
+        Returns them. Raises UserError when some are missing: not every process has written into the same folder.
+        """
+        self.file.close()
+        wait_for_all("answers are written")
+        done = {line["number"]: line["answer"] for part in self.parts() for line in read_lines(part)[1:]}
+        if missing := count - len(done):
+            raise UserError(
+                f"{self.path}: {missing} of {count} answers are not in its folder: all processes must see the "
+                "same one, such as a bucket (gs://)"
+            )
+        answers = [done[number] for number in range(count)]
+        wait_for_all("answers are complete")
+        if is_first():
+            write_text(self.path, as_text(answers))
+            for part in self.parts():
+                part.unlink()
+        return answers
+
+
+def check_same(part: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError naming the settings that differ."""
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"{part}: holds answers that were begun with {name}={before.get(name)!r}, this command says "
+            f"{now.get(name)!r}: go on with the same settings, choose another file, or delete this one"
+        )

@@ -1,0 +1,157 @@
+"""A model that is asked about videos and pictures, from Python: `redvillm_jax.load`."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.media import Clip, Picture, Reading, read_media
+from data_pipeline.sampling import UNIFORM
+from redvillm_jax.assemble import load_model, num_picture_tokens, put_trained, token_slots
+from redvillm_jax.inference import Arrays, Generation, Inference, Prefixes
+from redvillm_jax.inputs import OpenedModel, open_model
+from redvillm_jax.prompts import Prompt, bucket, check_length, make_prompt
+from redvillm_jax.sharding import make_mesh, num_batch_shards
+from redvillm_jax.streaming import pieces
+from redvillm_jax.weights import PARTS
+
+DTYPES = ("bfloat16", "float16", "float32")
+REMEMBERED = 4  # videos whose keys and values are kept for further questions
+
+
+def load(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    tensor: int = 1,
+) -> "Assistant":
+    """Opens a run, a base folder (with the config of its switches) or an export, and puts it on the machine's devices.
+
+    base: the base folder of an export that holds projectors alone, or of a run whose base has moved. dtype: of the
+    frozen weights and of all computing, bfloat16, float16 or float32; the config's by default. tensor: how many devices
+    hold one copy of the model together; the others hold further copies. Raises UserError.
+    """
+    config = dict(config) if config is not None else None
+    return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
+
+
+class Assistant:
+    """A model on the devices; `ask` and `stream` answer questions.
+
+    The first question about a video decodes and encodes it, further ones find its keys and values.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, *, dtype: str | None = None, tensor: int = 1, parts: tuple[str, ...] = PARTS
+    ):
+        self.base, self.config = opened.base, opened.config
+        self.dtype = dtype or self.config["dtype"]
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices())
+        with jax.set_mesh(mesh):
+            model = load_model(self.base, self.config, mesh, dtype=jnp.dtype(self.dtype), parts=parts)
+            if opened.trained is not None:
+                put_trained(model, opened.trained)
+        self.identity = {"name": opened.name, "fingerprint": opened.fingerprint}
+        self.tokenizer = self.base.module.Tokenizer(self.base.path)
+        self.inference = Inference(model, mesh, jnp.dtype(self.dtype), self.tokenizer.stop_ids)
+        self.video_slots = token_slots(self.base, self.config)
+        self.picture_tokens = num_picture_tokens(self.base, self.config)
+        self.reading = Reading(
+            self.config["num_frames"],
+            self.base.config.image_size,
+            self.base.module.RESIZE,
+            self.config.get("sampling", UNIFORM),
+            self.base.module.picture_fit(self.base.config),
+        )
+        self._known: dict[tuple, tuple[Arrays, int]] = {}
+        self._prefixes: dict[tuple, Prefixes] = {}
+
+    def ask(self, video: str | Path | Clip | Picture, question: str | list[str], **generation: Any) -> str | list[str]:
+        """The answer to a question about a video or `Picture`, or the answers to several, decoded together.
+
+        generation: the fields of `inference.Generation`. Raises UserError.
+        """
+        settings = Generation(**generation)
+        questions = [question] if isinstance(question, str) else list(question)
+        if not questions:
+            return []
+        state = self._start(video, questions, settings)
+        state = self.inference.decode(state, settings, settings.max_new_tokens)
+        ids = np.asarray(state.ids)[: len(questions), : int(state.step)].tolist()
+        texts = [self.text(self.inference.finished(row).ids) for row in ids]
+        return texts[0] if isinstance(question, str) else texts
+
+    def stream(self, video: str | Path | Clip | Picture, question: str, **generation: Any) -> Iterator[str]:
+        """The same answer in pieces, as they are written."""
+        settings = Generation(**generation)
+        state = self._start(video, [question], settings)
+
+        def tokens() -> Iterator[int]:
+            nonlocal state
+            for step in range(settings.max_new_tokens):
+                if step:
+                    state = self.inference.decode(state, settings, step + 1)
+                token = int(state.current[0])
+                if token in self.inference.stop_ids:
+                    return
+                yield token
+
+        return pieces(self.tokenizer.decode, tokens())
+
+    def text(self, ids: list[int]) -> str:
+        """What an answer's ids say."""
+        return self.tokenizer.decode(ids).strip()
+
+    def video_prompt(self, question: str, num_frames: int) -> Prompt:
+        """The prompt of a question about a video of so many frames."""
+        most = len(self.video_slots(self.config["num_frames"]))
+        return make_prompt(self.base, self.tokenizer, question, self.video_slots(num_frames), most)
+
+    def picture_prompt(self, question: str) -> Prompt:
+        """The prompt of a question about a picture."""
+        slots = list(range(self.picture_tokens))
+        return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
+
+    def _start(self, video: str | Path | Clip | Picture, questions: list[str], settings: Generation) -> Any:
+        media = video if isinstance(video, Clip | Picture) else Clip(video)
+        where, arrays = self._read(media)
+        if isinstance(media, Picture):
+            prompts = [self.picture_prompt(question) for question in questions]
+        else:
+            prompts = [self.video_prompt(question, int(arrays["num_frames"])) for question in questions]
+        for prompt in prompts:
+            check_length(prompt, settings.max_new_tokens, self.base)
+        keys = [(where, self.inference.context_class(prompt.length)) for prompt in prompts]
+        shards = num_batch_shards(self.inference.mesh)
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key not in self._prefixes:
+                remember(self._prefixes, key, self.inference.prefill({key: (arrays, prompt)}, shards))
+        needed = [self._prefixes[key] for key in dict.fromkeys(keys)]
+        return self.inference.start(prompts, keys, needed, settings, range(len(prompts)), bucket(len(prompts), shards))
+
+    def _read(self, media: Clip | Picture) -> tuple[tuple, Arrays]:
+        """A key of the file as it is now, and its arrays."""
+        try:
+            status = os.stat(media.path)
+        except OSError as error:
+            raise UserError(f"{media.path}: {error.strerror}") from None
+        key = media, status.st_mtime_ns, status.st_size
+        if key not in self._known:
+            remember(self._known, key, read_media(self.reading, media))
+        return key, self._known[key]
+
+
+def remember(known: dict, key: Any, value: Any) -> None:
+    """Puts a value in and forgets the oldest ones."""
+    while len(known) >= REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value

@@ -1,0 +1,91 @@
+"""Answers: cached decoding against full forward passes, shared prefixes, batches, sampling, shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, NUM_FRAMES
+from flax import nnx
+from test_model import build
+
+from redvillm_jax.assemble import token_slots
+from redvillm_jax.attention import visible
+from redvillm_jax.inference import Asked, Generation, Inference
+from redvillm_jax.prompts import make_prompt
+from redvillm_jax.sharding import make_mesh
+
+QUESTIONS = {  # video -> questions; the second video is short
+    0: ["What?", "Which direction does the red circle move?"],
+    1: ["What colour is it?"],
+    2: ["How many shapes are there in the video, and which of them is seen first?", "What?"],
+}
+FRAMES = {0: NUM_FRAMES, 1: NUM_FRAMES - 2, 2: NUM_FRAMES}
+ASKED = [(video, question) for video, questions in QUESTIONS.items() for question in questions]
+
+
+@functools.cache
+def setup(folder, family):
+    """(base, model, inference that never stops, prompts, videos)."""
+    base, config, model = build(folder, family)
+    tokenizer, slots = base.module.Tokenizer(base.path), token_slots(base, config)
+    prompts = [make_prompt(base, tokenizer, q, slots(FRAMES[v]), len(slots(NUM_FRAMES))) for v, q in ASKED]
+    frames = np.random.default_rng(0).integers(0, 256, (3, NUM_FRAMES, 32, 32, 3), np.uint8)
+    videos = {v: {"frames": frames[v], "num_frames": np.int32(n)} for v, n in FRAMES.items()}
+    for video, n in FRAMES.items():
+        videos[video]["frames"][n:] = 0
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return base, model, Inference(model, mesh, jnp.float32, [-1]), prompts, videos
+
+
+def answers(inference, prompts, videos, generation, batch_size=8, video_batch_size=2):
+    """Ids of every answer."""
+    asked = [Asked(p, v, videos[v], i) for i, (p, (v, _)) in enumerate(zip(prompts, ASKED, strict=True))]
+    batches = list(inference.answers(asked, generation, batch_size=batch_size, video_batch_size=video_batch_size))
+    assert [one.number for batch in batches for one, _ in batch] == list(range(len(prompts)))
+    return [answer.ids for batch in batches for _, answer in batch]
+
+
+def full_passes(model, prompts, videos, steps: int) -> list[list[int]]:
+    """The same answers by `steps` passes over the whole sequences, without a cache."""
+    graphdef, weights = nnx.split(model)
+
+    @jax.jit
+    def next_id(weights, tokens, ids, slots, length, context):
+        model = nnx.merge(graphdef, weights)
+        real = (jnp.arange(ids.shape[1]) < length).astype(jnp.int32)[None]
+        positions = jnp.arange(ids.shape[1])[None]
+        embeds = model.embed(ids, slots, tokens)
+        hidden, _ = model.llm(embeds, positions, visible(real, 0 * real), context_length=context[None])
+        return model.llm.logits(hidden[0, length - 1]).argmax()
+
+    tokens = [model.video_tokens(jax.tree.map(lambda x: jnp.asarray(x)[None], v), jnp.float32) for v in videos]
+    width = max(prompt.length for prompt in prompts) + steps
+    answers = []
+    for prompt, visual in zip(prompts, tokens, strict=True):
+        ids = [*prompt.before, *[0] * len(prompt.slots), *prompt.question]
+        slots = [-1] * len(prompt.before) + prompt.slots + [-1] * (width - prompt.prefix_length)
+        for _ in range(steps):
+            padded = jnp.array([ids + [0] * (width - len(ids))])
+            ids.append(int(next_id(weights, visual, padded, jnp.array([slots]), len(ids), jnp.int32(prompt.length))))
+        answers.append(ids[prompt.length :])
+    return answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_full_forward_passes(family, bases):
+    _, model, inference, prompts, videos = setup(bases[family], family)
+    got = answers(inference, prompts, videos, Generation(max_new_tokens=6))
+    assert got == full_passes(model, prompts, [videos[v] for v, _ in ASKED], 6)
+    assert len({tuple(ids) for ids in got}) > 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 2)])
+def test_batches_change_no_answer(family, sizes, bases):
+    _, _, inference, prompts, videos = setup(bases[family], family)
+    for generation in (Generation(max_new_tokens=5), Generation(max_new_tokens=5, temperature=1.0, top_p=0.9, seed=3)):
+        assert answers(inference, prompts, videos, generation, *sizes) == answers(
+            inference, prompts, videos, generation
+        )

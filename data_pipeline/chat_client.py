@@ -53,6 +53,14 @@ class Statistics:
     models: dict[str, int] = dataclasses.field(default_factory=dict)  # replies by Reply.model, cached ones too
     stopped: str | None = None  # why requests were left unasked
 
+    def add(self, other: "Statistics") -> None:
+        """Counts what another `ask_all` did as well."""
+        for field in ("cached", "answered", "failed", "retries", "prompt_tokens", "completion_tokens"):
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+        for model, replies in other.models.items():
+            self.models[model] = self.models.get(model, 0) + replies
+        self.stopped = self.stopped or other.stopped
+
 
 class ReplyCache:
     """A sqlite file of replies by request. Each is on disk when `put` returns; one process at a time has the file."""

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat_client import Failure, Reply, ReplyCache, Request, Statistics, ask_all, is_dated
+from data_pipeline.chat_client import Failure, Reply, ReplyCache, Request, ask_all
+from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.files import write_text
 from data_pipeline.instructions import read_instructions
@@ -49,13 +50,12 @@ def main(argv: list[str]) -> int:
     rows, skipped = to_translate(read_instructions(flags.input), flags)
     if not rows:
         raise UserError(f"{flags.input}: all {skipped} rows are in {LANGUAGES[flags.to]} already")
-    sources = Counter(row[field] for row in rows for field in flags.fields if row[field].strip())
+    sources = Counter(row[field] for row in rows for field in flags.fields if (row[field] or "").strip())
     prompt = PROMPT.format(source=LANGUAGES["zh" if flags.to == "en" else "en"], target=LANGUAGES[flags.to])
 
     def request(text: str) -> Request:
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": text}]
-        temperature = {} if flags.temperature is None else {"temperature": flags.temperature}
-        return {"model": flags.model, "messages": messages, **temperature}
+        return {"messages": messages, **sampling(flags)}
 
     decided = read_decisions(files["review"])
     undecided = [text for text in sources if text not in decided]
@@ -66,15 +66,11 @@ def main(argv: list[str]) -> int:
     with ReplyCache(files["cache"]) as cache:
         missing = [text for text in undecided if cache.get(request(text)) is None]
         tokens = estimate(missing, prompt, flags.to)
-        cost = _cost(*tokens, flags)
         already = f" ({skipped} more are in {LANGUAGES[flags.to]} already)" if skipped else ""
         print(f"{flags.input}: {len(rows)} rows{already}, {sources.total()} texts, {len(sources)} different:")
         known = f"{len(sources) - len(undecided)} decided by a person, {len(undecided) - len(missing)} cached"
         print(f"  {known}, {len(missing)} to send")
-        price = "no cost without --price_in and --price_out" if cost is None else f"cost {cost:.2f}"
-        print(f"estimate: {tokens[0]} tokens in, {tokens[1]} out, {price} ({RULE})", flush=True)
-        if flags.max_cost is not None and cost > flags.max_cost:
-            raise UserError(f"--max_cost={flags.max_cost:g}: nothing was sent; raise it, or do less with --limit")
+        announce(*tokens, flags, RULE)
         if flags.dry_run:
             return 0
         replies, statistics = ask_all(
@@ -85,7 +81,7 @@ def main(argv: list[str]) -> int:
             concurrency=flags.concurrency,
             timeout=flags.timeout,
             max_retries=flags.max_retries,
-            stop=lambda statistics: _too_dear(statistics, flags),
+            stop=lambda statistics: too_dear(statistics, flags),
             unit="text",
         )
     decided |= read_decisions(files["review"])  # again: a person may have worked on it meanwhile
@@ -117,7 +113,7 @@ def main(argv: list[str]) -> int:
         "decided": sum(text in decided for text in sources),
         "to_review": len(suspicious),
         **dataclasses.asdict(statistics),
-        "cost": _cost(statistics.prompt_tokens, statistics.completion_tokens, flags),
+        "cost": cost_of(statistics.prompt_tokens, statistics.completion_tokens, flags),
         "failures": [{"source": text, "reason": reason} for text, reason in failures.items()],
         "rows_left_out": left_out,
     }
@@ -142,7 +138,7 @@ def to_translate(rows: Iterable[Row], flags: argparse.Namespace) -> tuple[list[R
             skipped += 1
             continue
         for field in flags.fields:
-            if not isinstance(row.get(field), str):
+            if not isinstance(row.get(field, 0), str | None):  # a prediction that could not be made is null
                 found = f"is {json.dumps(row[field])[:40]}" if field in row else "is missing"
                 raise UserError(f"{where}: field {field!r} {found}, expected text (--fields)")
             if f"source_{field}" in row:
@@ -154,7 +150,7 @@ def to_translate(rows: Iterable[Row], flags: argparse.Namespace) -> tuple[list[R
 
 
 def translated(row: Row, translations: Mapping[str, str], flags: argparse.Namespace) -> Row:
-    """The row in the other language, its source texts beside; texts of white space stay as they are.
+    """The row in the other language, its source texts beside; null and texts of white space stay as they are.
 
     "language" is that of the question, which keeps its own when only predictions are translated.
     """
@@ -177,19 +173,6 @@ def estimate(texts: Iterable[str], prompt: str, to: str) -> tuple[int, int]:
 
 def _new_id(row: Row, to: str) -> str:
     return f"{row['id']}-{to}"
-
-
-def _cost(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespace) -> float | None:
-    if flags.price_in is None:
-        return None
-    return (prompt_tokens * flags.price_in + completion_tokens * flags.price_out) / 1e6
-
-
-def _too_dear(statistics: Statistics, flags: argparse.Namespace) -> str | None:
-    cost = _cost(statistics.prompt_tokens, statistics.completion_tokens, flags)
-    if flags.max_cost is None or cost < flags.max_cost:
-        return None
-    return f"--max_cost={flags.max_cost:g} is spent"
 
 
 def _reasons(row: Row, obstacles: Mapping[str, str], flags: argparse.Namespace) -> list[str]:
@@ -224,15 +207,7 @@ def _check(flags: argparse.Namespace, report: Path) -> None:
         raise UserError(f"--out={flags.out}: is the --input")
     if flags.out.exists() and not report.exists():
         raise UserError(f"--out={flags.out}: exists, and not by this command ({report.name} is not there)")
-    if (flags.price_in is None) != (flags.price_out is None):
-        raise UserError("--price_in and --price_out: give both or none")
-    if flags.max_cost is not None and flags.price_in is None:
-        raise UserError("--max_cost: needs --price_in and --price_out")
-    if not flags.allow_undated and not is_dated(flags.model):
-        raise UserError(
-            f"--model={flags.model}: names no dated version (as gpt-4o-mini-2024-07-18 does), so it may change under "
-            "the same name; choose one that does, or say --allow_undated"
-        )
+    check_endpoint(flags)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -244,27 +219,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--input", type=Path, required=True, help="question file, as data_pipeline.prepare reads it")
     parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to write")
-    parser.add_argument("--model", required=True, help="name of the model at the endpoint, with its date")
-    parser.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
-    parser.add_argument("--base_url", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
+    add_endpoint(parser)
     parser.add_argument("--to", choices=tuple(LANGUAGES), default="zh", help="language to translate to (default zh)")
     parser.add_argument(
         "--fields", type=_fields, default=["question", "answer"], help="to translate (default question,answer)"
     )
-    parser.add_argument("--limit", type=_positive(int), help="translate only the first so many rows")
-    parser.add_argument("--dry_run", action="store_true", help="print the estimate and stop")
-    parser.add_argument("--price_in", type=_positive(float), help="price of a million prompt tokens")
-    parser.add_argument("--price_out", type=_positive(float), help="price of a million reply tokens")
-    parser.add_argument("--max_cost", type=_positive(float), help="refuse to start above it, stop when it is spent")
+    parser.add_argument("--limit", type=positive(int), help="translate only the first so many rows")
     parser.add_argument("--strict", action="store_true", help="leave rows under review out, exit code 1 if there are")
-    parser.add_argument("--concurrency", type=_positive(int), default=16, help="requests at once (default 16)")
-    parser.add_argument("--timeout", type=_positive(float), default=120, help="seconds without an answer (default 120)")
-    parser.add_argument(
-        "--max_retries", type=int, choices=range(21), metavar="0..20", default=5, help="of a request (default 5)"
-    )
-    parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, help="of sampling (default 0); none: left to the endpoint"
-    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -274,24 +235,6 @@ def _fields(text: str) -> list[str]:
     if not all(fields) or len(set(fields)) < len(fields) or set(fields) & {"id", "video", "language"}:
         raise argparse.ArgumentTypeError(f"expected fields with text, such as question,answer, got {text!r}")
     return fields
-
-
-def _temperature(text: str) -> float | None:
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or none, got {text!r}") from None
-
-
-def _positive(kind: type) -> Any:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not value > 0 or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    convert.__name__ = "number"
-    return convert
 
 
 if __name__ == "__main__":

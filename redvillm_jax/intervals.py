@@ -1,0 +1,75 @@
+"""Means with 95 % bootstrap intervals in which whole videos are resampled: questions about one video go together."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+MEAN = "mean"  # the key of the mean over groups
+CHUNK = 2_000_000  # entries of the matrix of weights at once: 16 MB
+
+Interval = dict[str, float | int | None]
+
+
+def means(
+    videos: Sequence[str],
+    groups: Sequence[Collection[str]],
+    values: Mapping[str, Sequence[float]],
+    mean_of: Collection[str] = (),
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict[str, Interval]]:
+    """Returns, by metric and by group of questions, {"mean", "low", "high", "questions", "videos"}.
+
+    videos: one a question. groups: the groups that a question counts in. values: by metric, one a question.
+    mean_of: groups whose means are averaged, each counting alike, to another entry `MEAN`. Percentile intervals; None
+    where fewer than two videos speak. The order of the questions does not matter.
+    """
+    columns: dict[str, int] = {}
+    for group in sorted({group for names in groups for group in names}):
+        columns[group] = len(columns)
+    names, cluster = np.unique(np.asarray(videos, dtype=str), return_inverse=True)
+    # A column of sums over each video's questions for the counts and for every metric, a row of each for every group.
+    sums = np.zeros((1 + len(values), len(columns), len(names)))
+    question = np.repeat(np.arange(len(groups)), [len(members) for members in groups])
+    column = np.array([columns[group] for members in groups for group in members], dtype=int)
+    for i, metric in enumerate((np.ones(len(videos)), *values.values())):
+        np.add.at(sums[i], (column, cluster[question]), np.asarray(metric, dtype=float)[question])
+    total = sums.sum(-1)
+    drawn = _resampled(sums.reshape(-1, len(names)), resamples, seed).reshape(resamples, *total.shape)
+    with np.errstate(invalid="ignore"):
+        whole, parts = total[1:] / total[0], drawn[:, 1:] / drawn[:, :1]
+    spoken = (sums[0] > 0).sum(-1)
+    result: dict[str, dict[str, Interval]] = {}
+    for i, metric in enumerate(values):
+        result[metric] = {
+            group: _interval(whole[i, j], parts[:, i, j], int(total[0, j]), int(spoken[j]))
+            for group, j in columns.items()
+        }
+        if mean_of:
+            chosen = [columns[group] for group in mean_of]
+            count, clusters = int(total[0, chosen].sum()), int((sums[0, chosen].sum(0) > 0).sum())
+            result[metric][MEAN] = _interval(whole[i, chosen].mean(), parts[:, i, chosen].mean(-1), count, clusters)
+    return result
+
+
+def _resampled(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(columns, videos) -> (resamples, columns): the sums over as many videos, drawn with replacement."""
+    random, videos = np.random.default_rng(seed), sums.shape[1]
+    drawn = []
+    for start in range(0, resamples, rows := max(1, CHUNK // max(videos, 1))):
+        rows_now = min(rows, resamples - start)
+        draws = random.integers(0, videos, (rows_now, videos)) + np.arange(rows_now)[:, None] * videos
+        weights = np.bincount(draws.ravel(), minlength=rows_now * videos).reshape(rows_now, videos)
+        drawn.append(weights.astype(float) @ sums.T)
+    return np.concatenate(drawn)
+
+
+def _interval(mean: float, drawn: np.ndarray, questions: int, videos: int) -> Interval:
+    low = high = None
+    drawn = drawn[~np.isnan(drawn)]  # a resample may have none of a small group's videos
+    if videos > 1 and len(drawn):
+        low, high = (float(x) for x in np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)))
+    return {"mean": float(mean), "low": low, "high": high, "questions": questions, "videos": videos}

@@ -1,0 +1,183 @@
+"""Command: answers judged through a chat model, or scored by rule where no judge is needed, with intervals."""
+
+import argparse
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.chat_client import ReplyCache, Statistics, ask_all
+from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
+from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.eval_sets import BENCHMARKS
+from redvillm_jax.answer_rows import first, read_answers
+from redvillm_jax.comparison import compare
+from redvillm_jax.judged_folder import check_folder, make_folder, remove_others, write_judged
+from redvillm_jax.judge_prompts import PROMPTS_VERSION, prompt_hash
+from redvillm_jax.judge_tables import metrics_table, summary_table
+from redvillm_jax.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
+from redvillm_jax.scoring import OWN, Row, score
+
+HELP = """\
+Judge the answers of redvillm_jax.evaluate through any OpenAI-compatible endpoint.
+
+  python -m redvillm_jax.judge --answers=answers/ --out=judged/ --model=gpt-4o-mini-2024-07-18 \\
+      --price_in=PRICE --price_out=PRICE --max_cost=5
+  python -m redvillm_jax.judge --answers=answers/ --out=judged/ --base_url=http://127.0.0.1:8000/v1 \\
+      --model=Qwen2.5-7B-Instruct --allow_undated
+  python -m redvillm_jax.judge --compare judged_a/ judged_b/
+
+A row's "benchmark" and "kind" say how it is judged; multiple choice and yes/no are scored by rule, without a model.
+--dry_run prints the estimate and sends nothing. Every reply is kept in OUT's cache.sqlite, so that a stopped run
+continues and a second one costs nothing. OUT's verdicts.jsonl has a line for every verdict, summary.json the means with
+95 % intervals; both are always those of one command, and are replaced when answers, model or settings change. What was
+not judged is listed, left out and never counted as 0, and the exit code is then 1; run again to try again what failed.
+The key is read from OPENAI_API_KEY."""
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 1 if a question has no verdict. Raises UserError for what the user must change."""
+    flags = _parse(argv)
+    if flags.compare:
+        _print_comparison(*flags.compare)
+        return 0
+    for name in ("answers", "out"):
+        if getattr(flags, name) is None:
+            raise UserError(f"--{name} is needed (see --help)")
+    check_endpoint(flags)
+    path = flags.answers / "answers.jsonl" if flags.answers.is_dir() else flags.answers
+    rows = first(read_answers(path, flags.benchmark), flags.limit)
+    asked = questions(rows, score(rows))
+    to_ask = [question for _, question in asked if question]
+    if to_ask and flags.model is None:
+        raise UserError(f"--model is needed: {len(to_ask)} verdicts of {path} need a judge (see --help)")
+    made_with = _made_with(path, rows, to_ask, flags)
+    check_folder(flags.out)
+    judged, tokens = _judge(path, rows, to_ask, made_with, flags)
+    if flags.dry_run:
+        return 0
+    results = [
+        with_verdict(result, question, judged[question], truncate=flags.truncate) if question else result
+        for result, question in asked
+    ]
+    if to_ask and all(one.status == "failed" for one in judged.values()):
+        reason = next(iter(judged.values())).reason
+        raise UserError(f"{flags.out}: none of {len(to_ask)} questions could be judged; the first: {reason}")
+    summary = write_judged(flags.out, results, made_with, tokens)
+    print(summary_table(summary))
+    left_out = [result for result in results if result["status"] in ("unparsed", "failed")]
+    if left_out:
+        print(f"without a verdict: {len(left_out)}, listed in {flags.out / 'verdicts.jsonl'}; run again to try again")
+        for result in left_out[:5]:
+            print(f"  {result['id']}{' ' + result['aspect'] if 'aspect' in result else ''}: {result['reason']}")
+    return 1 if left_out else 0
+
+
+def _judge(
+    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], made_with: Mapping[str, Any], flags: argparse.Namespace
+) -> tuple[dict[Question, Judged], tuple[int, int]]:
+    """Prints what there is to do and what it may cost, and asks; returns also the tokens of all replies."""
+    sets = Counter(row.get("benchmark", OWN) for row in rows)
+    print(f"{path}: {', '.join(f'{count} {name}' for name, count in sets.items())}")
+    if not flags.dry_run:
+        make_folder(flags.out)
+    if not to_ask:
+        return {}, (0, 0)
+    file = flags.out / "cache.sqlite"
+    with ReplyCache(file if file.exists() or not flags.dry_run else Path(":memory:")) as cache:
+        missing = unsent(to_ask, sampling(flags), flags.attempts, cache)
+        different = len(set(to_ask))
+        known = f"{different - len(missing)} cached, {len(missing)} to send"
+        print(f"  {len(to_ask)} to judge, {different} different: {known}")
+        announce(*estimate(missing), flags, RULE)
+        if flags.dry_run:
+            return {}, (0, 0)
+        remove_others(flags.out, made_with)
+
+        def ask(left: list[Question], request: Any, spent: Statistics) -> Any:
+            def stop(now: Statistics) -> str | None:
+                total = Statistics()
+                total.add(spent)
+                total.add(now)
+                return too_dear(total, flags)
+
+            return ask_all(
+                left,
+                request,
+                cache,
+                base_url=flags.base_url,
+                concurrency=flags.concurrency,
+                timeout=flags.timeout,
+                max_retries=flags.max_retries,
+                stop=stop,
+                unit="verdict",
+            )
+
+        judged, spent = ask_judge(to_ask, sampling(flags), flags.attempts, ask)
+    if spent.answered + spent.failed:
+        cost = cost_of(spent.prompt_tokens, spent.completion_tokens, flags)
+        tokens = f"{spent.prompt_tokens} tokens in, {spent.completion_tokens} out"
+        price = "" if cost is None else f", cost {cost:.2f}"
+        print(f"answered: {spent.answered} requests with {spent.retries} retries, {tokens}{price}")
+    if spent.stopped:
+        print(f"stopped: {spent.stopped}")
+    return judged, tuple(sum(one.tokens[i] for one in judged.values()) for i in (0, 1))
+
+
+def _made_with(
+    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], flags: argparse.Namespace
+) -> dict[str, Any]:
+    """All that decides what the results are."""
+    prompts = {aspect: prompt_hash(aspect) for aspect in sorted({question.aspect for question in to_ask})}
+    judge = {
+        "model": flags.model,
+        "temperature": flags.temperature,
+        "attempts": flags.attempts,
+        "truncate": flags.truncate,
+        "prompts_version": PROMPTS_VERSION,
+        "prompts": prompts,
+    }
+    return {
+        "answers": str(path.absolute()),
+        "answers_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "benchmark": flags.benchmark,
+        "limit": flags.limit,
+        "answered_by": rows[0].get("model"),
+        "judge": judge if to_ask else None,
+    }
+
+
+def _print_comparison(first: Path, second: Path) -> None:
+    for name, found in compare(first, second).items():
+        only = f"{found['only_first']} only in {first}, {found['only_second']} only in {second}"
+        print(f"{name}: {found['common']} in common, {only}; {second} minus {first}:")
+        print("\n".join(metrics_table(found["metrics"], signed=True) if found["common"] else ["  nothing to compare"]))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m redvillm_jax.judge",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--answers", type=Path, help="answers.jsonl, or the folder that has it")
+    parser.add_argument("--out", type=Path, help="folder for verdicts.jsonl, summary.json and the cache of replies")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two judged folders: second minus first")
+    parser.add_argument("--benchmark", choices=tuple(BENCHMARKS), help='of rows that have no "benchmark"')
+    parser.add_argument("--limit", type=positive(int), help="judge only the first so many questions")
+    parser.add_argument("--attempts", type=positive(int), default=3, help="at a readable reply (default 3)")
+    parser.add_argument(
+        "--truncate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count a score of 4.8 as 4, as the published scripts do (default yes)",
+    )
+    add_endpoint(parser, required=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

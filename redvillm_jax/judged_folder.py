@@ -1,0 +1,86 @@
+"""The folder of redvillm_jax.judge: verdicts.jsonl and summary.json, always those of one command."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import write_text
+from redvillm_jax.scoring import Result, summarize
+
+
+def check_folder(out: Path) -> None:
+    """Raises UserError for a folder with another command's files in it."""
+    if (out / "answers.jsonl").exists():
+        raise UserError(f"--out={out}: holds answers.jsonl and what was made with it; choose another folder")
+    if (out / "summary.json").exists() and "verdicts_sha256" not in _summary(out):
+        raise UserError(f"--out={out}: has a summary.json that is not of redvillm_jax.judge; choose another folder")
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder. Raises UserError if that is not possible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be made: {error.strerror}") from None
+
+
+def remove_others(out: Path, made_with: Mapping[str, Any]) -> None:
+    """Takes away what other answers, another model or other settings gave."""
+    if _summary(out).get("made_with") != made_with:
+        for name in ("summary.json", "verdicts.jsonl"):
+            (out / name).unlink(missing_ok=True)
+
+
+def write_judged(
+    out: Path, results: Sequence[Result], made_with: Mapping[str, Any], tokens: tuple[int, int]
+) -> dict[str, Any]:
+    """Writes verdicts.jsonl, then summary.json, which tells the former's hash; returns the summary.
+
+    made_with: all that decides what the results are; its "judge" is None where none was asked. tokens: (in, out) of all
+    replies, cached ones too.
+    """
+    lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+    judge = made_with["judge"]
+    if judge is not None:
+        reported = Counter(result["model"] for result in results if result.get("model"))
+        judge = {**judge, "reported": dict(sorted(reported.items())), "tokens_in": tokens[0], "tokens_out": tokens[1]}
+    summary = {
+        "made_with": made_with,
+        "judge": judge,
+        "verdicts_sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "benchmarks": summarize(results),
+    }
+    (out / "summary.json").unlink(missing_ok=True)
+    write_text(out / "verdicts.jsonl", lines)
+    write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    return summary
+
+
+def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
+    """Returns the judge of a folder (None if its answers needed none) and its results. Raises UserError."""
+    try:
+        content = (out / "verdicts.jsonl").read_bytes()
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        same = summary["verdicts_sha256"] == hashlib.sha256(content).hexdigest()
+        judge, results = summary["judge"], [json.loads(line) for line in content.decode().split("\n") if line]
+    except OSError:
+        raise UserError(
+            f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{out}: verdicts.jsonl or summary.json is not of redvillm_jax.judge") from None
+    if not same:
+        raise UserError(f"{out}: verdicts.jsonl is not the one that summary.json is about; judge again")
+    return judge, results
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

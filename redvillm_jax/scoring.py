@@ -1,0 +1,170 @@
+"""What an answer file says without a judge: a result for every question, and means with intervals over them.
+
+A result is {"id", "video", "language", "benchmark", "status", "values": {metric: number}}, and "kind", "group",
+"reason", "chosen" where there are such. Statuses:
+
+    "scored"        "values" are right or wrong, or what a judge gave
+    "no_choice"     the prediction names no option, or several: wrong, and counted
+    "unanswered"    the model was not asked: left out
+    "incomplete"    others of its group are missing or unanswered: left out
+    "not_judged"    needs a judge, or more than the row has: left out
+    "unparsed", "failed"   the judge's reply was of no use, or there was none: left out
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from data_pipeline.errors import UserError
+from redvillm_jax.choices import chosen, option, yes_or_no
+from redvillm_jax.intervals import Interval, means
+from redvillm_jax.short_answers import exact_match, token_f1
+
+OWN = "own questions"  # the "benchmark" of rows without one
+ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")
+CAPTION = "TempCompass asks the judge a question about the caption that the row does not have"
+
+Row = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+def score(rows: Iterable[Row]) -> list[Result]:
+    """Scores every row of an answer file by rule, in its order.
+
+    "values" are {"accuracy": 0 or 1} for choices and yes/no, and {"exact_match", "f1"} for short answers. Raises
+    UserError naming a row whose answer is none of its choices.
+    """
+    rows = list(rows)
+    sizes = Counter((_benchmark(row), row["group"]) for row in rows if "group" in row)
+    whole = {name: max(size for (of, _), size in sizes.items() if of == name) for name, _ in sizes}
+    answered = Counter(
+        (_benchmark(row), row["group"]) for row in rows if "group" in row and row["prediction"] is not None
+    )
+    results = []
+    for row in rows:
+        result = {"id": row["id"], "video": row["video"], "language": row["language"], "benchmark": _benchmark(row)}
+        result |= {field: row[field] for field in ("kind", "group") if field in row}
+        group = (result["benchmark"], row.get("group"))
+        if row["prediction"] is None:
+            found = {"status": "unanswered", "reason": row.get("error", "without prediction"), "values": {}}
+        elif "group" in row and answered[group] < whole[group[0]]:
+            missing = f"{answered[group]} of the {whole[group[0]]} questions of its group are answered"
+            found = {"status": "incomplete", "reason": missing, "values": {}}
+        else:
+            found = SCORERS[protocol(row)](row)
+        results.append(result | found)
+    return results
+
+
+def protocol(row: Row) -> str:
+    """How a row is scored: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
+    if row.get("choices"):
+        return "choice"
+    if row.get("benchmark") == "tempcompass":
+        return "caption" if row.get("kind", "").startswith("captioning") else "yes_no"
+    return "vcgbench" if row.get("benchmark") == "vcgbench" else "qa"
+
+
+def summarize(results: Sequence[Result]) -> dict[str, Any]:
+    """Returns {benchmark: {"questions", "videos", "statuses", "metrics": {metric: {group: interval}}}}.
+
+    Groups are "all", "kind:…" for every level of a kind, and "language:…" where there are several. VCGBench has
+    "aspect:…" and their "mean", MVBench the "mean" of its tasks. VNBench's questions are its groups of four.
+    """
+    summary = {}
+    for name in sorted({result["benchmark"] for result in results}):
+        own = [result for result in results if result["benchmark"] == name]
+        summary[name] = {
+            "questions": len({result["id"] for result in own}),
+            "videos": len({result["video"] for result in own}),
+            "statuses": dict(Counter(result["status"] for result in own)),
+            "metrics": estimates(name, observations(own)),
+        }
+    return summary
+
+
+def observations(results: Sequence[Result]) -> dict[tuple, dict[str, Any]]:
+    """What is averaged, of one benchmark: {key: {"video", "groups", "values"}}, VNBench's tries as one."""
+    languages = {result["language"] for result in results}
+    found: dict[tuple, list[Result]] = defaultdict(list)
+    for result in results:
+        together = result["benchmark"] == "vnbench" and "group" in result
+        found[(result["group"],) if together else (result["id"], result.get("aspect"))].append(result)
+    return {key: _observation(several, languages) for key, several in found.items() if several[0]["values"]}
+
+
+def estimates(benchmark: str, observed: Mapping[tuple, Mapping[str, Any]]) -> dict[str, dict[str, Interval]]:
+    """Means with intervals by metric and group; a metric's are over those that have it."""
+    result = {}
+    for metric in dict.fromkeys(metric for one in observed.values() for metric in one["values"]):
+        own = [one for one in observed.values() if metric in one["values"]]
+        groups = [one["groups"] for one in own]
+        names = {name for of in groups for name in of}
+        mean_of: set[str] = set()
+        if benchmark == "mvbench":
+            mean_of = {name for name in names if name.startswith("kind:")}
+        if benchmark == "vcgbench" and len(names & {f"aspect:{aspect}" for aspect in ASPECTS}) == len(ASPECTS):
+            mean_of = {f"aspect:{aspect}" for aspect in ASPECTS}
+        values = {metric: [one["values"][metric] for one in own]}
+        result |= means([one["video"] for one in own], groups, values, sorted(mean_of))
+    return result
+
+
+def _observation(several: Sequence[Result], languages: set[str]) -> dict[str, Any]:
+    first = several[0]
+    if "aspect" in first:
+        groups = [f"aspect:{first['aspect']}"]
+    else:
+        levels = _levels(first)
+        groups = ["all", *("kind:" + "/".join(levels[: i + 1]) for i in range(len(levels)))]
+        groups += [f"language:{first['language']}"] if len(languages) > 1 else []
+    values = first["values"]
+    if first["benchmark"] == "vnbench":
+        tries = [result["values"]["accuracy"] for result in several]
+        values = {"accuracy": float(all(tries)), "accuracy_of_tries": sum(tries) / len(tries)}
+    return {"video": first["video"], "groups": groups, "values": values}
+
+
+def _levels(result: Result) -> list[str]:
+    """A kind's levels; only these sets have some: "yes/no" is one of ActivityNet-QA's kinds."""
+    if "kind" not in result:
+        return []
+    return result["kind"].split("/") if result["benchmark"] in ("videomme", "tempcompass") else [result["kind"]]
+
+
+def _choice(row: Row) -> Result:
+    right = [
+        o.label for o, choice in ((option(c), c) for c in row["choices"]) if row["answer"] in (o.label, o.text, choice)
+    ]
+    if not right:
+        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is none of its choices")
+    return _wrong_or_right(chosen(row["prediction"], row["choices"]), right[0])
+
+
+def _yes_no(row: Row) -> Result:
+    if (right := yes_or_no(row["answer"])) is None:
+        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is neither yes nor no")
+    return _wrong_or_right(yes_or_no(row["prediction"]), right)
+
+
+def _wrong_or_right(label: str | None, right: str) -> Result:
+    status = "no_choice" if label is None else "scored"
+    return {"status": status, "chosen": label, "values": {"accuracy": float(label == right)}}
+
+
+def _short_answer(row: Row) -> Result:
+    pair = (row["prediction"], row["answer"])
+    return {"status": "scored", "values": {"exact_match": exact_match(*pair), "f1": token_f1(*pair)}}
+
+
+SCORERS = {
+    "choice": _choice,
+    "yes_no": _yes_no,
+    "qa": _short_answer,
+    "caption": lambda row: {"status": "not_judged", "reason": CAPTION, "values": {}},
+    "vcgbench": lambda row: {"status": "not_judged", "reason": "needs a judge", "values": {}},
+}
+
+
+def _benchmark(row: Row) -> str:
+    return row.get("benchmark", OWN)

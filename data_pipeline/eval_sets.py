@@ -1,6 +1,7 @@
 """Evaluation sets as rows of the project's schema, read from the files in which they are distributed.
 
-A row has "id", "video", "language" ("en"), "question" and "answer" as any other, and where the set has it
+A row has "id", "video", "language" ("en"), "question" and "answer" as any other, the set's name as "benchmark", and where
+the set has it
 
     "kind"          what the set reports by; levels are separated by "/", e.g. "short/Counting Problem"
     "choices"       multiple choice: the options as the question shows them, each beginning with its label
@@ -68,7 +69,8 @@ def read_benchmark(benchmark: str, path: str | Path) -> list[Row]:
         files = [file for name in names for file in sorted(path.glob(name)) or [path / name]]
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with those published")
-    return check_rows(path, (row for file in files for row in read(file)))
+    rows = (row for file in files for row in read(file))
+    return check_rows(path, ((where, {**row, "benchmark": benchmark}) for where, row in rows))
 
 
 def read_vcgbench(path: Path) -> Rows:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import Parser, UserError, run
+from redvillm_jax.scoring import OWN
 
 ROOT = Path(__file__).parents[1]
 BASES = Path(__file__).parent / "demo_bases"
@@ -72,7 +73,9 @@ def main(argv: list[str]) -> None:
     picture = runs / "result.png"
     losses = {row: runs / name / "metrics.jsonl" for row, (name, _) in ROWS.items()}
     draw(picture, flags.base, summaries, losses)
-    print(f"\nExact match on {summaries[UNTRAINED]['questions']} questions about held-out videos, in per cent\n")
+    print(
+        f"\nExact match on {summaries[UNTRAINED]['benchmarks'][OWN]['questions']} questions about held-out videos, in per cent\n"
+    )
     print(table(summaries))
     print(f"\npicture:  {picture}\nexported: {export}\n{time.time() - start:.0f} seconds")
 
@@ -88,12 +91,12 @@ def command(module: str, *arguments: str) -> None:
 
 def accuracies(summary: Mapping) -> dict[str, float]:
     """Exact match by kind, and the means over the temporal and spatial kinds' questions and over all, in per cent."""
-    by_kind = {kind: summary["exact_match"][f"kind:{kind}"] for kinds in KINDS.values() for kind in kinds}
-    counts = {kind: summary["counts"][f"kind:{kind}"] for kind in by_kind}
-    values = dict(by_kind)
+    found = summary["benchmarks"][OWN]["metrics"]["exact_match"]
+    values = {kind: found[f"kind:{kind}"]["mean"] for kinds in KINDS.values() for kind in kinds}
     for group, kinds in KINDS.items():
-        values[group] = np.average([by_kind[k] for k in kinds], weights=[counts[k] for k in kinds])
-    values["all"] = summary["exact_match"]["all"]
+        counts = [found[f"kind:{kind}"]["questions"] for kind in kinds]
+        values[group] = np.average([values[kind] for kind in kinds], weights=counts)
+    values["all"] = found["all"]["mean"]
     return {name: 100 * float(value) for name, value in values.items()}
 
 

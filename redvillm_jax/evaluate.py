@@ -1,113 +1,105 @@
-"""Answers the questions of a frame store and counts exact matches.
+"""Answers the questions of a store, and scores what needs no judge.
 
-python -m redvillm_jax.evaluate --model=RUN --data=FRAMES --out=DIR
-python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=FRAMES --out=DIR    (untrained)
+python -m redvillm_jax.evaluate --model=RUN --data=TEST --out=DIR
+python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=TEST --out=DIR    (untrained)
 
-Writes answers.jsonl, one line per question in the store's order, and summary.json, accuracy by question kind.
+--data is a frame store of data_pipeline.prepare, with --benchmark=NAME there for a published set, or streams of
+redvillm_jax.encode. Writes DIR/answers.jsonl, a line per question in the store's order with all that a judge needs
+later (python -m redvillm_jax.judge), and DIR/summary.json: multiple choice, yes/no, exact match and token F1, with 95 %
+intervals. A stopped run continues; several processes share the videos and write into the same DIR.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_text
-from data_pipeline.store import open_store
-from redvillm_jax.assemble import load_model, put_trained, token_slots
+from data_pipeline.eval_sets import BENCHMARKS
+from data_pipeline.files import as_path, write_text
+from data_pipeline.store import VideoStore, open_store
+from redvillm_jax.answer_log import AnswerLog
+from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command
-from redvillm_jax.inference import answer
+from redvillm_jax.distributed import command, is_first
+from redvillm_jax.inference import Arrays
 from redvillm_jax.inputs import check_store, needed_parts, open_model
-from redvillm_jax.sharding import make_mesh
+from redvillm_jax.judge_tables import summary_table
+from redvillm_jax.prompts import Prompt
+from redvillm_jax.scoring import score, summarize
 
-OPTIONS = {
-    "model": (None, "A run directory, or a base folder (the untrained video LLM; give its --config too)."),
+FLAGS = {
+    "model": (None, "A run directory, a base folder (give its --config too), or an export."),
     "data": (None, "A store made by data_pipeline.prepare, or by redvillm_jax.encode."),
     "out": (None, "Folder for answers.jsonl and summary.json."),
-    "max_new_tokens": ("64", "Longest answer in tokens."),
-    "batch_size": ("64", "Questions answered at once."),
-    "video_batch_size": ("8", "Videos encoded at once."),
+    "benchmark": (None, "The set that questions without one are scored and judged as."),
+    "language": (None, "Only the questions in this language, en or zh."),
+    **OPTIONS,
 }
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS)
+    flags = parse(argv, __doc__, FLAGS)
     for name in ("model", "data", "out"):
         if not flags[name]:
-            raise UserError(f"--{name} is needed: {OPTIONS[name][1]}")
-    if jax.process_count() > 1:
-        raise UserError("evaluate runs in one process: run it on one machine with --model=RUN")
-    sizes = {name: positive(flags, name) for name in ("max_new_tokens", "batch_size", "video_batch_size")}
-    config, base, trained, *_ = open_model(flags["model"], flags["config"])
+            raise UserError(f"--{name} is needed: {FLAGS[name][1]}")
+    generation, sizes, tensor = generation_of(flags), sizes_of(flags), positive(flags, "tensor")
+    opened = open_model(flags["model"], flags["config"], flags["base"])
     store = open_store(flags["data"])
-    check_store(store, base, config)
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})  # a run's own mesh may need other machines
-    out = Path(flags["out"])
-    made_with = {
-        "model": str(Path(flags["model"]).absolute()),
-        "base": base.fingerprint,
-        "data": store.meta["fingerprint"],
-        "max_new_tokens": sizes["max_new_tokens"],
-        "config": dict(config),
-    }
-    if (summary := finished(out / "summary.json", made_with)) is not None:
-        print(f"{out} is whole already")
-        print(table(summary))
+    check_store(store, opened.base, opened.config)
+    rows = questions(store, flags["benchmark"], flags["language"])
+    out = as_path(flags["out"])
+    assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
+    settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
+    if (summary := finished(out, settings)) is not None:
+        print(f"{out} is whole already\n{summary_table(summary)}")
         return
-    out.mkdir(parents=True, exist_ok=True)
 
-    with jax.set_mesh(mesh):
-        dtype = jnp.dtype(config["dtype"])
-        model = load_model(base, config, mesh, dtype=dtype, parts=needed_parts(store))
-        if trained is not None:
-            put_trained(model, trained)
-        slots = token_slots(base, config)
-        predictions = answer(model, base, store, slots, mesh, dtype=dtype, **sizes)
-    answers = [row | {"prediction": text} for row, text in zip(store.instructions, predictions, strict=True)]
-    write_lines(out / "answers.jsonl", answers)
-    summary = {**score(answers), "made_with": made_with}
-    write_lines(out / "summary.json", [summary])
-    print(table(summary))
+    index = {video["video"]: i for i, video in enumerate(store.videos)}
+
+    def read(videos: list[str]) -> Iterator[Arrays]:
+        for video in videos:
+            yield {name: array[0] for name, array in store.padded([index[video]]).items()}
+
+    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+
+    log = AnswerLog(out / "answers.jsonl", settings)
+    write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
+    answers = log.finish(len(rows))
+    if is_first():
+        summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
+        write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+        print(summary_table(summary))
+        if summary["left_out"]:
+            print(f"left out: {summary['left_out']} questions without a usable video, see {store.path}/report.json")
 
 
-def finished(path: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary at `path` if it came from the same model, data and settings, so that nothing need be done."""
-    if not path.is_file():
+def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
+    """The store's questions, those about one video side by side. Raises UserError for a flag that fits none."""
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise UserError(f"--benchmark={benchmark}: expected one of {', '.join(BENCHMARKS)}")
+    rows = [row for row in store.instructions if language in (None, row["language"])]
+    if not rows:
+        found = ", ".join(sorted({row["language"] for row in store.instructions}))
+        raise UserError(f"--language={language}: {store.path} has questions in {found}")
+    return [({"benchmark": benchmark} if benchmark else {}) | row for row in rows]
+
+
+def left_out(store: VideoStore) -> int:
+    """How many questions the store was made without, because their videos could not be used."""
+    report = store.path / "report.json"
+    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    return found.get("questions_found", 0) - found.get("questions_used", 0)
+
+
+def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary in `out` if it came from the same model, data and settings, so that nothing need be done."""
+    path = out / "summary.json"
+    if not path.is_file() or not (out / "answers.jsonl").is_file():
         return None
-    summary = json.loads(path.read_text())
-    return summary if summary["made_with"] == made_with else None
-
-
-def score(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Exact match (upper and lower case and white space at the ends apart) over all rows, by kind and by language."""
-    hits = defaultdict(list)
-    for row in answers:
-        hit = row["prediction"].strip().lower() == row["answer"].strip().lower()
-        for group in ("all", f"kind:{row.get('kind', '-')}", f"language:{row['language']}"):
-            hits[group].append(hit)
-    return {
-        "questions": len(answers),
-        "exact_match": {group: sum(values) / len(values) for group, values in sorted(hits.items())},
-        "counts": {group: len(values) for group, values in sorted(hits.items())},
-    }
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary as text, one line per group."""
-    lines = [f"{'exact match':<28} accuracy  questions"]
-    for group, value in summary["exact_match"].items():
-        lines.append(f"{group:<28} {value:8.3f}  {summary['counts'][group]:9d}")
-    return "\n".join(lines)
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if summary.get("made_with") == settings else None
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS
 from redvillm_jax.answer_rows import first, read_answers
 from redvillm_jax.comparison import compare
-from redvillm_jax.judged_folder import check_folder, make_folder, remove_others, write_judged
 from redvillm_jax.judge_prompts import PROMPTS_VERSION, prompt_hash
 from redvillm_jax.judge_tables import metrics_table, summary_table
+from redvillm_jax.judged_folder import check_folder, make_folder, remove_others, write_judged
 from redvillm_jax.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
 from redvillm_jax.scoring import OWN, Row, score
 

@@ -22,6 +22,13 @@ def error(benchmark, path):
     return str(raised.value)
 
 
+def read(benchmark, path):
+    """The rows without the set's name, which all of them have."""
+    rows = read_benchmark(benchmark, path)
+    assert all(row.pop("benchmark") == benchmark for row in rows)
+    return rows
+
+
 def row(id, video, question, answer, **more):
     return {"id": id, "video": video, "language": "en", "question": question, "answer": answer, **more}
 
@@ -43,8 +50,8 @@ def test_vcgbench(tmp_path):
         row("consistency/0/1", "v_p2", "What is worn?", "A hat.", kind="consistency", group="consistency/0"),
         row("consistency/0/2", "v_p2", "Which clothes?", "A hat.", kind="consistency", group="consistency/0"),
     ]
-    assert read_benchmark("vcgbench", tmp_path) == expected
-    assert read_benchmark("vcgbench", tmp_path / "temporal_qa.json") == expected[2:3]
+    assert read("vcgbench", tmp_path) == expected
+    assert read("vcgbench", tmp_path / "temporal_qa.json") == expected[2:3]
     (tmp_path / "temporal_qa.json").rename(tmp_path / "t.json")
     assert error("vcgbench", tmp_path).startswith(f"{tmp_path}: has no temporal_qa.json; give one file")
     assert "expected a file named generic_qa.json, temporal_qa.json" in error("vcgbench", tmp_path / "t.json")
@@ -53,9 +60,9 @@ def test_vcgbench(tmp_path):
 def test_msvd_qa(tmp_path):
     rows = [{"answer": "cat", "id": 7, "question": "what runs?", "video_id": n} for n in (1301, 2)]
     path = write(tmp_path / "test_qa.json", rows[:1])
-    assert read_benchmark("msvd_qa", tmp_path) == [row("7", "vid1301", "what runs?", "cat")]
+    assert read("msvd_qa", tmp_path) == [row("7", "vid1301", "what runs?", "cat")]
     write(tmp_path / "youtube_mapping.txt", "-4wsuPCjDBc_5_15 vid1\r\nYmXCfQm0_CA_18_25 vid1301\r\n\r\n")
-    assert read_benchmark("msvd_qa", path) == [row("7", "YmXCfQm0_CA_18_25", "what runs?", "cat")]
+    assert read("msvd_qa", path) == [row("7", "YmXCfQm0_CA_18_25", "what runs?", "cat")]
     write(path, [rows[0], {**rows[1], "id": 8}])
     assert "row 2: " in error("msvd_qa", path) and "has no vid2" in error("msvd_qa", path)
     write(tmp_path / "youtube_mapping.txt", "name vid1301\nname2\n")
@@ -65,7 +72,7 @@ def test_msvd_qa(tmp_path):
 def test_msrvtt_qa(tmp_path):
     rows = [{"answer": "couch", "category_id": 14, "id": 158581, "question": "what?", "video_id": 7010}]
     write(tmp_path / "test_qa.json", rows)
-    assert read_benchmark("msrvtt_qa", tmp_path) == [row("158581", "video7010", "what?", "couch")]
+    assert read("msrvtt_qa", tmp_path) == [row("158581", "video7010", "what?", "couch")]
 
 
 def test_tgif_frameqa(tmp_path):
@@ -73,7 +80,7 @@ def test_tgif_frameqa(tmp_path):
     line = "tumblr_x_250\twhat is in the cone ?\tcookie\t{}\tFRAMEQA1159\t27138\ta cookie , in a cone .\r\n"
     path = write(tmp_path / "Test_frameqa_question.csv", header + line.format(2))
     expected = [row("FRAMEQA1159", "tumblr_x_250", "what is in the cone ?", "cookie", kind="color")]
-    assert read_benchmark("tgif_frameqa", tmp_path) == expected
+    assert read("tgif_frameqa", tmp_path) == expected
     write(path, header + line.format(4))
     assert error("tgif_frameqa", path) == f"{path}: row 2: field 'type' is \"4\", expected 0 to 3"
 
@@ -88,7 +95,7 @@ def test_pairs_of_files_are_matched_by_id(tmp_path, benchmark):
     assert "test_a.json: cannot be read" in error(benchmark, path)
     write(tmp_path / "test_a.json", answers)
     kinds = [{"kind": "yes/no"}, {"kind": "number"}] if benchmark == "activitynet_qa" else [{}, {}]
-    assert read_benchmark(benchmark, path) == [
+    assert read(benchmark, path) == [
         row("v_1QIU_3", "1QIU", "is it red", "no", **kinds[0]),
         row("v_9eni_2", "9eni", "how many", "two", **kinds[1]),
     ]
@@ -112,7 +119,7 @@ def test_mvbench(tmp_path):
         row(f"{kinds[0]}/0", "ZS9XR", question, "B", kind=kinds[0], choices=choices, start=11.1, end=17.0),
         row(f"{kinds[1]}/0", "video_1", question, "B", kind=kinds[1], choices=choices),
     ]
-    assert read_benchmark("mvbench", tmp_path) == expected
+    assert read("mvbench", tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +148,7 @@ def test_videomme(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([data]), path)
     question = "\n".join(("Which?", *options, ASK_LETTER))
     more = {"kind": "short/Counting Problem", "choices": options}
-    assert read_benchmark("videomme", tmp_path) == [row("001-1", "fFjv93ACGo8", question, "C", **more)]
+    assert read("videomme", tmp_path) == [row("001-1", "fFjv93ACGo8", question, "C", **more)]
     path = write(tmp_path / "v.json", [{**data, "options": ["Apples.", "Candles."]}])
     assert error("videomme", path).endswith("field 'options' is a list of 2, expected 'A. …', 'B. …' and so on")
     path = write(tmp_path / "v.json", [{**data, "answer": "E"}])
@@ -162,7 +169,7 @@ def test_tempcompass(tmp_path):
 
     asked = "\nPlease directly give the best option:"
     options, captions = ["A. dunking", "B. passing"], ["Option 1: He runs.", "Option 2: He sits: now."]
-    assert read_benchmark("tempcompass", tmp_path) == [
+    assert read("tempcompass", tmp_path) == [
         expected("multi-choice", f"What?\nA. dunking\nB. passing{asked}", "B", choices=options),
         expected("yes_no", "Is he dunking?\nPlease answer yes or no:", "yes"),
         expected("caption_matching", "\n".join(("Which?", *captions)) + asked, "Option 2", choices=captions),
@@ -186,7 +193,7 @@ def test_vnbench(tmp_path):
     video = "1_cnt_edit1"
     more = {"kind": "cnt_edit1", "group": video, "choices": choices}
     expected = [row(f"{video}_{i}", video, question, "C", **more) for i in range(4)]
-    assert read_benchmark("vnbench", tmp_path) == expected
+    assert read("vnbench", tmp_path) == expected
 
 
 # ---- mistakes

@@ -1,7 +1,7 @@
 """Evaluation sets as rows of the project's schema, read from the files in which they are distributed.
 
-A row has "id", "video", "language" ("en"), "question" and "answer" as any other, the set's name as "benchmark", and where
-the set has it
+A row has "id", "video", "language" ("en"), "question" and "answer" as any other, the set's name as "benchmark", and
+where the set has it
 
     "kind"          what the set reports by; levels are separated by "/", e.g. "short/Counting Problem"
     "choices"       multiple choice: the options as the question shows them, each beginning with its label

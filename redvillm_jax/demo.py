@@ -73,9 +73,8 @@ def main(argv: list[str]) -> None:
     picture = runs / "result.png"
     losses = {row: runs / name / "metrics.jsonl" for row, (name, _) in ROWS.items()}
     draw(picture, flags.base, summaries, losses)
-    print(
-        f"\nExact match on {summaries[UNTRAINED]['benchmarks'][OWN]['questions']} questions about held-out videos, in per cent\n"
-    )
+    questions = summaries[UNTRAINED]["benchmarks"][OWN]["questions"]
+    print(f"\nExact match on {questions} questions about held-out videos, in per cent\n")
     print(table(summaries))
     print(f"\npicture:  {picture}\nexported: {export}\n{time.time() - start:.0f} seconds")
 

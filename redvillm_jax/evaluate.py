@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
-    """The store's questions, those about one video side by side. Raises UserError for a flag that fits none."""
+    """The store's questions, of one language or all. Raises UserError for a flag that fits none."""
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark}: expected one of {', '.join(BENCHMARKS)}")
     rows = [row for row in store.instructions if language in (None, row["language"])]

@@ -1,5 +1,6 @@
 """Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,7 +159,14 @@ def attention(
     if callable(mask):
         return mask(query, key, value)
     query = keep(query, "query")
-    return jax.nn.dot_product_attention(query, key, value, mask=None if mask is None else mask[:, None])
+    attend = functools.partial(jax.nn.dot_product_attention, mask=None if mask is None else mask[:, None])
+    if query.dtype == jnp.float16:  # a CPU has no product of halves that sums in fp32
+
+        def in_fp32(*halves: jax.Array) -> jax.Array:
+            return attend(*(half.astype(jnp.float32) for half in halves)).astype(jnp.float16)
+
+        return jax.lax.platform_dependent(query, key, value, cpu=in_fp32, default=attend)
+    return attend(query, key, value)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -1,13 +1,19 @@
 """What several tests share: filling modules with published tensors, and tables of differences from references."""
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from redvillm_jax import generate
+from redvillm_jax.model import VideoLLM
+from redvillm_jax.sampler import Sampling
 from redvillm_jax.weights import name_table
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -35,6 +41,30 @@ def torch_tensors(*files: Path) -> dict[str, np.ndarray]:
 
     loaded = [torch.load(file, weights_only=True, map_location="cpu") for file in files]
     return {name: tensor.float().numpy() for tensors in loaded for name, tensor in tensors.items()}
+
+
+def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids (1, steps) that the product generates after embeds (1, S, K), and the first layer's keys of the prompt.
+
+    All but the last token stand where a video would; `last_id` is the question.
+    """
+    length = embeds.shape[1]
+
+    @jax.jit
+    def run(llm: nnx.Module, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = SimpleNamespace(llm=llm, embed=functools.partial(VideoLLM.embed, SimpleNamespace(llm=llm)))
+        slots = jnp.arange(length - 1)[None]
+        prefix = {"token_ids": 0 * slots, "video_slots": slots, "length": jnp.array([length - 1])}
+        cache = generate.prefill(model, embeds, prefix | {"context_length": jnp.array([length])})
+        cache = generate.place(llm.init_cache(1, length + steps, embeds.dtype), cache, jnp.array([0]))
+        question = {"token_ids": jnp.array([[last_id]]), "length": jnp.array([1]), "prefix_length": prefix["length"]}
+        arguments = (question | {"text_ids": question["token_ids"]}, Sampling(), jax.random.split(jax.random.key(0), 1))
+        rows = generate.start(model, cache, *arguments, jnp.array([-1]), max_new_tokens=steps)
+        rows = generate.decode(model, rows, Sampling(), jnp.array([-1]), steps)
+        return rows.ids, rows.cache[0][0][:, :length]
+
+    ids, keys = run(llm, embeds)
+    return np.asarray(ids), np.asarray(keys)
 
 
 class ParityTable:

@@ -1,7 +1,6 @@
 """LLaVA against the reference arrays, against transformers' own classes, and at its real sizes."""
 
 import dataclasses
-import functools
 import re
 
 import jax
@@ -13,7 +12,7 @@ from flax import nnx
 
 from redvillm_jax.bases import llava
 from redvillm_jax.weights import abstract_part, canonical_name, expected_tensors
-from tests.helpers import REFERENCE, ParityTable, fill, torch_tensors
+from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 
 def parts(config: llava.Config, tensors: dict[str, np.ndarray]) -> tuple:
@@ -30,46 +29,23 @@ def project(projector: llava.Projector, features: jax.Array) -> jax.Array:
     return projector(features, jnp.ones(features.shape[:2], bool), (features.shape[1],))
 
 
-def causal(attention_mask: np.ndarray, length: int | None = None) -> jax.Array:
-    """(B, S) of real tokens -> (B, S, length) bool: earlier real slots are visible."""
+def causal(attention_mask: np.ndarray) -> jax.Array:
+    """(B, S) of real tokens -> (B, S, S) bool: earlier real slots are visible."""
     slots = attention_mask.shape[1]
-    mask = np.tril(np.ones((slots, slots), bool)) & attention_mask.astype(bool)[:, None]
-    return jnp.asarray(np.pad(mask, ((0, 0), (0, 0), (0, (length or slots) - slots))))
+    return jnp.asarray(np.tril(np.ones((slots, slots), bool)) & attention_mask.astype(bool)[:, None])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run_split(graphdef, weights, embeds, position_ids, mask, cache, cache_index):
-    llm = nnx.merge(graphdef, weights)
-    hidden, cache = llm(embeds, position_ids, mask, cache=cache, cache_index=cache_index)
-    return llm.logits(hidden), cache
-
-
-def run_llm(llm: llava.LLM, *args, cache=None, cache_index=0) -> tuple[jax.Array, tuple]:
-    """Logits (B, S, vocab) and the cache."""
-    return run_split(*nnx.split(llm), *args, cache, cache_index)
+@jax.jit
+def run_llm(llm: llava.LLM, embeds: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Logits (B, S, vocab)."""
+    return llm.logits(llm(embeds, position_ids, mask)[0])
 
 
 def logits_of(llm: llava.LLM, embeds: jax.Array, attention_mask: np.ndarray | None = None) -> jax.Array:
     batch, length = embeds.shape[:2]
     attention_mask = np.ones((batch, length)) if attention_mask is None else attention_mask
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    return run_llm(llm, embeds, positions, causal(attention_mask))[0]
-
-
-def greedy(llm: llava.LLM, embeds: jax.Array, num_tokens: int) -> list[int]:
-    """Greedy ids after embeds (1, S, K): one prefill, then one token at a time through the cache."""
-    length = embeds.shape[1]
-    room = length + num_tokens
-    cache = llm.init_cache(1, room, embeds.dtype)
-    mask = causal(np.ones((1, length)), room)
-    logits, cache = run_llm(llm, embeds, jnp.arange(length)[None], mask, cache=cache)
-    ids = [int(logits[0, -1].argmax())]
-    for slot in range(length, room - 1):
-        mask = (jnp.arange(room) <= slot)[None, None]
-        embed = llm.embed(jnp.asarray([ids[-1:]]), embeds.dtype)
-        logits, cache = run_llm(llm, embed, jnp.asarray([[slot]]), mask, cache=cache, cache_index=slot)
-        ids.append(int(logits[0, -1].argmax()))
-    return ids
+    return run_llm(llm, embeds, positions, causal(attention_mask))
 
 
 def with_images(llm: llava.LLM, ids: np.ndarray, image_token: int, tokens: jax.Array) -> jax.Array:
@@ -150,7 +126,7 @@ def test_every_reference_array():
     image_logits = logits_of(llm, pictures, mask)
     table.add("image_logits", image_logits, ref("image_logits"))
     table.add("image_loss", loss_of(image_logits, ref("image_labels")), ref("image_loss"))
-    table.add("greedy", np.asarray([greedy(llm, pictures[:1], 12)]), ref("greedy"))
+    table.add("greedy", greedy(llm, pictures[:1], ids[0, -1], 12)[0], ref("greedy"))
     text = llm.embed(jnp.asarray(ref("text_ids")), jnp.float32)
     table.add("text_logits", logits_of(llm, text), ref("text_logits"))
 
@@ -261,7 +237,7 @@ def test_transformers_llava_built_here(text):
     np.testing.assert_allclose(logits_of(llm, embeds), want_logits, atol=1e-4)
     want_ids = generated[0, -8:].tolist()
     assert len(set(want_ids)) > 1  # not one id over and over
-    assert greedy(llm, embeds[:1], 8) == want_ids
+    assert greedy(llm, embeds[:1], ids[0, -1], 8)[0][0].tolist() == want_ids
 
 
 # ---- real sizes

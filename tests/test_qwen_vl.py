@@ -15,7 +15,7 @@ from flax import nnx
 from redvillm_jax import weights
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Config
-from tests.helpers import REFERENCE, ParityTable, fill, torch_tensors
+from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402
@@ -117,29 +117,6 @@ def cross_entropy(logits, labels) -> jax.Array:
     return -(picked * (targets >= 0)).sum() / (targets >= 0).sum()
 
 
-def greedy(llm, ids, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy continuation with the cache: ids (1, steps) and the first layer's keys of the prompt."""
-    length = ids.shape[1]
-    context_length = jnp.array([length])
-    cache = llm.init_cache(1, length + steps, jnp.float32)
-
-    @jax.jit
-    def advance(llm, ids, cache, start):
-        slots = start + jnp.arange(ids.shape[1])
-        mask = jnp.arange(length + steps)[None, None] <= slots[None, :, None]
-        hidden, cache = llm(
-            embed(llm, ids), slots[None], mask, cache=cache, cache_index=start, context_length=context_length
-        )
-        return llm.logits(hidden[:, -1:]).argmax(-1), cache
-
-    token, cache = advance(llm, jnp.asarray(ids), cache, 0)
-    keys, tokens = cache[0][0][:, :length], [token]
-    for start in range(length, length + steps - 1):
-        token, cache = advance(llm, token, cache, start)
-        tokens.append(token)
-    return np.concatenate(tokens, 1), keys
-
-
 @jax.jit
 def encode(encoder, pixels):
     return encoder(pixels)
@@ -225,7 +202,7 @@ def test_llm_matches_torch(small: Model, context_length: int | None):
 @pytest.mark.parametrize("length", [10, 20, 30])  # the cached keys stay rotated with the prompt's base
 def test_decoding_with_the_cache_equals_the_whole_sequence(small: Model, length: int):
     prompt = np.random.default_rng(length).integers(0, 50, (1, length))
-    tokens, _ = greedy(small.llm, prompt, 10)
+    tokens, _ = greedy(small.llm, embed(small.llm, prompt), prompt[0, -1], 10)
     ids = np.concatenate([prompt, tokens], axis=1)
     with torch.no_grad():
         embeds = torch.from_numpy(small.tensors["transformer.wte.weight"][ids])
@@ -513,7 +490,8 @@ def language_outputs(
         row = jnp.concatenate([before, *video, after])[None]
         out[f"video_{mode}_logits"] = forward(llm, row, None, row.shape[1])[:, -len(after) :]
     for name, prompt in (("text", ref["text_ids"][:1]), ("long", ref["long_ids"])):
-        out[f"greedy_{name}"], out[f"greedy_{name}_kcache0"] = greedy(llm, prompt, ref[f"greedy_{name}"].shape[1])
+        steps = ref[f"greedy_{name}"].shape[1]
+        out[f"greedy_{name}"], out[f"greedy_{name}_kcache0"] = greedy(llm, embed(llm, prompt), prompt[0, -1], steps)
     return out
 
 

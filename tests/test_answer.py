@@ -1,0 +1,239 @@
+"""Asking a model: from Python, on the command line, and in files that are continued after a kill."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import NUM_FRAMES
+from PIL import Image
+
+import redvillm_jax
+from configs import demo
+from data_pipeline.errors import UserError
+from data_pipeline.media import Clip, Picture
+from redvillm_jax import answer, assistant
+
+ROOT = Path(__file__).parents[1]
+CONFIG = [f"--config={ROOT / 'configs/demo.py'}:llava", f"--config.num_frames={NUM_FRAMES}"]
+QUESTIONS = ["Which direction?", "What colour is the circle that moves to the left?", "红色的圆形在哪里？"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, videos) -> Path:
+    """A folder with two clips, one of them of three frames, a picture, and a broken file."""
+    folder = tmp_path_factory.mktemp("files")
+    clips = sorted((videos / "videos").glob("*.mp4"))
+    shutil.copy(clips[0], folder / "a.mp4")
+    write_clip(folder / "short.mp4", frames=3)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(folder / "photo.png")
+    (folder / "broken.mp4").write_bytes((folder / "a.mp4").read_bytes()[:300])
+    return folder
+
+
+def write_clip(path: Path, frames: int) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        for i in range(frames):
+            picture = np.full((64, 64, 3), 60 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def model(bases) -> assistant.Assistant:
+    config = json.loads(demo.get_config("llava").to_json()) | {"num_frames": NUM_FRAMES}
+    return redvillm_jax.load(bases["llava"], config=config)
+
+
+def test_questions_asked_together_get_the_answers_of_each_alone(model, files):
+    alone = [model.ask(files / "a.mp4", question, max_new_tokens=6) for question in QUESTIONS]
+    assert model.ask(files / "a.mp4", QUESTIONS, max_new_tokens=6) == alone
+    assert "".join(model.stream(str(files / "a.mp4"), QUESTIONS[1], max_new_tokens=6)) == alone[1]
+    assert len(set(alone)) > 1 and all(alone)
+    other = model.ask(files / "short.mp4", QUESTIONS, max_new_tokens=6)
+    part = model.ask(Clip(files / "a.mp4", (0.0, 0.5)), QUESTIONS, max_new_tokens=6)
+    picture = model.ask(Picture(files / "photo.png"), QUESTIONS, max_new_tokens=6)
+    assert len({tuple(answers) for answers in (alone, other, part, picture)}) == 4
+    assert model.ask(files / "a.mp4", []) == []
+
+
+def test_a_video_is_read_and_prefilled_once(model, files, tmp_path, monkeypatch):
+    shutil.copy(files / "a.mp4", tmp_path / "b.mp4")
+    calls = []
+    monkeypatch.setattr(assistant, "read_media", lambda *a, do=assistant.read_media: calls.append("read") or do(*a))
+    prefill = model.inference.prefill
+    monkeypatch.setattr(model.inference, "prefill", lambda *a: calls.append("prefill") or prefill(*a))
+    for question in QUESTIONS:
+        model.ask(tmp_path / "b.mp4", question, max_new_tokens=2)
+    assert calls == ["read", "prefill"]
+    write_clip(tmp_path / "b.mp4", frames=3)  # another video under the same name
+    assert model.ask(tmp_path / "b.mp4", QUESTIONS[0], max_new_tokens=6) == model.ask(
+        files / "short.mp4", QUESTIONS[0], max_new_tokens=6
+    )
+    assert calls == ["read", "prefill"] * 3
+
+
+def test_a_seed_decides_what_is_drawn(model, files):
+    drawn = [
+        model.ask(files / "a.mp4", [QUESTIONS[0]] * 2, max_new_tokens=8, temperature=3.0, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0] != drawn[0][1]
+
+
+@pytest.mark.parametrize(
+    ("video", "question", "settings", "message"),
+    [
+        ("gone.mp4", "What?", {}, "gone.mp4: No such file"),
+        ("broken.mp4", "What?", {}, "broken.mp4: cannot be decoded"),
+        ("photo.png", "What?", {}, "is a picture"),
+        ("a.mp4", "  ", {}, "the question is empty"),
+        ("a.mp4", "What? " * 2000, {}, "the base knows 2048 positions"),
+        ("a.mp4", "What?", {"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
+        ("a.mp4", "What?", {"temperature": -1.0}, "temperature is -1.0, expected 0"),
+    ],
+)
+def test_mistakes_are_told(model, files, video, question, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        model.ask(files / video, question, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_answers(bases, files, model):
+    config = json.loads(demo.get_config("llava").to_json()) | {"num_frames": NUM_FRAMES}
+    want = model.ask(files / "a.mp4", QUESTIONS, max_new_tokens=1)
+    for dtype in ("float16", "bfloat16"):
+        half = redvillm_jax.load(bases["llava"], config=config, dtype=dtype)
+        assert half.inference._empty(1, 1, half.inference.weights)[0].dtype == dtype
+        assert half.ask(files / "a.mp4", QUESTIONS, max_new_tokens=1) == want
+    with pytest.raises(UserError, match="dtype is 'int4', expected one of bfloat16, float16, float32"):
+        redvillm_jax.load(bases["llava"], config=config, dtype="int4")
+
+
+# ---- the command
+
+
+def asked(files: Path) -> list[dict]:
+    rows = [
+        {"id": 7, "video": "a.mp4", "question": QUESTIONS[0]},
+        {"video": "broken.mp4", "question": "What?"},
+        {"picture": "photo.png", "question": "What?"},
+        {"video": "short.mp4", "question": QUESTIONS[1]},
+        {"video": "a.mp4", "question": QUESTIONS[2], "start": 0, "end": 0.5},
+        {"video": "a.mp4", "question": "What? " * 2000},
+        {"video": "a.mp4", "question": QUESTIONS[1], "note": "其他"},
+        {"picture": "gone.png", "question": "What?"},
+    ]
+    (files / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def flags(bases, files, out) -> list[str]:
+    arguments = [f"--model={bases['llava']}", *CONFIG, f"--input={files / 'questions.jsonl'}", f"--output={out}"]
+    return [*arguments, "--max_new_tokens=6", "--batch_size=2", "--num_workers=1"]
+
+
+def test_a_file_of_questions(bases, files, model, tmp_path, capsys):
+    rows, out = asked(files), tmp_path / "answers.jsonl"
+    assert answer.main(flags(bases, files, out)) == 1
+    assert "5 of 8 questions answered" in capsys.readouterr().out
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: answer[key] for key in row} for row, answer in zip(rows, answers, strict=True)] == rows
+    said = [answer["prediction"] for answer in answers]
+    a, part, photo = files / "a.mp4", Clip(files / "a.mp4", (0.0, 0.5)), Picture(files / "photo.png")
+    for place, media in ((0, a), (2, photo), (3, files / "short.mp4"), (4, part), (6, a)):
+        assert said[place] == model.ask(media, rows[place]["question"], max_new_tokens=6)
+    assert [i for i, text in enumerate(said) if text is None] == [1, 5, 7]
+    assert "broken.mp4: cannot be decoded" in answers[1]["error"]
+    assert "positions" in answers[5]["error"] and "gone.png: no such file" in answers[7]["error"]
+    assert answers[3]["num_frames"] == 3 and "[19 visual tokens]" in answers[3]["prompt"]
+    assert answers[0]["generation"]["max_new_tokens"] == 6 and len(answers[0]["model"]["fingerprint"]) == 64
+    report = json.loads((tmp_path / "answers.jsonl.report.json").read_text())
+    assert report["answered"] == 5 and [failure["question"] for failure in report["failed"]] == [2, 6, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.report.json"]
+
+    before = out.stat().st_mtime_ns
+    assert answer.main(flags(bases, files, out)) == 1
+    assert "is whole already" in capsys.readouterr().out and out.stat().st_mtime_ns == before
+
+
+def test_a_killed_command_continues(bases, files, tmp_path, capsys):
+    rows = [{"video": "a.mp4", "question": f"{QUESTIONS[i % 3]} {i}"} for i in range(24)]
+    (files / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "redvillm_jax.answer", *flags(bases, files, tmp_path / "killed.jsonl")]
+    part = tmp_path / "killed.jsonl.part0"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not part.exists() or part.read_text().count("\n") < 5:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    known = part.read_text()
+    assert known.count("\n") < 25 and not (tmp_path / "killed.jsonl").exists()
+    with part.open("a") as file:
+        file.write('{"number": 23, "ans')  # the line that a kill cut
+
+    with pytest.raises(UserError, match="were begun with generation="):
+        answer.main([*flags(bases, files, tmp_path / "killed.jsonl"), "--temperature=1"])
+    written = []
+    log = answer.AnswerLog.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer.AnswerLog, "write", lambda self, new: written.extend(new) or log(self, new))
+        assert answer.main(flags(bases, files, tmp_path / "killed.jsonl")) == 0
+    done = [json.loads(line)["number"] for line in known.split("\n")[1:-1]]
+    assert sorted(done + written) == list(range(24))
+    assert answer.main(flags(bases, files, tmp_path / "whole.jsonl")) == 0
+    assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_the_terminal(bases, files, model, capsys):
+    arguments = [f"--model={bases['llava']}", *CONFIG, "--max_new_tokens=6"]
+    answer.main([*arguments, f"--video={files / 'a.mp4'}", *(f"--question={question}" for question in QUESTIONS[:2])])
+    said = model.ask(files / "a.mp4", QUESTIONS[:2], max_new_tokens=6)
+    want = [f"> {QUESTIONS[0]}", said[0], f"> {QUESTIONS[1]}", said[1]]
+    assert capsys.readouterr().out == "\n".join(want) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--question=What?"], "give one of --video, --picture and --input"),
+        (["--video=a.mp4"], "--video and --picture go with --question"),
+        (["--video=a.mp4", "--input=x.jsonl", "--output=y.jsonl"], "give one of --video, --picture and --input"),
+        (["--video=a.mp4", "--question=What?", "--top_p=2"], "--top_p is 2.0, expected more than 0"),
+        (["--video=a.mp4", "--question=What?", "--top_k=many"], "--top_k is 'many', expected a whole number"),
+        (["--video=a.mp4", "--question=What?", "--temperature=nan"], "--temperature is nan"),
+        (["--video=a.mp4", "--question=What?", "--tensor=3"], "does not fit 8 devices"),
+        (["--input=gone.jsonl", "--output=y.jsonl"], "gone.jsonl"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(bases, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        answer.main([f"--model={bases['llava']}", *CONFIG, *arguments])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"video": "a.mp4"}, "row 1: field 'question' is missing"),
+        ({"question": "What?"}, "row 1: expected either a field 'video' or a field 'picture'"),
+        ({"question": "What?", "video": "a.mp4", "picture": "b.png"}, "expected either"),
+        ({"question": "What?", "video": "a.mp4", "start": 3, "end": 1}, "is about 3 to 1 seconds"),
+    ],
+)
+def test_wrong_rows_end_in_one_line(bases, tmp_path, row, message):
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message):
+        answer.main(flags(bases, tmp_path, tmp_path / "out.jsonl"))

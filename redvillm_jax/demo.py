@@ -56,16 +56,16 @@ def main(argv: list[str]) -> None:
         streams = f"--out={work / 'streams' / split}"
         command("redvillm_jax.encode", config, f"--config.base={base}", f"--data={frames}", streams)
 
-    test = f"--data={work / 'streams' / 'test'}"
+    test = (f"--data={work / 'streams' / 'test'}", "--max_new_tokens=32", "--batch_size=64")
     folders = {UNTRAINED: runs / "before_training"}
-    command("redvillm_jax.evaluate", f"--model={base}", config, test, f"--out={folders[UNTRAINED]}")
+    command("redvillm_jax.evaluate", f"--model={base}", config, *test, f"--out={folders[UNTRAINED]}")
     for row, (name, switches) in ROWS.items():
         inputs = (f"--config.base={base}", f"--config.data={work / 'streams' / 'train'}")
         command(
             "redvillm_jax.train", config, f"--workdir={runs / name}", *inputs, f"--config.seed={flags.seed}", *switches
         )
         folders[row] = runs / name / "test"
-        command("redvillm_jax.evaluate", f"--model={runs / name}", test, f"--out={folders[row]}")
+        command("redvillm_jax.evaluate", f"--model={runs / name}", *test, f"--out={folders[row]}")
     export = runs / "export"
     command("conversion.to_torch", f"--model={runs / 'red_villm'}", f"--out={export}", "--full")
 

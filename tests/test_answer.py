@@ -1,11 +1,7 @@
-"""Asking a model: from Python, on the command line, and in files that are continued after a kill."""
+"""Asking a model: from Python, on the command line, and in files."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -165,36 +161,6 @@ def test_a_file_of_questions(bases, files, model, tmp_path, capsys):
     before = out.stat().st_mtime_ns
     assert answer.main(flags(bases, files, out)) == 1
     assert "is whole already" in capsys.readouterr().out and out.stat().st_mtime_ns == before
-
-
-def test_a_killed_command_continues(bases, files, tmp_path, capsys):
-    rows = [{"video": "a.mp4", "question": f"{QUESTIONS[i % 3]} {i}"} for i in range(24)]
-    (files / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-m", "redvillm_jax.answer", *flags(bases, files, tmp_path / "killed.jsonl")]
-    part = tmp_path / "killed.jsonl.part0"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not part.exists() or part.read_text().count("\n") < 5:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    known = part.read_text()
-    assert known.count("\n") < 25 and not (tmp_path / "killed.jsonl").exists()
-    with part.open("a") as file:
-        file.write('{"number": 23, "ans')  # the line that a kill cut
-
-    with pytest.raises(UserError, match="were begun with generation="):
-        answer.main([*flags(bases, files, tmp_path / "killed.jsonl"), "--temperature=1"])
-    written = []
-    log = answer.AnswerLog.write
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answer.AnswerLog, "write", lambda self, new: written.extend(new) or log(self, new))
-        assert answer.main(flags(bases, files, tmp_path / "killed.jsonl")) == 0
-    done = [json.loads(line)["number"] for line in known.split("\n")[1:-1]]
-    assert sorted(done + written) == list(range(24))
-    assert answer.main(flags(bases, files, tmp_path / "whole.jsonl")) == 0
-    assert (tmp_path / "killed.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_the_terminal(bases, files, model, capsys):

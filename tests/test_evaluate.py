@@ -1,16 +1,22 @@
-"""The evaluation command: from a run and from a base, in the store's order, idempotent; what it refuses."""
+"""The evaluation command: runs and bases, several processes and devices, kills; scores; what it refuses."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from test_distributed import finish, launch
 from test_train import make_config
 
 from data_pipeline.errors import UserError
 from data_pipeline.store import open_store
 from redvillm_jax import evaluate, train
 
-DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs" / "demo.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +41,45 @@ def test_answers_keep_the_order_and_all_fields(evaluated, stores):
     assert all(isinstance(row["prediction"], str) for row in rows)
 
 
-def test_the_batch_size_changes_no_answer(evaluated, tmp_path):
+def test_batches_and_devices_change_no_answer(evaluated, tmp_path):
     folder, arguments = evaluated
-    evaluate.main([*arguments, f"--out={tmp_path}", "--batch_size=8"])
+    evaluate.main([*arguments, f"--out={tmp_path}", "--batch_size=8", "--video_batch_size=1", "--tensor=4"])
+    assert (tmp_path / "answers.jsonl").read_text() == (folder / "out" / "answers.jsonl").read_text()
+
+
+def test_two_processes_share_the_videos(evaluated, tmp_path):
+    folder, arguments = evaluated
+    outputs = finish(launch(2, ["-m", "redvillm_jax.evaluate", *arguments, f"--out={tmp_path}"], devices=2))
+    assert (tmp_path / "answers.jsonl").read_text() == (folder / "out" / "answers.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "summary.json"]
+    assert "72 questions about 12 videos" in outputs[0][0] and "questions" not in outputs[1][0]
+
+
+def test_a_killed_evaluation_continues_without_asking_again(evaluated, tmp_path, monkeypatch):
+    folder, arguments = evaluated
+    arguments = [*arguments, f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "redvillm_jax.evaluate", *arguments, "--batch_size=1", "--video_batch_size=1"]
+    part = tmp_path / "answers.jsonl.part0"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not part.exists() or part.read_text().count("\n") < 5:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    known = part.read_text()
+    done = [json.loads(line)["number"] for line in known.split("\n")[1:-1]]
+    assert 4 <= len(done) < 72 and not (tmp_path / "answers.jsonl").exists()
+    with part.open("a") as file:
+        file.write('{"number": 71, "ans')  # the line that a kill cut
+
+    with pytest.raises(UserError, match="part0: holds answers that were begun with generation="):
+        evaluate.main([*arguments, "--temperature=1"])
+    written = []
+    write = evaluate.AnswerLog.write
+    monkeypatch.setattr(evaluate.AnswerLog, "write", lambda self, new: written.extend(new) or write(self, new))
+    evaluate.main(arguments)
+    assert sorted(done + written) == list(range(72))
     assert (tmp_path / "answers.jsonl").read_text() == (folder / "out" / "answers.jsonl").read_text()
 
 
@@ -54,23 +96,27 @@ def test_a_base_alone_is_the_untrained_video_llm(bases, stores, tmp_path):
     with pytest.raises(UserError, match="give its switches with --config"):
         evaluate.main(arguments)
     evaluate.main([*arguments, f"--config={DEMO}:llava", "--config.num_frames=4"])
-    assert json.loads((tmp_path / "summary.json").read_text())["questions"] == 72
+    assert json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["own questions"]["questions"] == 72
 
 
-def test_score_counts_by_kind_and_language():
-    rows = [
-        {"kind": "colour", "language": "en", "answer": "Red", "prediction": " red"},
-        {"kind": "colour", "language": "zh", "answer": "红色", "prediction": "绿色"},
-        {"kind": "count", "language": "zh", "answer": "两个", "prediction": "两个"},
-    ]
-    summary = evaluate.score(rows)
-    assert summary["exact_match"] == {
-        "all": 2 / 3,
-        "kind:colour": 0.5,
-        "kind:count": 1.0,
-        "language:en": 1.0,
-        "language:zh": 0.5,
-    }
+def test_the_summary_scores_every_kind(evaluated):
+    rows = [json.loads(line) for line in (evaluated[0] / "out" / "answers.jsonl").read_text().splitlines()]
+    summary = json.loads((evaluated[0] / "out" / "summary.json").read_text())
+    found = summary["benchmarks"]["own questions"]["metrics"]["exact_match"]
+    for group, chosen in {
+        "all": rows,
+        **{f"kind:{kind}": [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}},
+    }.items():
+        hits = [row["prediction"].lower() == row["answer"].lower() for row in chosen]
+        assert found[group]["mean"] == pytest.approx(sum(hits) / len(hits)), group
+        assert found[group]["questions"] == len(hits)
+
+
+def test_one_language_of_a_store(evaluated, tmp_path):
+    evaluate.main([*evaluated[1], f"--out={tmp_path}", "--language=zh"])
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    both = [json.loads(line) for line in (evaluated[0] / "out" / "answers.jsonl").read_text().splitlines()]
+    assert rows == [row for row in both if row["language"] == "zh"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +125,9 @@ def test_score_counts_by_kind_and_language():
         ("--model=", "--model is needed"),
         ("--model=/nowhere", "not a run directory"),
         ("--batch_size=0", "expected a positive integer"),
-        ("--max_new_tokens=many", "expected a positive integer"),
+        ("--max_new_tokens=many", "expected a whole number"),
+        ("--language=fr", "has questions in en, zh"),
+        ("--benchmark=mmbench", "expected one of vcgbench, msvd_qa"),
         ("--data=/nowhere", "/nowhere"),
     ],
 )

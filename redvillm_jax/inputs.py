@@ -143,15 +143,15 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         opened = open_base_of_folder(folder, export, base)
         said, trained = config if untrained else export["method"] | {"family": export["family"]}, None
     said = UNSAID | dict(said)
-    if untrained:
-        check_config(said)
-        check_base(opened, said)
     try:
-        if not is_run and not untrained:
+        if untrained:
+            check_config(said)
+            check_base(opened, said)
+        elif not is_run:
             trained = read_trained(folder, opened, said)
         digest = model_fingerprint(opened, said, trained)
     except KeyError as error:
-        raise UserError(f"{model}: does not say its {error.args[0]}; train or export it again") from None
+        raise UserError(f"{model}: its config does not say {error.args[0]}; complete it") from None
     return OpenedModel(said, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
 
 

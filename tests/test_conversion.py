@@ -17,11 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from conversion import names
 from conversion.from_torch import from_torch
-from conversion.to_torch import to_torch
+from conversion.to_torch import METHOD, to_torch
 from data_pipeline.errors import UserError
-from redvillm_jax import checkpoint
+from redvillm_jax import checkpoint, inputs
 from redvillm_jax.bases import llava
-from redvillm_jax.weights import canonical_name, expected_tensors, load_part, name_table, open_base
+from redvillm_jax.video import red_villm
+from redvillm_jax.weights import (
+    canonical_name,
+    expected_tensors,
+    known_families,
+    load_base_module,
+    load_part,
+    name_table,
+    open_base,
+)
 from tests.helpers import REFERENCE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -415,6 +424,13 @@ def test_projectors_of_a_run(tmp_path):
     to_torch(tmp_path / "again", tmp_path / "projectors_again")
     assert_same_bits(load_file(tmp_path / "projectors_again" / "projectors.safetensors"), rounded)
     assert json.loads((tmp_path / "projectors_again" / "redvillm.json").read_text()) == json.loads(json.dumps(meta))
+
+
+def test_an_export_says_every_switch_that_answering_needs():
+    bases = [load_base_module(family) for family in known_families()]
+    needed = {field.name for field in dataclasses.fields(red_villm.Video)}
+    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(inputs.UNSAID) - {"seed"}
+    assert needed | {"video", "num_frames", "extra_mlp", "temporal_init"} <= set(METHOD)
 
 
 def test_what_a_run_did_not_train_is_the_base_s(tmp_path):

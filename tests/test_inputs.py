@@ -26,6 +26,7 @@ from redvillm_jax import checkpoint, inputs, train
 from redvillm_jax.assemble import load_model, put_trained, token_slots
 from redvillm_jax.inference import answer
 from redvillm_jax.inputs import OpenedModel, check_store, model_fingerprint, open_model
+from redvillm_jax.model import VideoLLM
 from redvillm_jax.sharding import make_mesh
 from redvillm_jax.weights import open_base
 
@@ -61,17 +62,26 @@ def export(run: Path, family: str, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("projectors", "whole", "again")}
 
 
-def say(opened: OpenedModel, store: Path) -> tuple[np.ndarray, list[str]]:
-    """Visual tokens of a store's first two videos, and answers to all its questions, in fp32."""
-    store, mesh = open_store(store), make_mesh(MESH, jax.devices()[:1])
+def load(opened: OpenedModel) -> VideoLLM:
+    """The model on one device, in fp32."""
+    mesh = make_mesh(MESH, jax.devices()[:1])
     model = load_model(opened.base, opened.config, mesh, dtype=jnp.float32)
     if opened.trained is not None:
         put_trained(model, opened.trained)
+    return model
+
+
+def visual_tokens(model: VideoLLM, store: Path) -> np.ndarray:
+    """Of a store's first two videos."""
+    videos = {name: jnp.asarray(array) for name, array in open_store(store).padded([0, 1]).items()}
+    return np.asarray(model.video_tokens(videos, jnp.float32))
+
+
+def answers(opened: OpenedModel, model: VideoLLM, store: Path) -> list[str]:
+    """Greedy, to all questions of a store."""
     sizes = {"batch_size": 72, "video_batch_size": 12, "max_new_tokens": 4}
-    slots = token_slots(opened.base, opened.config)
-    texts = answer(model, opened.base, store, slots, mesh, dtype=jnp.float32, **sizes)
-    videos = {name: jnp.asarray(array) for name, array in store.padded([0, 1]).items()}
-    return np.asarray(model.video_tokens(videos, jnp.float32)), texts
+    slots, mesh = token_slots(opened.base, opened.config), make_mesh(MESH, jax.devices()[:1])
+    return answer(model, opened.base, open_store(store), slots, mesh, dtype=jnp.float32, **sizes)
 
 
 def assert_same_weights(got: dict, want: dict) -> None:
@@ -106,15 +116,19 @@ def test_a_run_and_its_exports_are_one_model(family, switches, bases, tmp_path):
 
 def test_a_whole_export_answers_as_its_run_does(bases, stores, tmp_path):
     run = write_run(tmp_path / "run", "llava", bases["llava"])
-    forms = export(run, "llava", tmp_path)
-    (tokens, texts), untrained = say(open_model(run), stores["llava"]), make_config("llava", "", "")
-    assert len(set(texts)) > 1
-    for form in ("whole", "again"):
-        got_tokens, got_texts = say(open_model(forms[form]), stores["llava"])
-        np.testing.assert_array_equal(got_tokens, tokens)
-        assert got_texts == texts
-    base = open_model(bases["llava"], untrained)
-    assert base.trained is None and not np.allclose(say(base, stores["llava"])[0], tokens, atol=1e-2)
+    opened = [open_model(run), open_model(export(run, "llava", tmp_path)["whole"])]
+    models = [load(model) for model in opened]
+    tokens = [visual_tokens(model, stores["llava"]) for model in models]
+    np.testing.assert_array_equal(*tokens)
+    want, got = (answers(*both, stores["llava"]) for both in zip(opened, models, strict=True))
+    assert got == want and len(set(want)) > 1
+
+
+def test_a_base_alone_is_untrained(bases, stores, tmp_path):
+    config = make_config("llava", "", "")
+    base, run = open_model(bases["llava"], config), open_model(write_run(tmp_path / "run", "llava", bases["llava"]))
+    assert base.trained is None and base.config == config and base.fingerprint != run.fingerprint
+    assert not np.allclose(*(visual_tokens(load(model), stores["llava"]) for model in (base, run)), atol=1e-2)
 
 
 def test_an_export_in_16_bits_is_close(bases, stores, tmp_path):
@@ -133,7 +147,8 @@ def test_an_export_in_16_bits_is_close(bases, stores, tmp_path):
     projectors = open_model(forms["projectors"], base=tmp_path / "base")
     assert_same_weights(projectors.trained, want.trained)
     assert projectors.fingerprint == want.fingerprint
-    np.testing.assert_allclose(say(whole, stores["llava"])[0], say(want, stores["llava"])[0], atol=0.05)
+    got, wanted = (visual_tokens(load(model), stores["llava"]) for model in (whole, want))
+    np.testing.assert_allclose(got, wanted, atol=0.05)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), whole.trained, want.trained)
 
 
@@ -290,8 +305,8 @@ CONFIG = {"config": {"family": "llava"}}
             edited("run", lambda said: said.update(base="/moved")),
             "/moved: not a base folder.*say where with --base=BASE",
         ),
-        (edited("run", lambda said: said.pop("streams")), "run: does not say its streams"),
-        (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: does not say its extra_mlp"),
+        (edited("run", lambda said: said.pop("streams")), "run: its config does not say streams"),
+        (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: its config does not say extra_mlp"),
         (edited("whole", lambda said: said["method"].update(video="blue")), "config.video is 'blue'"),
         (edited("whole", lambda said: said.pop("trained")), "redvillm.json: has no trained; export the model again"),
         (edited("whole", lambda said: said.update(family="blip")), "unknown base family 'blip'"),

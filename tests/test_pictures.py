@@ -31,7 +31,7 @@ def photo(tmp_path):
 # ---- reading
 
 
-SHAPES = ((37, 91), (91, 37), (224, 224), (500, 333), (5, 7), (1, 199))
+SHAPES = ((37, 90), (90, 37), (224, 224), (500, 333), (5, 7), (1, 199))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -257,12 +257,11 @@ def test_v1_puts_its_markers_around_a_picture(bases):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_switches_of_videos_do_not_touch_a_picture(family, bases):
-    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8))
+    pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))
     want = build(bases[family], family)[2].picture_tokens(pictures, DTYPE)
-    assert want.shape[:2] == (3, 16)
-    for switches in ({"streams": "spatial"}, {"spatial_pool": 2}, {"temporal_module": False}):
-        got = build(bases[family], family, **switches)[2].picture_tokens(pictures, DTYPE)
-        np.testing.assert_array_equal(got, want)
+    assert want.shape[:2] == (1, 16)
+    other = build(bases[family], family, streams="spatial", spatial_pool=2, temporal_module=False)[2]
+    np.testing.assert_array_equal(other.picture_tokens(pictures, DTYPE), want)
     with pytest.raises(UserError, match="streams=temporal has no projector for pictures"):
         build(bases[family], family, streams="temporal")[2].picture_tokens(pictures, DTYPE)
 

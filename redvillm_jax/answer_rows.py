@@ -1,4 +1,4 @@
-"""Answer files as rows: questions with "prediction", as redvillm_jax.evaluate and data_pipeline.translate write them."""
+"""Answer files as rows: questions with "prediction", of redvillm_jax.evaluate and data_pipeline.translate."""
 
 import json
 from collections.abc import Sequence

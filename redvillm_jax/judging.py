@@ -144,14 +144,14 @@ def estimate(requests: Iterable[Request]) -> tuple[int, int]:
 
 def with_verdict(result: Result, question: Question, judged: Judged, *, truncate: bool) -> Result:
     """The result with what the judge said; truncate: 4.8 counts 4, as in the published scripts."""
-    found: Result = {"status": "scored", "values": dict(result["values"])}
+    found: Result = {"status": judged.status, "values": {}}
     if judged.verdict is None:
-        found |= {"status": judged.status, "reason": judged.reason}
+        found["reason"] = judged.reason
     else:
-        score = judged.verdict.score
-        found["values"]["score"] = float(int(score)) if truncate else score
         if judged.verdict.correct is not None:
             found["values"]["accuracy"] = float(judged.verdict.correct)
+        found["values"]["score"] = float(int(judged.verdict.score)) if truncate else judged.verdict.score
+    found["values"] |= result["values"]
     said = {"reply": judged.reply, "model": judged.model, "attempts": judged.attempts}
     return {**result, **found, **dict(question.texts), **said, "prompt": prompt_hash(question.aspect)}
 

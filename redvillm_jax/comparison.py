@@ -21,7 +21,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     judges, results = zip(*(read_judged(folder) for folder in (first, second)), strict=True)
     _check_judges(*judges, f"{first} and {second}")
     compared = {}
-    for benchmark in sorted({result["benchmark"] for result in results[0]} & {r["benchmark"] for r in results[1]}):
+    for benchmark in sorted({result["benchmark"] for side in results for result in side}):
         pair = [[result for result in side if result["benchmark"] == benchmark] for side in results]
         ours, theirs = (_by_question(side, folder) for side, folder in zip(pair, (first, second), strict=True))
         for key in ours:
@@ -55,7 +55,7 @@ def _by_question(results: list[Result], folder: Path) -> dict[tuple, Result]:
 
 def _check_judges(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, where: str) -> None:
     """Raises UserError unless one judge, asked in one way, judged both (or none did)."""
-    one, other = ({**judge, "reported": sorted(judge["reported"])} if judge else {} for judge in (ours, theirs))
+    one, other = ours or {}, theirs or {}
     if one and other:
         both = one["prompts"].keys() & other["prompts"].keys()
         one, other = (

@@ -25,7 +25,7 @@ def means(
 
     videos: one a question. groups: the groups that a question counts in. values: by metric, one a question.
     mean_of: groups whose means are averaged, each counting alike, to another entry `MEAN`. Percentile intervals; None
-    where fewer than two videos speak. The order of the questions does not matter.
+    where a group has fewer than two videos. The order of the questions does not matter.
     """
     columns: dict[str, int] = {}
     for group in sorted({group for names in groups for group in names}):
@@ -50,8 +50,9 @@ def means(
         }
         if mean_of:
             chosen = [columns[group] for group in mean_of]
-            count, clusters = int(total[0, chosen].sum()), int((sums[0, chosen].sum(0) > 0).sum())
-            result[metric][MEAN] = _interval(whole[i, chosen].mean(), parts[:, i, chosen].mean(-1), count, clusters)
+            every = int((sums[0, chosen].sum(0) > 0).sum())
+            drawn_mean = parts[:, i, chosen].mean(-1) if spoken[chosen].min() > 1 else parts[:0, i, 0]
+            result[metric][MEAN] = _interval(whole[i, chosen].mean(), drawn_mean, int(total[0, chosen].sum()), every)
     return result
 
 

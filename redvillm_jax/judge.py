@@ -14,7 +14,7 @@ from data_pipeline.eval_sets import BENCHMARKS
 from redvillm_jax.answer_rows import first, read_answers
 from redvillm_jax.comparison import compare
 from redvillm_jax.judge_prompts import PROMPTS_VERSION, prompt_hash
-from redvillm_jax.judge_tables import metrics_table, summary_table
+from redvillm_jax.judge_tables import comparison_table, summary_table
 from redvillm_jax.judged_folder import check_folder, make_folder, remove_others, write_judged
 from redvillm_jax.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
 from redvillm_jax.scoring import OWN, Row, score
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no verdict. Raises UserError for what the user must change."""
     flags = _parse(argv)
     if flags.compare:
-        _print_comparison(*flags.compare)
+        print(comparison_table(*map(str, flags.compare), compare(*flags.compare)))
         return 0
     for name in ("answers", "out"):
         if getattr(flags, name) is None:
@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
     print(summary_table(summary))
     left_out = [result for result in results if result["status"] in ("unparsed", "failed")]
     if left_out:
-        print(f"without a verdict: {len(left_out)}, listed in {flags.out / 'verdicts.jsonl'}; run again to try again")
+        again = "run again for what failed, with more --attempts for what could not be read"
+        print(f"without a verdict: {len(left_out)}, listed in {flags.out / 'verdicts.jsonl'}; {again}")
         for result in left_out[:5]:
             print(f"  {result['id']}{' ' + result['aspect'] if 'aspect' in result else ''}: {result['reason']}")
     return 1 if left_out else 0
@@ -79,7 +80,9 @@ def _judge(
 ) -> tuple[dict[Question, Judged], tuple[int, int]]:
     """Prints what there is to do and what it may cost, and asks; returns also the tokens of all replies."""
     sets = Counter(row.get("benchmark", OWN) for row in rows)
-    print(f"{path}: {', '.join(f'{count} {name}' for name, count in sets.items())}")
+    model = made_with["answered_by"] or {}
+    by = f" of {model.get('name')} ({str(model.get('fingerprint'))[:12]})" if model else ""
+    print(f"{path}: answers{by} to {', '.join(f'{count} {name}' for name, count in sets.items())}")
     if not flags.dry_run:
         make_folder(flags.out)
     if not to_ask:
@@ -148,13 +151,6 @@ def _made_with(
     }
 
 
-def _print_comparison(first: Path, second: Path) -> None:
-    for name, found in compare(first, second).items():
-        only = f"{found['only_first']} only in {first}, {found['only_second']} only in {second}"
-        print(f"{name}: {found['common']} in common, {only}; {second} minus {first}:")
-        print("\n".join(metrics_table(found["metrics"], signed=True) if found["common"] else ["  nothing to compare"]))
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="python -m redvillm_jax.judge",
@@ -165,7 +161,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=Path, help="answers.jsonl, or the folder that has it")
     parser.add_argument("--out", type=Path, help="folder for verdicts.jsonl, summary.json and the cache of replies")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two judged folders: second minus first")
-    parser.add_argument("--benchmark", choices=tuple(BENCHMARKS), help='of rows that have no "benchmark"')
+    parser.add_argument(
+        "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of rows that have no "benchmark"'
+    )
     parser.add_argument("--limit", type=positive(int), help="judge only the first so many questions")
     parser.add_argument("--attempts", type=positive(int), default=3, help="at a readable reply (default 3)")
     parser.add_argument(

@@ -7,7 +7,8 @@ from redvillm_jax.intervals import MEAN, Interval
 from redvillm_jax.published import mark, published_rows
 from redvillm_jax.scoring import ASPECTS
 
-PERCENT = ("accuracy", "accuracy_of_tries", "exact_match", "f1")
+BY_RULE = ("exact_match", "f1")
+PERCENT = ("accuracy", "accuracy_of_tries", *BY_RULE)
 STATUSES = {
     "no_choice": "without a choice, counted wrong",
     "unanswered": "unanswered, left out",
@@ -22,36 +23,52 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     """The summary of `redvillm_jax.judge`: every set's metrics, and the published numbers beside a judge's."""
     lines = []
     for name, found in summary["benchmarks"].items():
-        head = f"{name}: {found['questions']} questions about {found['videos']} videos"
-        lines += [
-            head,
-            *(
-                f"  {found['statuses'][status]} {text}"
-                for status, text in STATUSES.items()
-                if status in found["statuses"]
-            ),
-        ]
+        lines.append(f"{name}: {found['questions']} questions about {found['videos']} videos")
+        counts = found["statuses"]
+        lines += [f"  {counts[status]} {text}" for status, text in STATUSES.items() if status in counts]
+        judged, by_rule = blocks(found["metrics"])
+        if judged:
+            lines += metrics_table(judged)
+        if "score" in judged:
+            judge = summary["made_with"]["judge"]
+            lines += [f"  judged by {_judge(judge, summary['replies'], name)}", *_published_table(name, judge["model"])]
+        if by_rule:
+            lines += ["  without a judge:", *metrics_table(by_rule)]
         if not found["metrics"]:
             lines.append("  nothing to average")
-            continue
-        lines += metrics_table(found["metrics"])
-        if "score" in found["metrics"]:
-            lines.append(f"  judged by {_judge(summary)}")
-            lines += _published_table(name, summary["judge"]["model"])
     return "\n".join(lines)
 
 
+def comparison_table(first: str, second: str, compared: Mapping[str, Any]) -> str:
+    """What `comparison.compare` found."""
+    lines = []
+    for name, found in compared.items():
+        only = f"{found['only_first']} only in {first}, {found['only_second']} only in {second}"
+        lines.append(f"{name}: {found['common']} in common, {only}; {second} minus {first}:")
+        for block in blocks(found["metrics"]):
+            lines += metrics_table(block, signed=True) if block else []
+        if not found["metrics"]:
+            lines.append("  nothing to compare")
+    return "\n".join(lines)
+
+
+def blocks(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metrics in two: those of choices or a judge, and exact match and F1, which are over other questions."""
+    by_rule = {metric: means for metric, means in metrics.items() if metric in BY_RULE}
+    return {metric: means for metric, means in metrics.items() if metric not in BY_RULE}, by_rule
+
+
 def metrics_table(metrics: Mapping[str, Mapping[str, Interval]], *, signed: bool = False) -> list[str]:
-    """A line for each group: its means with intervals (rates in per cent), its questions and videos."""
+    """A line for each group: its means with intervals (rates in per cent), how many they are over, and their videos."""
     groups = list(dict.fromkeys(group for means in metrics.values() for group in means))
     first = [*("all", MEAN), *(f"aspect:{aspect}" for aspect in ASPECTS)]
     groups.sort(key=lambda group: (group not in first, first.index(group) if group in first else 0, group))
     width = max(len(group) for group in [*groups, " " * 20])
-    lines = [f"  {'':<{width}}" + "".join(f"  {_title(metric):<24}" for metric in metrics) + "questions  videos"]
+    lines = [f"  {'':<{width}}" + "".join(f"  {_title(metric):<24}" for metric in metrics) + f"{'n':>8}{'videos':>8}"]
     for group in groups:
         cells = "".join(f"  {_cell(metric, means.get(group), signed):<24}" for metric, means in metrics.items())
         one = next(means[group] for means in metrics.values() if group in means)
-        lines.append(f"  {group:<{width}}{cells}{one['questions']:>9}{one['videos']:>8}")
+        lines.append(f"  {group:<{width}}{cells}{one['questions']:>8}{one['videos']:>8}")
     return lines
 
 
@@ -65,17 +82,18 @@ def _cell(metric: str, one: Interval | None, signed: bool) -> str:
     factor, form = (100, ".1f") if metric in PERCENT else (1, ".2f")
     form = f"+{form}" if signed else form
     if one["low"] is None:
-        return f"{one['mean'] * factor:{form}} [one video]"
+        return f"{one['mean'] * factor:{form}} [too few videos]"
     return f"{one['mean'] * factor:{form}} [{one['low'] * factor:{form}}, {one['high'] * factor:{form}}]"
 
 
-def _judge(summary: Mapping[str, Any]) -> str:
-    judge = summary["judge"]
-    reported = ", ".join(f"{model} ({count})" for model, count in sorted(judge["reported"].items()))
-    prompts = ", ".join(f"{aspect} {digest}" for aspect, digest in judge["prompts"].items())
-    how = f"temperature {judge['temperature'] if judge['temperature'] is not None else 'of the endpoint'}, "
-    how += f"scores {'truncated' if judge['truncate'] else 'as given'}"
-    return f"{judge['model']} (the endpoint says: {reported}), {how}, prompts {judge['prompts_version']}: {prompts}"
+def _judge(judge: Mapping[str, Any], replies: Mapping[str, Any], benchmark: str) -> str:
+    """Who judged, as named and as the endpoint says, and how."""
+    own = [aspect for aspect in judge["prompts"] if (aspect in ASPECTS) == (benchmark == "vcgbench")]
+    prompts = ", ".join(f"{aspect} {judge['prompts'][aspect]}" for aspect in own)
+    temperature = "the endpoint's" if judge["temperature"] is None else f"{judge['temperature']:g}"
+    scores = "truncated" if judge["truncate"] else "as given"
+    how = f"temperature {temperature}, scores {scores}, prompts {judge['prompts_version']} ({prompts})"
+    return f"{judge['model']} (the endpoint says {', '.join(replies['models'])}), {how}"
 
 
 def _published_table(name: str, judge: str) -> list[str]:

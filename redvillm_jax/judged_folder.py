@@ -44,13 +44,11 @@ def write_judged(
     replies, cached ones too.
     """
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
-    judge = made_with["judge"]
-    if judge is not None:
-        reported = Counter(result["model"] for result in results if result.get("model"))
-        judge = {**judge, "reported": dict(sorted(reported.items())), "tokens_in": tokens[0], "tokens_out": tokens[1]}
+    models = Counter(result["model"] for result in results if result.get("model"))
+    replies = {"models": dict(sorted(models.items())), "tokens_in": tokens[0], "tokens_out": tokens[1]}
     summary = {
         "made_with": made_with,
-        "judge": judge,
+        "replies": replies,
         "verdicts_sha256": hashlib.sha256(lines.encode()).hexdigest(),
         "benchmarks": summarize(results),
     }
@@ -61,12 +59,17 @@ def write_judged(
 
 
 def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
-    """Returns the judge of a folder (None if its answers needed none) and its results. Raises UserError."""
+    """Returns the judge of a folder, None if its answers needed none, and its results. Raises UserError.
+
+    The judge is as in "made_with", and "reported" are the names that the endpoint gave it.
+    """
     try:
         content = (out / "verdicts.jsonl").read_bytes()
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         same = summary["verdicts_sha256"] == hashlib.sha256(content).hexdigest()
-        judge, results = summary["judge"], [json.loads(line) for line in content.decode().split("\n") if line]
+        judge, results = summary["made_with"]["judge"], [json.loads(line) for line in content.splitlines()]
+        if judge is not None:
+            judge |= {"reported": sorted(summary["replies"]["models"])}
     except OSError:
         raise UserError(
             f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge"

@@ -41,7 +41,7 @@ def questions(rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Resu
     """Returns the results with what a judge is asked for each, None where nothing.
 
     rows, results: as `scoring.score` takes and gives them. A generic row of VCGBench becomes a result for each aspect,
-    a pair of consistency one, whose id is the group's. Raises UserError for rows whose texts are in two languages.
+    a pair of consistency one, whose id is the group's. Raises UserError for rows that are none of VCGBench's.
     """
     asked: list[tuple[Result, Question | None]] = []
     pairs: dict[str, list[tuple[Row, Result]]] = defaultdict(list)
@@ -61,28 +61,6 @@ def questions(rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Resu
     for group, pair in pairs.items():
         asked.append(_ask_pair(group, pair))
     return asked
-
-
-def read_language(row: Row) -> tuple[str, str, str]:
-    """Returns the language of a row's prediction, and question and answer in it.
-
-    After data_pipeline.translate the prediction's is told by the id it gave (…-en, …-zh); question and answer are then
-    those beside it, or those they were translated from. Raises UserError if they are not there.
-    """
-    language = row["language"]
-    if "source_prediction" in row:
-        translated = re.search(r"-(en|zh)$", row["id"])
-        if translated is None:
-            raise UserError(f"row with id {row['id']!r}: has 'source_prediction', but no id that ends in -en or -zh")
-        language = translated[1]
-    if language == row["language"]:
-        return language, row["question"], row["answer"]
-    if not isinstance(row.get("source_question"), str) or not isinstance(row.get("source_answer"), str):
-        raise UserError(
-            f"row with id {row['id']!r}: its prediction was translated ({language}), its question and answer were not "
-            f"({row['language']}); translate all: --fields=question,answer,prediction"
-        )
-    return language, row["source_question"], row["source_answer"]
 
 
 def ask_judge(
@@ -144,14 +122,14 @@ def estimate(requests: Iterable[Request]) -> tuple[int, int]:
 
 def with_verdict(result: Result, question: Question, judged: Judged, *, truncate: bool) -> Result:
     """The result with what the judge said; truncate: 4.8 counts 4, as in the published scripts."""
-    found: Result = {"status": "scored", "values": dict(result["values"])}
+    found: Result = {"status": judged.status, "values": {}}
     if judged.verdict is None:
-        found |= {"status": judged.status, "reason": judged.reason}
+        found["reason"] = judged.reason
     else:
-        score = judged.verdict.score
-        found["values"]["score"] = float(int(score)) if truncate else score
         if judged.verdict.correct is not None:
             found["values"]["accuracy"] = float(judged.verdict.correct)
+        found["values"]["score"] = float(int(judged.verdict.score)) if truncate else judged.verdict.score
+    found["values"] |= result["values"]
     said = {"reply": judged.reply, "model": judged.model, "attempts": judged.attempts}
     return {**result, **found, **dict(question.texts), **said, "prompt": prompt_hash(question.aspect)}
 
@@ -182,9 +160,8 @@ def _ask(row: Row, result: Result, aspect: str) -> tuple[Result, Question | None
         result = {**result, "aspect": aspect}
     if row["prediction"] is None:
         return result, None
-    language, question, answer = read_language(row)
-    texts = {"question": question, "answer": answer, "prediction": row["prediction"]}
-    return {**result, "language": language}, Question(aspect, tuple(texts.items()))
+    texts = {field: row[field] for field in ("question", "answer", "prediction")}
+    return result, Question(aspect, tuple(texts.items()))
 
 
 def _ask_pair(group: str, pair: Sequence[tuple[Row, Result]]) -> tuple[Result, Question | None]:
@@ -196,12 +173,9 @@ def _ask_pair(group: str, pair: Sequence[tuple[Row, Result]]) -> tuple[Result, Q
     if len(pair) != 2:
         reason = f"a pair has two questions, this one has {len(pair)}"
         return {**result, "status": "incomplete", "reason": reason}, None
-    language, question, answer = read_language(row)
-    other_language, other, other_answer = read_language(others[0][0])
-    if (language, answer) != (other_language, other_answer):
-        raise UserError(
-            f"rows with ids {row['id']!r} and {others[0][0]['id']!r}: a pair has one answer, in one language"
-        )
-    texts = {"question": question, "question_2": other, "answer": answer}
-    texts |= {"prediction": row["prediction"], "prediction_2": others[0][0]["prediction"]}
-    return {**result, "language": language}, Question("consistency", tuple(texts.items()))
+    other = others[0][0]
+    if (row["language"], row["answer"]) != (other["language"], other["answer"]):
+        raise UserError(f"rows with ids {row['id']!r} and {other['id']!r}: a pair has one answer, in one language")
+    texts = {"question": row["question"], "question_2": other["question"], "answer": row["answer"]}
+    texts |= {"prediction": row["prediction"], "prediction_2": other["prediction"]}
+    return result, Question("consistency", tuple(texts.items()))

@@ -10,20 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "answer", "evaluate", "judge", "encode", "plan", "demo", "pretrain_demo", "selfcheck")
 LEAVES = (
-    *(
-        "layers",
-        "attention",
-        "quantize",
-        "sharding",
-        "optim",
-        "step",
-        "checkpoint",
-        "lines",
-        "sampler",
-        "generate",
-        "cli",
-    ),
-    *("flops", "hlo_cost", "topologies"),
+    *("layers", "attention", "quantize", "sharding", "optim", "step", "checkpoint", "lines", "cli"),
+    *("sampler", "generate", "streaming", "flops", "hlo_cost", "topologies"),
+)
+WITHOUT_JAX = (  # what judges and scores answers runs where no accelerator is
+    *("judge", "judging", "judge_prompts", "judge_tables", "judged_folder", "verdicts", "comparison", "published"),
+    *("answer_rows", "scoring", "choices", "short_answers", "intervals"),
 )
 STANDARD = set(sys.stdlib_module_names)
 
@@ -106,6 +98,14 @@ def test_leaves_name_no_model(name):
     ours = {n for n in imports(ROOT / f"redvillm_jax/{name}.py") if n.startswith("redvillm_jax")}
     forbidden = tuple(f"redvillm_jax.{m}" for m in ("bases", "video", "weights", "assemble", "inputs"))
     assert not {n for n in ours if n.startswith(forbidden)}
+
+
+@pytest.mark.parametrize("name", WITHOUT_JAX)
+def test_the_judge_knows_no_jax(name):
+    allowed = ("redvillm_jax", "data_pipeline", "numpy")
+    ours = {n for n in imports(ROOT / f"redvillm_jax/{name}.py") if n.startswith("redvillm_jax.")}
+    assert not outside(ROOT / f"redvillm_jax/{name}.py", allowed)
+    assert all(n.split(".")[1] in WITHOUT_JAX for n in ours)
 
 
 def test_data_pipeline_opens_no_jax_backend():

@@ -22,9 +22,8 @@ from conversion.to_torch import to_torch
 from data_pipeline import prepare
 from data_pipeline.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import checkpoint, inputs, train
-from redvillm_jax.assemble import load_model, put_trained, token_slots
-from redvillm_jax.inference import answer
+from redvillm_jax import checkpoint, evaluate, inputs, train
+from redvillm_jax.assemble import load_model, put_trained
 from redvillm_jax.inputs import OpenedModel, check_store, model_fingerprint, open_model
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sharding import make_mesh
@@ -77,11 +76,10 @@ def visual_tokens(model: VideoLLM, store: Path) -> np.ndarray:
     return np.asarray(model.video_tokens(videos, jnp.float32))
 
 
-def answers(opened: OpenedModel, model: VideoLLM, store: Path) -> list[str]:
+def answers(model: Path, store: Path, out: Path) -> list[str]:
     """Greedy, to all questions of a store."""
-    sizes = {"batch_size": 72, "video_batch_size": 12, "max_new_tokens": 4}
-    slots, mesh = token_slots(opened.base, opened.config), make_mesh(MESH, jax.devices()[:1])
-    return answer(model, opened.base, open_store(store), slots, mesh, dtype=jnp.float32, **sizes)
+    evaluate.main([f"--model={model}", f"--data={store}", f"--out={out}", "--max_new_tokens=4"])
+    return [json.loads(line)["prediction"] for line in (out / "answers.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(got: dict, want: dict) -> None:
@@ -116,11 +114,9 @@ def test_a_run_and_its_exports_are_one_model(family, switches, bases, tmp_path):
 
 def test_a_whole_export_answers_as_its_run_does(bases, stores, tmp_path):
     run = write_run(tmp_path / "run", "llava", bases["llava"])
-    opened = [open_model(run), open_model(export(run, "llava", tmp_path)["whole"])]
-    models = [load(model) for model in opened]
-    tokens = [visual_tokens(model, stores["llava"]) for model in models]
-    np.testing.assert_array_equal(*tokens)
-    want, got = (answers(*both, stores["llava"]) for both in zip(opened, models, strict=True))
+    whole = export(run, "llava", tmp_path)["whole"]
+    np.testing.assert_array_equal(*(visual_tokens(load(open_model(model)), stores["llava"]) for model in (run, whole)))
+    want, got = (answers(model, stores["llava"], tmp_path / f"{model.name}-answers") for model in (run, whole))
     assert got == want and len(set(want)) > 1
 
 

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no verdict. Raises UserError for what the user must change."""
     flags = _parse(argv)
     if flags.compare:
+        if flags.answers or flags.out:
+            raise UserError("--compare: reads two judged folders; give it alone")
         print(comparison_table(*map(str, flags.compare), compare(*flags.compare)))
         return 0
     for name in ("answers", "out"):

@@ -263,6 +263,7 @@ def test_what_fails_is_left_out_and_tried_again_alone(tmp_path, capsys):
         found = summary_of(out)["benchmarks"]["activitynet_qa"]
         assert found["statuses"] == {"scored": 2, "failed": 7} and found["metrics"]["score"]["all"]["questions"] == 2
         assert found["metrics"]["score"]["all"]["mean"] == 4, "not 8 / 9"
+        assert len(server.calls) == 9, "what failed is not asked in other words"
         printed = capsys.readouterr().out
         assert "7 failed, left out" in printed and "without a verdict: 7, listed in" in printed
         server.calls.clear()
@@ -364,7 +365,7 @@ def test_other_commands_files_are_not_touched(tmp_path):
         (["--benchmark=msvd"], "argument --benchmark: invalid choice: 'msvd'"),
         (["--base_url=localhost:8000"], "expected an address such as"),
         (["--answers=/nowhere"], "/nowhere"),
-        (["--compare", "/nowhere", "/nowhere"], "/nowhere: expected a folder with verdicts.jsonl and summary.json"),
+        (["--compare", "/nowhere", "/nowhere"], "--compare: reads two judged folders; give it alone"),
     ],
 )
 def test_wrong_flags(tmp_path, more, message):
@@ -374,6 +375,8 @@ def test_wrong_flags(tmp_path, more, message):
             judge.main([*flags(source, tmp_path / "j", server), *more])
         assert message in str(error.value) and "\n" not in str(error.value)
         assert server.calls == []
+    with pytest.raises(UserError, match=r"/nowhere: expected a folder with verdicts.jsonl and summary.json"):
+        judge.main(["--compare", "/nowhere", "/nowhere"])
     for name in ("answers", "out"):
         with pytest.raises(UserError, match=f"--{name} is needed"):
             judge.main([flag for flag in (f"--answers={source}", "--out=x") if not flag.startswith(f"--{name}")])

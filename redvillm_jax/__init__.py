@@ -1,9 +1,9 @@
 """Turns an image LLM into a video LLM by training its projector and one copy of it.
 
-    import redvillm_jax
-    model = redvillm_jax.load("runs/qwen")
-    model.ask("clip.mp4", "What happens?")
-    model.ask(redvillm_jax.Picture("photo.jpg"), "What is this?")
+import redvillm_jax
+model = redvillm_jax.load("runs/qwen")
+model.ask("clip.mp4", "What happens?")
+model.ask(redvillm_jax.Picture("photo.jpg"), "What is this?")
 """
 
 from typing import Any

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.scoring import OWN
+from redvillm_jax.evaluation.scoring import OWN
 
 ROOT = Path(__file__).parents[1]
 BASES = Path(__file__).parent / "demo_bases"

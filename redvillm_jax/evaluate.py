@@ -22,11 +22,11 @@ from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first
+from redvillm_jax.evaluation.scoring import score, summarize
+from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.inference import Arrays
 from redvillm_jax.inputs import check_store, needed_parts, open_model
-from redvillm_jax.judge_tables import summary_table
 from redvillm_jax.prompts import Prompt
-from redvillm_jax.scoring import score, summarize
 
 FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),

@@ -11,13 +11,13 @@ from data_pipeline.chat_client import ReplyCache, Statistics, ask_all
 from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS
-from redvillm_jax.answer_rows import first, read_answers
-from redvillm_jax.comparison import compare
-from redvillm_jax.judge_prompts import PROMPTS_VERSION, prompt_hash
-from redvillm_jax.judge_tables import comparison_table, summary_table
-from redvillm_jax.judged_folder import check_folder, make_folder, remove_others, write_judged
-from redvillm_jax.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
-from redvillm_jax.scoring import OWN, Row, score
+from redvillm_jax.evaluation.answer_rows import first, read_answers
+from redvillm_jax.evaluation.comparison import compare
+from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, prompt_hash
+from redvillm_jax.evaluation.judged_folder import check_folder, make_folder, remove_others, write_judged
+from redvillm_jax.evaluation.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
+from redvillm_jax.evaluation.scoring import OWN, Row, score
+from redvillm_jax.evaluation.tables import comparison_table, summary_table
 
 HELP = """\
 Judge the answers of redvillm_jax.evaluate through any OpenAI-compatible endpoint.

@@ -13,10 +13,6 @@ LEAVES = (
     *("layers", "attention", "quantize", "sharding", "optim", "step", "checkpoint", "lines", "cli"),
     *("sampler", "generate", "streaming", "flops", "hlo_cost", "topologies"),
 )
-WITHOUT_JAX = (  # what judges and scores answers runs where no accelerator is
-    *("judge", "judging", "judge_prompts", "judge_tables", "judged_folder", "verdicts", "comparison", "published"),
-    *("answer_rows", "scoring", "choices", "short_answers", "intervals"),
-)
 STANDARD = set(sys.stdlib_module_names)
 
 
@@ -100,12 +96,9 @@ def test_leaves_name_no_model(name):
     assert not {n for n in ours if n.startswith(forbidden)}
 
 
-@pytest.mark.parametrize("name", WITHOUT_JAX)
-def test_the_judge_knows_no_jax(name):
-    allowed = ("redvillm_jax", "data_pipeline", "numpy")
-    ours = {n for n in imports(ROOT / f"redvillm_jax/{name}.py") if n.startswith("redvillm_jax.")}
-    assert not outside(ROOT / f"redvillm_jax/{name}.py", allowed)
-    assert all(n.split(".")[1] in WITHOUT_JAX for n in ours)
+@pytest.mark.parametrize("path", [ROOT / "redvillm_jax/judge.py", *files("redvillm_jax/evaluation")], ids=str)
+def test_what_judges_answers_runs_where_no_accelerator_is(path):
+    assert not outside(path, ("redvillm_jax.evaluation", "data_pipeline", "numpy"))
 
 
 def test_data_pipeline_opens_no_jax_backend():

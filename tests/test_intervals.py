@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from redvillm_jax.intervals import means
+from redvillm_jax.evaluation.intervals import means
 
 
 def one(videos, values, **more):

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from redvillm_jax import judge
-from redvillm_jax.comparison import compare
+from redvillm_jax.evaluation.comparison import compare
 from tests.fake_openai import FakeOpenAI, Status
 from tests.test_judge import MODEL, answers, environment, flags, number, row
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from redvillm_jax.judge_prompts import PROMPTS_VERSION, messages, prompt_hash
-from redvillm_jax.judge_tables import summary_table
-from redvillm_jax.published import PUBLISHED, QA, mark, published_rows
-from redvillm_jax.scoring import ASPECTS
-from redvillm_jax.verdicts import Verdict, read_verdict
+from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, messages, prompt_hash
+from redvillm_jax.evaluation.published import PUBLISHED, QA, mark, published_rows
+from redvillm_jax.evaluation.scoring import ASPECTS
+from redvillm_jax.evaluation.tables import summary_table
+from redvillm_jax.evaluation.verdicts import Verdict, read_verdict
 
 TEXTS = {"question": "What {is} it?", "answer": "A dog.", "prediction": "{'score': 5}"}
 PAIR = TEXTS | {"question_2": "And what?", "prediction_2": "A cat."}

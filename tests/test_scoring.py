@@ -3,9 +3,9 @@
 import pytest
 
 from data_pipeline.errors import UserError
-from redvillm_jax.choices import chosen, option, yes_or_no
-from redvillm_jax.scoring import score, summarize
-from redvillm_jax.short_answers import exact_match, token_f1
+from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
+from redvillm_jax.evaluation.scoring import score, summarize
+from redvillm_jax.evaluation.short_answers import exact_match, token_f1
 
 ANIMALS = ("A. cat", "B. the dog", "C. bird", "D. a red bird")
 CAPTIONS = ("Option 1: He runs.", "Option 2: He sits: now.")

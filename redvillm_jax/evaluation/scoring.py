@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.errors import UserError
-from redvillm_jax.choices import chosen, option, yes_or_no
-from redvillm_jax.intervals import Interval, means
-from redvillm_jax.short_answers import exact_match, token_f1
+from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
+from redvillm_jax.evaluation.intervals import Interval, means
+from redvillm_jax.evaluation.short_answers import exact_match, token_f1
 
 OWN = "own questions"  # the "benchmark" of rows without one
 ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from redvillm_jax.intervals import MEAN, Interval
-from redvillm_jax.published import mark, published_rows
-from redvillm_jax.scoring import ASPECTS
+from redvillm_jax.evaluation.intervals import MEAN, Interval
+from redvillm_jax.evaluation.published import mark, published_rows
+from redvillm_jax.evaluation.scoring import ASPECTS
 
 BY_RULE = ("exact_match", "f1")
 PERCENT = ("accuracy", "accuracy_of_tries", *BY_RULE)

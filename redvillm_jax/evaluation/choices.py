@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from redvillm_jax.short_answers import tokens, words
+from redvillm_jax.evaluation.short_answers import tokens, words
 
 YES_NO = {"yes": ("yes", "是", "对", "有", "会"), "no": ("no", "不", "否", "没")}
 _NEGATION = re.compile(r"\b(?:not|no|none|never|neither|nor|without|cannot)\b|n['’]t\b|[不没非无]", re.IGNORECASE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.instructions import read_instructions
-from redvillm_jax.scoring import OWN, Row
+from redvillm_jax.evaluation.scoring import OWN, Row
 
 
 def read_answers(path: Path, benchmark: str | None) -> list[Row]:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from data_pipeline.chat_client import Failure, Reply, ReplyCache, Request, Statistics
 from data_pipeline.errors import UserError
 from data_pipeline.suspicions import chinese_characters
-from redvillm_jax.judge_prompts import messages, prompt_hash
-from redvillm_jax.scoring import Result, Row, protocol
-from redvillm_jax.verdicts import Verdict, read_verdict
+from redvillm_jax.evaluation.judge_prompts import messages, prompt_hash
+from redvillm_jax.evaluation.scoring import Result, Row, protocol
+from redvillm_jax.evaluation.verdicts import Verdict, read_verdict
 
 GENERIC = ("correctness", "detail", "context")  # what VCGBench's generic predictions are judged for
 REPLY_TOKENS = 12  # {'pred': 'yes', 'score': 4}

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_text
-from redvillm_jax.scoring import Result, summarize
+from redvillm_jax.evaluation.scoring import Result, summarize
 
 
 def check_folder(out: Path) -> None:

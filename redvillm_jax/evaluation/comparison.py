@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from redvillm_jax.judged_folder import read_judged
-from redvillm_jax.scoring import Result, estimates, observations
+from redvillm_jax.evaluation.judged_folder import read_judged
+from redvillm_jax.evaluation.scoring import Result, estimates, observations
 
 REFERENCE = ("question", "question_2", "answer")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 from etils import epath
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, full_disk
 
 # A listing is never remembered: other hosts, and Orbax by its own client, write into the same folders.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
@@ -81,8 +81,13 @@ def make_folder(path: str | Path) -> None:
         check_bucket(path)
         with explained(path):
             bucket_files().call("GET", "b/{}", str(path).split("/")[2])
-    else:
+        return
+    try:
         Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if full_disk(error):
+            raise
+        raise UserError(f"{path}: this folder cannot be made ({error.strerror}); choose another") from None
 
 
 def temporary_name(path: Path) -> Path:

@@ -11,7 +11,8 @@ terminal, as the words come; the video is read once.
 --input has a question a line: {"question": …, "video" or "picture": path from the file's folder}, with "start" and
 "end" in seconds for a part of a video, and any other fields. --output has the same lines in the same order with
 "prediction" and how it came about; a stopped run continues. Several processes share the videos. A question whose video
-cannot be read gets "prediction": null and an "error"; OUTPUT.report.json lists them, and the exit code is then 1.
+cannot be read gets "prediction": null and an "error"; OUTPUT.report.json lists them, the exit code is then 1, and the
+same command tries those again.
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from redvillm_jax.assistant import Assistant, load
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first
 from redvillm_jax.inference import Arrays, Generation
+from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt
 
 FLAGS = {
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
         raise UserError("give one of --video, --picture and --input")
     if (sources == ["input"]) != bool(flags["output"]) or (sources == ["input"]) == bool(flags["question"]):
         raise UserError("--video and --picture go with --question, --input with --output")
-    rows = read_questions(Path(flags["input"])) if flags["input"] else []
+    rows = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
     if not rows and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
     open_assistant = functools.partial(load, flags["model"], base=flags["base"], config=flags["config"])
@@ -88,8 +90,10 @@ def show_answer(assistant: Assistant, media: Clip | Picture, question: str, gene
         print(f"({time.time() - start:.1f} s)", file=sys.stderr)
 
 
-def read_questions(path: Path) -> list[Row]:
+def read_questions(path: Path, output: str) -> list[Row]:
     """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
+    if Path(output).resolve() == path.resolve():
+        raise UserError(f"--output={output}: is the --input")
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
@@ -119,13 +123,19 @@ def answer_file(
     workers: int,
     time_limit: int,
 ) -> int:
-    """Answers --input into --output and writes its report; a finished one is left alone."""
+    """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
     report_file = output.with_name(f"{output.name}.report.json")
     settings = made_with(assistant, rows, generation)
-    if output.exists() and report_file.exists() and json.loads(report_file.read_text())["made_with"] == settings:
+    known = {}
+    if output.exists() and report_file.exists():
+        report = json.loads(report_file.read_text(encoding="utf-8"))
+        if report["made_with"] == settings:
+            answers = enumerate(read_lines(output))
+            known = {number: answer for number, answer in answers if answer["prediction"] is not None}
+    if len(known) == len(rows):
         print(f"{output} is whole already")
-        return 1 if json.loads(report_file.read_text())["failed"] else 0
+        return 0
 
     def source(row: Row) -> Clip | Picture:
         if "picture" in row:
@@ -142,7 +152,7 @@ def answer_file(
             return assistant.picture_prompt(row["question"])
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
-    log = AnswerLog(output, settings)
+    log = AnswerLog(output, settings, known)
     write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)
     answers = log.finish(len(rows))
     failures = [

@@ -17,16 +17,16 @@ Answer = dict[str, Any]
 class AnswerLog:
     """The unfinished answers of a file: each process appends its own to FILE.part0, FILE.part1, …
 
-    `done`: answers by number of the question, from all parts that are there, of whatever number of processes. Raises
-    UserError when they were made with other settings than `made_with`.
+    `done`: answers by number of the question, `known` ones and those of all parts that are there, of whatever number of
+    processes. Raises UserError when they were made with other settings than `made_with`.
     """
 
-    def __init__(self, path: str | Path, made_with: Mapping[str, Any]):
+    def __init__(self, path: str | Path, made_with: Mapping[str, Any], known: Mapping[int, Answer]):
         self.path = as_path(path)
         make_folder(self.path.parent)
-        self.done: dict[int, Answer] = {}
+        self.done: dict[int, Answer] = dict(known)
         own = self.path.with_name(f"{self.path.name}.part{jax.process_index()}")
-        kept: list[dict[str, Any]] = []
+        kept = as_lines(known) if is_first() else []
         for part in self.parts():
             header, *lines = read_lines(part) or [{"made_with": made_with}]
             check_same(part, header.get("made_with", {}), made_with)
@@ -41,7 +41,7 @@ class AnswerLog:
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Keeps answers by number of the question."""
-        self.file.write(*({"number": number, "answer": answer} for number, answer in answers.items()))
+        self.file.write(*as_lines(answers))
 
     def finish(self, count: int) -> list[Answer]:
         """Puts all `count` answers into the file and removes the parts; every process must come here.
@@ -63,6 +63,11 @@ class AnswerLog:
             for part in self.parts():
                 part.unlink()
         return answers
+
+
+def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:
+    """The lines of a part."""
+    return [{"number": number, "answer": answer} for number, answer in answers.items()]
 
 
 def check_same(part: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

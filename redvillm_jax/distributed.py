@@ -42,7 +42,7 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
         if not {"--help", "-h"} & set(argv):
             connect(saves_when_stopped)
         try:
-            return main(argv)
+            return with_memory_explained(main, argv)
         except (Exception, KeyboardInterrupt) as error:
             if jax_distributed.global_state.client is not None:
                 if isinstance(error, jax.errors.JaxRuntimeError):
@@ -61,6 +61,20 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
             traceback.print_exc()
             leave(1, reason)
         raise
+
+
+def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    """`main(argv)`; a device without room for it is a UserError."""
+    try:
+        return main(argv)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a device has too little memory ({said}): make batches smaller, or split the model over more devices "
+            "(see --help and docs/performance.md)"
+        ) from error
 
 
 def connect(saves_when_stopped: bool = False) -> None:

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
-    log = AnswerLog(out / "answers.jsonl", settings)
+    log = AnswerLog(out / "answers.jsonl", settings, known={})
     write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
     answers = log.finish(len(rows))
     if is_first():

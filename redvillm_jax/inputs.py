@@ -86,7 +86,10 @@ def open_config_base(config: Mapping[str, Any]) -> Base:
             f"config.base is not set: download {load_base_module(family).PUBLISHED} (docs/real_weights.md), run python "
             f"-m conversion.from_torch --family={family} --source=FOLDER --out=BASE, then pass --config.base=BASE"
         )
-    return check_base(open_base(config["base"]), config)
+    base = open_base(config["base"])
+    if (base.path / EXPORT_MARK).is_file() and read_export(base.path / EXPORT_MARK)["trained"]:
+        raise UserError(f"{base.path} is a trained export; give the base that it was trained on")
+    return check_base(base, config)
 
 
 def check_base(base: Base, config: Mapping[str, Any]) -> Base:

@@ -139,7 +139,7 @@ def flags(bases, files, out) -> list[str]:
     return [*arguments, "--max_new_tokens=6", "--batch_size=2", "--num_workers=1"]
 
 
-def test_a_file_of_questions(bases, files, model, tmp_path, capsys):
+def test_a_file_of_questions(bases, files, model, tmp_path, capsys, monkeypatch):
     rows, out = asked(files), tmp_path / "answers.jsonl"
     assert answer.main(flags(bases, files, out)) == 1
     assert "5 of 8 questions answered" in capsys.readouterr().out
@@ -158,9 +158,26 @@ def test_a_file_of_questions(bases, files, model, tmp_path, capsys):
     assert report["answered"] == 5 and [failure["question"] for failure in report["failed"]] == [2, 6, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "answers.jsonl.report.json"]
 
-    before = out.stat().st_mtime_ns
+    # what failed is tried again, and nothing else
+    Image.new("RGB", (9, 9)).save(files / "gone.png")
+    written = []
+    write = answer.AnswerLog.write
+    monkeypatch.setattr(answer.AnswerLog, "write", lambda self, new: written.extend(new) or write(self, new))
     assert answer.main(flags(bases, files, out)) == 1
-    assert "is whole already" in capsys.readouterr().out and out.stat().st_mtime_ns == before
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(written) == [1, 5, 7] and again[:7] == answers[:7] and again[7]["prediction"]
+    (files / "gone.png").unlink()
+
+
+def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
+    (files / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "What?"}) + "\n")
+    assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
+    before = (tmp_path / "answers.jsonl").stat().st_mtime_ns
+    assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
+    assert "is whole already" in capsys.readouterr().out
+    assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="this folder cannot be made"):
+        answer.main(flags(bases, files, "/proc/nowhere/answers.jsonl"))
 
 
 def test_the_terminal(bases, files, model, capsys):
@@ -182,6 +199,7 @@ def test_the_terminal(bases, files, model, capsys):
         (["--video=a.mp4", "--question=What?", "--temperature=nan"], "--temperature is nan"),
         (["--video=a.mp4", "--question=What?", "--tensor=3"], "does not fit 8 devices"),
         (["--input=gone.jsonl", "--output=y.jsonl"], "gone.jsonl"),
+        (["--input=x.jsonl", "--output=x.jsonl"], "--output=x.jsonl: is the --input"),
     ],
 )
 def test_wrong_flags_end_in_one_line(bases, arguments, message):

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import leaves, losses, make_config
@@ -192,6 +194,15 @@ def test_processes_share_the_shards_of_a_store(tmp_path, config):
     for i in range(12):
         for name in ("temporal", "spatial"):
             np.testing.assert_array_equal(one[i][name], two[i][name])
+
+
+def test_a_device_without_room_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(SystemExit) as end:
+        distributed.command(lambda argv: jax.jit(lambda: jnp.zeros((10**6, 10**8)))().block_until_ready())
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a device has too little memory (RESOURCE_EXHAUSTED") and said.count("\n") == 1
 
 
 def test_what_cannot_connect_is_refused(monkeypatch):

@@ -120,6 +120,12 @@ def test_a_whole_export_answers_as_its_run_does(bases, stores, tmp_path):
     assert got == want and len(set(want)) > 1
 
 
+def test_a_trained_export_is_no_base_to_train(bases, tmp_path):
+    again = export(write_run(tmp_path / "run", "llava", bases["llava"]), "llava", tmp_path)["again"]
+    with pytest.raises(UserError, match="again is a trained export; give the base that it was trained on"):
+        inputs.open_config_base(make_config("llava", again, ""))
+
+
 def test_a_base_alone_is_untrained(bases, stores, tmp_path):
     config = make_config("llava", "", "")
     base, run = open_model(bases["llava"], config), open_model(write_run(tmp_path / "run", "llava", bases["llava"]))

@@ -47,6 +47,8 @@ NUMBERS = ("A. 3", "B. 1", "C. 2.5", "D. 3:30")
         (("A. 红色", "B. 蓝色"), None, "不是红色|红色和蓝色"),
         (("red", "blue"), "red", "red|Red.|It is red"),
         (("A. 4 (four)", "B. x*y"), "A", "A. 4 (four)|4 (four)"),
+        (("A. 4 (four)", "B. x*y", "C. ?", "D."), "B", "x*y|B|“x*y”."),
+        (("A. 4 (four)", "B. x*y", "C. ?", "D."), None, "|.|*"),
     ],
 )
 def test_the_option_that_is_chosen(choices, label, predictions):

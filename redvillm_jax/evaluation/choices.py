@@ -40,8 +40,8 @@ def chosen(prediction: str, choices: Sequence[str]) -> str | None:
     negation.
     """
     options = [option(choice) for choice in choices]
-    text = unicodedata.normalize("NFKC", re.sub(r"[*\"“”`]", "", prediction)).strip()
-    begins = [o for o in options if o.text and re.match(rf"{_literal(o.text)}(?:[{_MARKS}](?!\d)|\n|$)", text, re.I)]
+    text = _plain(prediction)
+    begins = [o for o in options if (own := _plain(o.text).rstrip(_MARKS)) and _begins(text, own)]
     if begins:
         return max(begins, key=lambda o: len(o.text)).label  # of equal options the first, which is the answer then
     named = {o.name.lower(): o.label for o in options if o.name}
@@ -51,7 +51,8 @@ def chosen(prediction: str, choices: Sequence[str]) -> str | None:
         if found := {name for match in re.finditer(rule, text, re.MULTILINE) for name in match.groups() if name}:
             return named[found.pop().lower()] if len(found) == 1 else None
     said = f" {' '.join(tokens(text))} "
-    inside = {o.label: tuple(tokens(o.text)) for o in options if f" {' '.join(tokens(o.text))} " in said}
+    texts = {o.label: tokens(o.text) for o in options}
+    inside = {label: tuple(own) for label, own in texts.items() if own and f" {' '.join(own)} " in said}
     longest = [label for label, words in inside.items() if not any(set(words) < set(w) for w in inside.values())]
     if len({inside[label] for label in longest}) == 1 and not _NEGATION.search(text):
         return longest[0]
@@ -81,6 +82,11 @@ def _rules(name: str) -> list[str]:
     ]
 
 
-def _literal(text: str) -> str:
-    """A pattern for an option's text, its last punctuation mark apart."""
-    return re.escape(unicodedata.normalize("NFKC", text).strip().rstrip(_MARKS))
+def _begins(text: str, option: str) -> bool:
+    """Whether a text is an option, or begins with it up to a punctuation mark."""
+    return re.match(rf"{re.escape(option)}(?:[{_MARKS}](?!\d)|\n|$)", text, re.IGNORECASE) is not None
+
+
+def _plain(text: str) -> str:
+    """A text in common characters, without quotation marks and emphasis."""
+    return unicodedata.normalize("NFKC", re.sub(r"[*\"“”`]", "", text)).strip()

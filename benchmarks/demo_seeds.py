@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline.errors import Parser, run
 from redvillm_jax.demo import KINDS, ROWS, UNTRAINED
-
-RESAMPLES = 10_000
+from redvillm_jax.evaluation.intervals import RESAMPLES, means
+from redvillm_jax.evaluation.short_answers import exact_match
 
 
 def main(argv: list[str]) -> None:
@@ -39,12 +39,12 @@ def main(argv: list[str]) -> None:
         for row, folder in folders.items()
     }
     first = answers[UNTRAINED][0]
-    videos = np.unique([row["video"] for row in first], return_inverse=True)[1]
+    videos = np.array([row["video"] for row in first])
     groups = {name: np.array([row["kind"] in kinds for row in first]) for name, kinds in KINDS.items()}
     groups["all"] = np.ones(len(first), bool)
     # (questions,) share of the seeds that answer each question right
     hits = {row: np.mean([[hit(a) for a in seed] for seed in runs], axis=0) for row, runs in answers.items()}
-    print(f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(first)} questions, {videos.max() + 1} videos")
+    print(f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(first)} questions, {len(set(videos))} videos")
     print(f"in brackets: RED-VILLM minus this row, paired, 95 % interval over {RESAMPLES} resamplings of the videos")
     for row, values in hits.items():
         cells = []
@@ -65,18 +65,15 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def hit(row: dict) -> bool:
+def hit(row: dict) -> float:
     """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it."""
-    return row["prediction"].strip().lower() == row["answer"].strip().lower()
+    return exact_match(row["prediction"], row["answer"])
 
 
 def interval(differences: np.ndarray, videos: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of `differences`: (questions,), whole videos resampled together."""
-    sums = np.bincount(videos, weights=differences, minlength=videos.max() + 1)
-    counts = np.bincount(videos, minlength=videos.max() + 1)
-    draws = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
-    return tuple(np.quantile(means, (0.025, 0.975)))
+    mean = means(videos.tolist(), [["all"]] * len(videos), {"difference": differences.tolist()})["difference"]["all"]
+    return mean["low"], mean["high"]
 
 
 if __name__ == "__main__":

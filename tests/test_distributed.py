@@ -116,10 +116,10 @@ def one(tmp_path_factory, config) -> Path:
     return run
 
 
-SLOW = pytest.param(2, (1, 2, 2), marks=pytest.mark.slow)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((4, (2, 2, 1)), (2, (1, 2, 2)))]
 
 
-@pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 2, 1)), (4, (2, 2, 1)), SLOW])
+@pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 2, 1)), *SLOW])
 def test_several_processes_train_as_one(processes, mesh, tmp_path, config, one):
     (out, _), *others = train(processes, tmp_path / "many", config, mesh)
     assert "trained: " in out and not any("trained" in out or "videos" in out for out, _ in others)
@@ -135,6 +135,7 @@ def test_several_processes_train_as_one(processes, mesh, tmp_path, config, one):
     assert start_of[0] == start_of[1]
 
 
+@pytest.mark.slow
 def test_the_same_mesh_is_bit_equal_in_one_and_in_two_processes(tmp_path, config):
     """With two devices; of more than two numbers the sum depends on their order, which is the network's choice."""
     for processes in (1, 2):

@@ -73,7 +73,7 @@ LLAVA = "from redvillm_jax import model_checks\nmodel_checks.known_families = la
     [
         (1, 1, ""),
         (1, 4, LLAVA),
-        (2, 2, LLAVA),
+        pytest.param(2, 2, LLAVA, marks=pytest.mark.slow),
         pytest.param(1, 4, "", marks=pytest.mark.slow),
         pytest.param(2, 2, "", marks=pytest.mark.slow),
     ],

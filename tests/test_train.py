@@ -92,10 +92,11 @@ def test_per_token_freezes_what_it_does_not_use(tmp_path, bases, stores):
     assert (end["temporal.attn_pool.kv_proj.weight"] != start["attn_pool.kv_proj.weight"]).any()
 
 
-MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4))
+MESHES = [("llava", (8, 1, 1)), ("llava", (2, 2, 2)), ("qwen_vl", (2, 2, 2))]
+MORE_MESHES = [pytest.param("llava", shape, marks=pytest.mark.slow) for shape in ((1, 8, 1), (1, 2, 4))]
 
 
-@pytest.mark.parametrize(("family", "shape"), [*(("llava", shape) for shape in MESHES), ("qwen_vl", MESHES[2])])
+@pytest.mark.parametrize(("family", "shape"), [*MESHES, *MORE_MESHES])
 def test_any_mesh_gives_the_losses_of_one_device(family, shape, tmp_path, runs, bases, stores):
     mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     train.train(make_config(family, bases[family], stores[family], mesh=mesh), tmp_path)

@@ -303,7 +303,7 @@ class LlamaAttention(nnx.Module):
         k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         if cache is not None:
-            cache = k, v = update_cache(cache, k, v, cache_index)
+            cache, k, v = update_cache(cache, k, v, cache_index)
         return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache
 
 

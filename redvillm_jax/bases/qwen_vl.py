@@ -403,7 +403,7 @@ class QwenAttention(nnx.Module):
         if query_scale is not None:
             q = q * query_scale[:, :, None, None].astype(q.dtype)
         if cache is not None:
-            cache = k, v = update_cache(cache, k, v, cache_index)
+            cache, k, v = update_cache(cache, k, v, cache_index)
         return self.c_proj(merge_heads(attention(q, k, v, attention_mask))), cache
 
 

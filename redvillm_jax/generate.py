@@ -16,7 +16,7 @@ from redvillm_jax.layers import pin_batch
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sampler import Sampling, choose
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, slots, heads, head_dim) each
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
 
 
 class Rows(NamedTuple):
@@ -56,8 +56,8 @@ def place(cache: Cache, prefixes: Cache, videos: jax.Array) -> Cache:
     """Lays prefixes, B of them, into the first slots of the rows; videos: (R,) int32, -1 leaves a row as it is."""
 
     def lay(rows: jax.Array, prefixes: jax.Array) -> jax.Array:
-        chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[:, :, : prefixes.shape[2]])
-        return jax.lax.dynamic_update_slice_in_dim(rows, chosen, 0, axis=2)
+        chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[..., : prefixes.shape[-1]])
+        return jax.lax.dynamic_update_slice_in_dim(rows, chosen, 0, axis=4)
 
     return jax.tree.map(lay, cache, prefixes)
 
@@ -80,7 +80,7 @@ def start(
     room for prefixes, Q and `max_new_tokens`.
     """
     token_ids, length = questions["token_ids"], questions["length"]
-    (rows, width), slots = token_ids.shape, jnp.arange(cache[0].shape[2])
+    (rows, width), slots = token_ids.shape, jnp.arange(cache[0].shape[-1])
     first = len(slots) - max_new_tokens - width  # the questions' first slot
     asked = (slots >= first) & (slots < first + jnp.maximum(length, 1)[:, None])  # no softmax is empty
     prompt = (slots < questions["prefix_length"][:, None]) | asked
@@ -88,10 +88,9 @@ def start(
     total = questions["prefix_length"] + length
 
     embeds = pin_batch(model.llm.embed(token_ids, cache[0].dtype))
+    mask = (prompt[:, None] & before)[:, :, : first + width]  # the answer's slots are empty yet
     position_ids = questions["prefix_length"][:, None] + jnp.arange(width)
-    hidden, cache = model.llm(
-        embeds, position_ids, prompt[:, None] & before, cache=cache, cache_index=first, context_length=total
-    )
+    hidden, cache = model.llm(embeds, position_ids, mask, cache=cache, cache_index=first, context_length=total)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
     logits = model.llm.logits(last)[:, 0]
     every_row = jnp.arange(rows)

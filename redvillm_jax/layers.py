@@ -175,19 +175,29 @@ def merge_heads(x: jax.Array) -> jax.Array:
 
 
 def update_cache(
-    cache: tuple[jax.Array, jax.Array, jax.Array], key: jax.Array, value: jax.Array, cache_index: int | jax.Array
+    cache: tuple[jax.Array, jax.Array, jax.Array],
+    key: jax.Array,
+    value: jax.Array,
+    cache_index: int | jax.Array,
+    num_slots: int,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
     """Writes key and value: (B, S, H, D) of one layer at slot `cache_index`.
 
-    cache: keys and values of all layers, (num_layers, B, S_max, H, D) each, and the layer's number. Returns the two
-    updated, and the layer's own keys and values: (B, S_max, H, D).
+    cache: keys and values of all layers, (num_layers, B, H, D, S_max) each, and the layer's number; slots come last
+    because attention's products read them so. Returns the two updated, and what the layer has in its first slots:
+    (B, num_slots, H, D) each.
     """
     *arrays, layer = cache
     updated = tuple(
-        jax.lax.dynamic_update_slice(array, new[None].astype(array.dtype), (layer, 0, cache_index, 0, 0))
+        jax.lax.dynamic_update_slice(
+            array, rearrange(new, "b s h d -> 1 b h d s").astype(array.dtype), (layer, 0, 0, 0, cache_index)
+        )
         for array, new in zip(arrays, (key, value), strict=True)
     )
-    keys, values = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in updated)
+    keys, values = (
+        rearrange(jax.lax.dynamic_index_in_dim(array[..., :num_slots], layer, keepdims=False), "b h d s -> b s h d")
+        for array in updated
+    )
     return updated, keys, values
 
 

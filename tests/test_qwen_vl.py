@@ -133,7 +133,7 @@ def greedy(llm, ids, steps: int) -> tuple[np.ndarray, np.ndarray]:
         return llm.logits(hidden[:, -1:]).argmax(-1), cache
 
     token, cache = advance(llm, jnp.asarray(ids), cache, 0)
-    keys, tokens = cache[0][0][:, :length], [token]
+    keys, tokens = jnp.moveaxis(cache[0][0][..., :length], -1, 1), [token]
     for start in range(length, length + steps - 1):
         token, cache = advance(llm, token, cache, start)
         tokens.append(token)

@@ -11,6 +11,7 @@ Every check and comparison that needs an NVIDIA GPU, in one call of at most nine
     2. the 7B-size train step against PyTorch, LLaVA         benchmarks/train_vs_torch.py
     3. pictures per second of CLIP ViT-L/14 against PyTorch  benchmarks/encode_vs_torch.py
     4. the 7B-size train step against PyTorch, Qwen-VL
+    5. answers of LLaVA-7B's size against transformers       benchmarks/generate.py
 
 It prints the date, the GPU and the versions, then every part's table. A part that fails or runs out of time says so,
 the next one goes on, and the exit code is 1. No weights are downloaded: the 7B sizes have random weights.
@@ -153,6 +154,7 @@ part "attention kernel" "$python" -c "$(attention)"
 part "train step, LLaVA" "$python" benchmarks/train_vs_torch.py --family=llava --size=7b
 part "encoder, CLIP ViT-L/14" "$python" benchmarks/encode_vs_torch.py --family=llava --size=7b
 part "train step, Qwen-VL" "$python" benchmarks/train_vs_torch.py --family=qwen_vl --size=7b
+part "answers, LLaVA" "$python" benchmarks/generate.py --size=7b
 
 echo
 if ((${#failed[@]})); then

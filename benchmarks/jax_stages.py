@@ -87,8 +87,7 @@ def continued(model: VideoLLM, tokens: jax.Array, ids: jax.Array, slots: jax.Arr
 
     def answer(model: VideoLLM) -> jax.Array:
         cache = generate.prefill(model, tokens, prefix)
-        empty = model.llm.init_cache(1, length + NEW_TOKENS, cache[0].dtype)
-        cache = generate.place(empty, cache, jnp.zeros(1, int))
+        cache = generate.lay_out(cache, jnp.zeros(1, int), length + NEW_TOKENS)
         rows = generate.start(model, cache, question, Sampling(), keys, stop_ids, max_new_tokens=NEW_TOKENS)
         return generate.decode(model, rows, Sampling(), stop_ids, NEW_TOKENS).ids
 

@@ -21,6 +21,7 @@ from redvillm_jax.streaming import pieces
 from redvillm_jax.weights import PARTS
 
 DTYPES = ("bfloat16", "float16", "float32")
+TOKENS_AT_ONCE = 4  # while streaming: each call costs some milliseconds beside its tokens
 REMEMBERED = 4  # videos whose keys and values are kept for further questions
 
 
@@ -97,13 +98,16 @@ class Assistant:
 
         def tokens() -> Iterator[int]:
             nonlocal state
-            for step in range(settings.max_new_tokens):
-                if step:
-                    state = self.inference.decode(state, settings, step + 1)
-                token = int(state.current[0])
-                if token in self.inference.stop_ids:
-                    return
-                yield token
+            shown, ended = 0, False
+            while not ended:
+                ids = np.asarray(state.ids)[0, shown : int(state.step)].tolist()
+                answer = self.inference.finished(ids)
+                yield from answer.ids
+                shown += len(ids)
+                ended = answer.stopped or shown == settings.max_new_tokens
+                if not ended:
+                    until = min(shown + TOKENS_AT_ONCE, settings.max_new_tokens)
+                    state = self.inference.decode(state, settings, until)
 
         return pieces(self.tokenizer.decode, tokens())
 

@@ -1,8 +1,8 @@
 """Decoding with a key-value cache, in static shapes.
 
 The cache of a row has three ranges of slots: [what stands up to the end of the video | the question | the answer].
-The first is computed once per video (`prefill`) and laid into the rows of its questions (`place`); `start` reads the
-questions and chooses the first tokens, `decode` the following ones.
+The first is computed once per video (`prefill`) and laid into the rows of its questions (`lay_out`, `place`); `start`
+reads the questions and chooses the first tokens, `decode` the following ones.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from redvillm_jax.layers import pin_batch
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sampler import Sampling, choose
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, slots, heads, head_dim) each
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
 
 
 class Rows(NamedTuple):
@@ -52,12 +52,17 @@ def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array
     return model.llm(embeds, slots, mask, cache=cache, context_length=prefixes["context_length"])[1]
 
 
+def lay_out(prefixes: Cache, videos: jax.Array, num_slots: int) -> Cache:
+    """Rows of `num_slots` that begin with prefixes, B of them; videos: (R,) int32, -1 for rows that `place` fills."""
+    return jax.tree.map(lambda x: jnp.pad(x[:, videos], ((0, 0),) * 4 + ((0, num_slots - x.shape[-1]),)), prefixes)
+
+
 def place(cache: Cache, prefixes: Cache, videos: jax.Array) -> Cache:
-    """Lays prefixes, B of them, into the first slots of the rows; videos: (R,) int32, -1 leaves a row as it is."""
+    """Lays more prefixes into the first slots of the rows; videos: (R,) int32, -1 leaves a row as it is."""
 
     def lay(rows: jax.Array, prefixes: jax.Array) -> jax.Array:
-        chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[:, :, : prefixes.shape[2]])
-        return jax.lax.dynamic_update_slice_in_dim(rows, chosen, 0, axis=2)
+        chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[..., : prefixes.shape[-1]])
+        return jax.lax.dynamic_update_slice_in_dim(rows, chosen, 0, axis=4)
 
     return jax.tree.map(lay, cache, prefixes)
 
@@ -80,7 +85,7 @@ def start(
     room for prefixes, Q and `max_new_tokens`.
     """
     token_ids, length = questions["token_ids"], questions["length"]
-    (rows, width), slots = token_ids.shape, jnp.arange(cache[0].shape[2])
+    (rows, width), slots = token_ids.shape, jnp.arange(cache[0].shape[-1])
     first = len(slots) - max_new_tokens - width  # the questions' first slot
     asked = (slots >= first) & (slots < first + jnp.maximum(length, 1)[:, None])  # no softmax is empty
     prompt = (slots < questions["prefix_length"][:, None]) | asked
@@ -88,10 +93,9 @@ def start(
     total = questions["prefix_length"] + length
 
     embeds = pin_batch(model.llm.embed(token_ids, cache[0].dtype))
+    mask = (prompt[:, None] & before)[:, :, : first + width]  # the answer's slots are empty yet
     position_ids = questions["prefix_length"][:, None] + jnp.arange(width)
-    hidden, cache = model.llm(
-        embeds, position_ids, prompt[:, None] & before, cache=cache, cache_index=first, context_length=total
-    )
+    hidden, cache = model.llm(embeds, position_ids, mask, cache=cache, cache_index=first, context_length=total)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
     logits = model.llm.logits(last)[:, 0]
     every_row = jnp.arange(rows)

@@ -88,7 +88,7 @@ class Inference:
         self.context_class = model.llm.context_class
         # jit remembers programs by function: these are the object's own
         self._prefill = jax.jit(self._prefill_program)
-        self._empty = jax.jit(self._empty_program, static_argnums=(0, 1))
+        self._lay_out = jax.jit(generate.lay_out, static_argnames="num_slots")
         self._place = jax.jit(generate.place, donate_argnums=0)
         self._start = jax.jit(self._start_program, donate_argnums=1, static_argnames="max_new_tokens")
         self._decode = jax.jit(self._decode_program, donate_argnums=1)
@@ -103,9 +103,6 @@ class Inference:
         else:
             tokens = model.video_tokens(videos, self.dtype)
         return generate.prefill(model, tokens, prefixes)
-
-    def _empty_program(self, rows: int, slots: int, weights: Any) -> generate.Cache:
-        return nnx.merge(self.graphdef, weights).llm.init_cache(rows, slots, self.dtype)
 
     def _start_program(self, weights: Any, *arguments: Any, max_new_tokens: int) -> generate.Rows:
         return generate.start(nnx.merge(self.graphdef, weights), *arguments, max_new_tokens=max_new_tokens)
@@ -150,10 +147,13 @@ class Inference:
         before = max(len(p.before) for p in prompts)
         new = bucket(generation.max_new_tokens, LEAST_ANSWER)
         with jax.set_mesh(self.mesh):
-            cache = self._empty(rows, prompts[0].width + width + new, self.weights)
+            cache = None
             for some in prefixes:
                 index = column([some.rows.get(key, -1) for key in keys], rows, -1)
-                cache = self._place(cache, some.cache, index)
+                if cache is None:
+                    cache = self._lay_out(some.cache, index, num_slots=prompts[0].width + width + new)
+                else:
+                    cache = self._place(cache, some.cache, index)
                 del some
             questions = {
                 "token_ids": pad([p.question for p in prompts], rows, width, 0),

@@ -119,7 +119,7 @@ class PatchEmbedding(nnx.Module):
 class Stack(nnx.Module):
     """Equal blocks whose weights carry a leading layer axis; one block is traced and scanned over.
 
-    `make_block(rngs)` builds one block; `block(x, *args, cache)` returns `(x, cache)`.
+    `make_block(rngs)` builds one block; `block(x, *args, cache)` returns `(x, cache)` (see `update_cache`).
     """
 
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, rngs: nnx.Rngs):
@@ -133,17 +133,20 @@ class Stack(nnx.Module):
         that and the activations of `KEPT` that are named, separated by commas. The rest is computed again.
         """
         graphdef, weights = nnx.split(self.block)
+        numbers = None if cache is None else jnp.arange(self.num_layers)
 
-        def body(x, layer):
-            weights, cache = layer
-            x, cache = nnx.merge(graphdef, gather_weights(weights))(pin_batch(x), *args, cache)
-            return pin_batch(x), cache
+        def body(carry, layer):
+            (x, cache), (weights, number) = carry, layer
+            of_layer = None if cache is None else (*cache, number)
+            x, cache = nnx.merge(graphdef, gather_weights(weights))(pin_batch(x), *args, of_layer)
+            return (pin_batch(x), cache), None
 
         if remat != "none":
             names = () if remat == "full" else remat.split(",")
             # A scan's iterations are apart already: no barrier has to keep XLA from merging what is recomputed.
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
-        return jax.lax.scan(body, x, (weights, cache))
+        # The cache is carried, not scanned over: written where it lies, where a scan's output would be a copy of it.
+        return jax.lax.scan(body, (x, cache), (weights, numbers))[0]
 
 
 def attention(
@@ -179,13 +182,31 @@ def merge_heads(x: jax.Array) -> jax.Array:
     return rearrange(x, "b s h d -> b s (h d)")
 
 
-def update_cache(cache, key: jax.Array, value: jax.Array, cache_index: jax.Array):
-    """Writes key and value: (B, S, H, D) into cache = (keys, values): (B, S_max, H, D) at slot `cache_index`."""
-    write = jax.lax.dynamic_update_slice_in_dim
-    return (
-        write(cache[0], key.astype(cache[0].dtype), cache_index, axis=1),
-        write(cache[1], value.astype(cache[1].dtype), cache_index, axis=1),
+def update_cache(
+    cache: tuple[jax.Array, jax.Array, jax.Array],
+    key: jax.Array,
+    value: jax.Array,
+    cache_index: int | jax.Array,
+    num_slots: int,
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Writes key and value: (B, S, H, D) of one layer at slot `cache_index`.
+
+    cache: keys and values of all layers, (num_layers, B, H, D, S_max) each, and the layer's number; slots come last
+    because attention's products read them so. Returns the two updated, and what the layer has in its first slots:
+    (B, num_slots, H, D) each.
+    """
+    *arrays, layer = cache
+    updated = tuple(
+        jax.lax.dynamic_update_slice(
+            array, rearrange(new, "b s h d -> 1 b h d s").astype(array.dtype), (layer, 0, 0, 0, cache_index)
+        )
+        for array, new in zip(arrays, (key, value), strict=True)
     )
+    keys, values = (
+        rearrange(jax.lax.dynamic_index_in_dim(array[..., :num_slots], layer, keepdims=False), "b h d s -> b s h d")
+        for array in updated
+    )
+    return updated, keys, values
 
 
 def rotary_angles(position_ids: jax.Array, head_dim: int, base: float | jax.Array) -> jax.Array:

@@ -56,12 +56,12 @@ def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tupl
         slots = jnp.arange(length - 1)[None]
         prefix = {"token_ids": 0 * slots, "video_slots": slots, "length": jnp.array([length - 1])}
         cache = generate.prefill(model, embeds, prefix | {"context_length": jnp.array([length])})
-        cache = generate.place(llm.init_cache(1, length + steps, embeds.dtype), cache, jnp.array([0]))
+        cache = generate.lay_out(cache, jnp.array([0]), length + steps)
         question = {"token_ids": jnp.array([[last_id]]), "length": jnp.array([1]), "prefix_length": prefix["length"]}
         arguments = (question | {"text_ids": question["token_ids"]}, Sampling(), jax.random.split(jax.random.key(0), 1))
         rows = generate.start(model, cache, *arguments, jnp.array([-1]), max_new_tokens=steps)
         rows = generate.decode(model, rows, Sampling(), jnp.array([-1]), steps)
-        return rows.ids, rows.cache[0][0][:, :length]
+        return rows.ids, jnp.moveaxis(rows.cache[0][0][..., :length], -1, 1)
 
     ids, keys = run(llm, embeds)
     return np.asarray(ids), np.asarray(keys)

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import NUM_FRAMES
@@ -110,7 +112,10 @@ def test_half_precision_answers(bases, files, model):
     want = model.ask(files / "a.mp4", QUESTIONS, max_new_tokens=1)
     for dtype in ("float16", "bfloat16"):
         half = redvillm_jax.load(bases["llava"], config=config, dtype=dtype)
-        assert half.inference._empty(1, 1, half.inference.weights)[0].dtype == dtype
+        assert {leaf.dtype for leaf in jax.tree.leaves(half.inference.weights)} == {
+            jnp.dtype(dtype),
+            jnp.dtype("float32"),
+        }
         assert half.ask(files / "a.mp4", QUESTIONS, max_new_tokens=1) == want
     with pytest.raises(UserError, match="dtype is 'int4', expected one of bfloat16, float16, float32"):
         redvillm_jax.load(bases["llava"], config=config, dtype="int4")

@@ -53,6 +53,7 @@ def test_llava_built_here(finished):
     assert len(set(arrays["greedy_video"][0].tolist())) > 1  # not one id over and over
 
 
+@pytest.mark.slow
 def test_a_changed_weight_shows_from_its_stage_on(finished, tmp_path, capsys):
     workdir, _ = finished
     base = shutil.copytree(workdir / "base", tmp_path / "base")

@@ -303,7 +303,7 @@ class LlamaAttention(nnx.Module):
         k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         if cache is not None:
-            cache = k, v = update_cache(cache, k, v, cache_index)
+            cache, k, v = update_cache(cache, k, v, cache_index, attention_mask.shape[-1])
         return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache
 
 
@@ -357,10 +357,10 @@ class LLM(nnx.Module):
         return self.model.embed_tokens(token_ids).astype(dtype)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values: (num_layers, batch, length, num_key_value_heads, head_dim) each."""
+        """Empty keys and values: (num_layers, batch, num_key_value_heads, head_dim, length) each."""
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, batch, length, c.num_key_value_heads, head_dim)
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
@@ -381,7 +381,7 @@ class LLM(nnx.Module):
         """Decoder body and final norm.
 
         embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
-        cache, its length; the new keys and values go to slots cache_index … cache_index + S - 1.
+        cache, how many of its slots are seen; the new keys and values go to slots cache_index … cache_index + S - 1.
         context_length is of no use here (LLaMA's rotary base does not depend on it). Returns hidden states
         (B, S, K) and the updated cache.
         """

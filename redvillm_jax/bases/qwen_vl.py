@@ -403,7 +403,7 @@ class QwenAttention(nnx.Module):
         if query_scale is not None:
             q = q * query_scale[:, :, None, None].astype(q.dtype)
         if cache is not None:
-            cache = k, v = update_cache(cache, k, v, cache_index)
+            cache, k, v = update_cache(cache, k, v, cache_index, attention_mask.shape[-1])
         return self.c_proj(merge_heads(attention(q, k, v, attention_mask))), cache
 
 
@@ -469,10 +469,10 @@ class LLM(nnx.Module):
         return self.transformer.wte(token_ids).astype(dtype)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values: (num_layers, batch, length, num_attention_heads, head_dim) each."""
+        """Empty keys and values: (num_layers, batch, num_attention_heads, head_dim, length) each."""
         c = self.config
         head_dim = c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, batch, length, c.num_attention_heads, head_dim)
+        shape = (c.num_hidden_layers, batch, c.num_attention_heads, head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
@@ -494,7 +494,7 @@ class LLM(nnx.Module):
         """Decoder body and final norm.
 
         embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
-        cache, its length; the new keys and values go to slots cache_index … cache_index + S - 1.
+        cache, how many of its slots are seen; the new keys and values go to slots cache_index … cache_index + S - 1.
         context_length: (B,) int32, the length of the prompt, while prefilling and decoding alike: turns on
         dynamic NTK (by that length) and logn (queries at positions from seq_length on are scaled), which the
         published model uses outside training. Returns hidden states (B, S, K) and the updated cache.

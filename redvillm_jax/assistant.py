@@ -73,7 +73,7 @@ class Assistant:
             self.config.get("sampling", UNIFORM),
             self.base.module.picture_fit(self.base.config),
         )
-        self._known: dict[tuple, tuple[Arrays, int]] = {}
+        self._known: dict[tuple, Arrays] = {}
         self._prefixes: dict[tuple, Prefixes] = {}
 
     def ask(self, video: str | Path | Clip | Picture, question: str | list[str], **generation: Any) -> str | list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_train import leaves, losses, make_config
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, run
 from data_pipeline.store import open_store
 from redvillm_jax import distributed
 from redvillm_jax.verdict import verdict
@@ -197,10 +197,12 @@ def test_processes_share_the_shards_of_a_store(tmp_path, config):
             np.testing.assert_array_equal(one[i][name], two[i][name])
 
 
-def test_a_device_without_room_is_told_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["command"])
+def test_a_device_without_room_is_told_in_one_line(capsys):
+    def main(argv: list[str]) -> None:
+        jax.jit(lambda: jnp.zeros((10**6, 10**8)))().block_until_ready()
+
     with pytest.raises(SystemExit) as end:
-        distributed.command(lambda argv: jax.jit(lambda: jnp.zeros((10**6, 10**8)))().block_until_ready())
+        run(lambda argv: distributed.with_memory_explained(main, argv), [])
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: a device has too little memory (RESOURCE_EXHAUSTED") and said.count("\n") == 1

@@ -32,7 +32,7 @@ from data_pipeline.media import Clip, Picture, lost_media, try_media
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import Record, read_records, show, text
 from redvillm_jax.answer_log import AnswerLog
-from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.answering import OPTIONS, WRITTEN, Row, generation_of, made_with, sizes_of, write_answers
 from redvillm_jax.assistant import Assistant, load
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first
@@ -68,8 +68,8 @@ def main(argv: list[str]) -> int:
     rows = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
     if not rows and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
-    open_assistant = functools.partial(load, flags["model"], base=flags["base"], config=flags["config"])
-    assistant = open_assistant(dtype=flags["dtype"], tensor=tensor)
+    opening = {name: flags[name] for name in ("base", "config", "dtype")}
+    assistant = load(flags["model"], tensor=tensor, **opening)
     if rows:
         return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
     media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
@@ -94,6 +94,8 @@ def read_questions(path: Path, output: str) -> list[Row]:
     """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
     if Path(output).resolve() == path.resolve():
         raise UserError(f"--output={output}: is the --input")
+    if Path(output).is_dir():
+        raise UserError(f"--output={output}: is a folder, expected the name of a file")
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
@@ -101,7 +103,7 @@ def read_questions(path: Path, output: str) -> list[Row]:
 
 
 def check_question(record: Record) -> Row:
-    """The row itself. Raises UserError."""
+    """The row itself, without what an earlier answer says. Raises UserError."""
     text(record, "question")
     named = [name for name in ("video", "picture") if name in record.fields]
     if len(named) != 1:
@@ -111,7 +113,11 @@ def check_question(record: Record) -> Row:
     if part != [None, None]:
         if named != ["video"] or not all(type(x) in (int, float) for x in part) or not 0 <= part[0] < part[1]:
             raise UserError(f"{record.where}: is about {show(part[0])} to {show(part[1])} seconds, expected a part")
-    return record.fields
+    try:
+        json.dumps(record.fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{record.where}: has half a character (an escape \\ud800 to \\udfff alone): mend it") from None
+    return {name: field for name, field in record.fields.items() if name not in WRITTEN}
 
 
 def answer_file(
@@ -131,8 +137,9 @@ def answer_file(
     if output.exists() and report_file.exists():
         report = json.loads(report_file.read_text(encoding="utf-8"))
         if report["made_with"] == settings:
-            answers = enumerate(read_lines(output))
-            known = {number: answer for number, answer in answers if answer["prediction"] is not None}
+            answers = enumerate(zip(read_lines(output), rows, strict=False))
+            same = {i: answer for i, (answer, row) in answers if answer | row == answer}  # nobody has edited the file
+            known = {i: answer for i, answer in same.items() if answer["prediction"] is not None}
     if len(known) == len(rows):
         print(f"{output} is whole already")
         return 0
@@ -161,6 +168,7 @@ def answer_file(
     if is_first():
         report = {"made_with": settings, "answered": len(rows) - len(failures), "failed": failures}
         write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        log.forget()
         print(f"{output}: {report['answered']} of {len(rows)} questions answered")
         for failure in failures[:5]:
             print(f"  question {failure['question']}: {failure['error']}")

@@ -1,5 +1,6 @@
 """answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,17 @@ class AnswerLog:
 
     def parts(self) -> list[Path]:
         """The parts that are there."""
-        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Keeps answers by number of the question."""
         self.file.write(*as_lines(answers))
 
     def finish(self, count: int) -> list[Answer]:
-        """Puts all `count` answers into the file and removes the parts; every process must come here.
+        """Puts all `count` answers into the file; every process must come here.
 
-        Returns them. Raises UserError when some are missing: not every process has written into the same folder.
+        Returns them; `forget` the parts when nothing is left to do with them. Raises UserError when some are missing:
+        not every process has written into the same folder.
         """
         self.file.close()
         wait_for_all("answers are written")
@@ -60,9 +62,12 @@ class AnswerLog:
         wait_for_all("answers are complete")
         if is_first():
             write_text(self.path, as_text(answers))
-            for part in self.parts():
-                part.unlink()
         return answers
+
+    def forget(self) -> None:
+        """Removes the parts; for one process, when all have finished."""
+        for part in self.parts():
+            part.unlink()
 
 
 def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ from redvillm_jax.prompts import Prompt, check_length, prompt_text
 T = TypeVar("T")
 Row = dict[str, Any]
 
+WRITTEN = ("prediction", "error", "finish", "prompt", "num_frames", "generation", "model")  # fields of answers
+
 OPTIONS = {  # of both commands
     "base": (None, "The base folder: of an export that holds projectors alone, or where a run's own has moved."),
     "max_new_tokens": ("512", "Longest answer in tokens."),
@@ -114,10 +116,13 @@ def write_answers(
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, taken by a thread that runs `count` ahead."""
+    """The same items, taken by a thread that runs `count` ahead; who stops early waits for one of them at most."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
-        coming = collections.deque(thread.submit(next, iterator, end) for _ in range(count))
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, iterator, end))
-            yield item
+        try:
+            coming = collections.deque(thread.submit(next, iterator, end) for _ in range(count))
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, iterator, end))
+                yield item
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

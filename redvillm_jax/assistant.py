@@ -66,6 +66,7 @@ class Assistant:
         self.inference = Inference(model, mesh, jnp.dtype(self.dtype), self.tokenizer.stop_ids)
         self.video_slots = token_slots(self.base, self.config)
         self.picture_tokens = num_picture_tokens(self.base, self.config)
+        self.takes_pictures = "spatial" in model.projectors
         self.reading = Reading(
             self.config["num_frames"],
             self.base.config.image_size,
@@ -121,7 +122,9 @@ class Assistant:
         return make_prompt(self.base, self.tokenizer, question, self.video_slots(num_frames), most)
 
     def picture_prompt(self, question: str) -> Prompt:
-        """The prompt of a question about a picture."""
+        """The prompt of a question about a picture. Raises UserError where no projector is for pictures."""
+        if not self.takes_pictures:
+            raise UserError("a model with streams=temporal has no projector for pictures: ask it about videos")
         slots = list(range(self.picture_tokens))
         return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
 
@@ -136,11 +139,15 @@ class Assistant:
             check_length(prompt, settings.max_new_tokens, self.base)
         keys = [(where, self.inference.context_class(prompt.length)) for prompt in prompts]
         shards = num_batch_shards(self.inference.mesh)
-        for key, prompt in zip(keys, prompts, strict=True):
-            if key not in self._prefixes:
-                remember(self._prefixes, key, self.inference.prefill({key: (arrays, prompt)}, shards))
-        needed = [self._prefixes[key] for key in dict.fromkeys(keys)]
-        return self.inference.start(prompts, keys, needed, settings, range(len(prompts)), bucket(len(prompts), shards))
+
+        def prefixes() -> Iterator[Prefixes]:
+            for key, prompt in dict(zip(keys, prompts, strict=True)).items():
+                if key not in self._prefixes:
+                    remember(self._prefixes, key, self.inference.prefill({key: (arrays, prompt)}, shards))
+                yield self._prefixes[key]
+
+        rows = bucket(len(prompts), shards)
+        return self.inference.start(prompts, keys, prefixes(), settings, range(len(prompts)), rows)
 
     def _read(self, media: Clip | Picture) -> tuple[tuple, Arrays]:
         """A key of the file as it is now, and its arrays."""

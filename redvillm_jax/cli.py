@@ -59,7 +59,7 @@ def underscored(arg: str) -> str:
 
 def positive(flags: Mapping[str, str], name: str) -> int:
     """A flag as a positive integer."""
-    if not flags[name].isdigit() or int(flags[name]) < 1:
+    if not flags[name].isdecimal() or int(flags[name]) < 1:
         raise UserError(f"--{name} is {flags[name]!r}, expected a positive integer")
     return int(flags[name])
 

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
         write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+        log.forget()
         print(summary_table(summary))
         if summary["left_out"]:
             print(f"left out: {summary['left_out']} questions without a usable video, see {store.path}/report.json")

@@ -37,18 +37,20 @@ class Generation:
     def __post_init__(self):
         for name, fits, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < 100, "0 (the most likely token) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("temperature", 0 <= self.temperature < 100, "0 (the most likely token) or more, less than 100"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (all tokens) or more, less than 2**31"),
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < 100, "more than 0 (1: none)"),
-            ("seed", 0 <= self.seed < 2**32, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < 100, "more than 0 (1: none), less than 100"),
+            ("seed", 0 <= self.seed < 2**32, "0 or more, less than 2**32"),
         ):
             if not fits:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {expected}")
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
+        """With numbers of one type each: a program is compiled again for another."""
+        numbers = float(self.temperature), int(self.top_k), float(self.top_p), float(self.repetition_penalty)
+        return Sampling(*numbers)
 
 
 class Asked(NamedTuple):
@@ -161,7 +163,7 @@ class Inference:
                 "prefix_length": column([p.prefix_length for p in prompts], rows),
                 "text_ids": pad([[*p.before, *p.question] for p in prompts], rows, before + width, self.vocab_size),
             }
-            random = self._keys(generation.seed, column(numbers, rows))
+            random = self._keys(np.uint32(generation.seed), column(numbers, rows))
             arguments = (generation.sampling, random, self.stop_ids)
             return self._start(self.weights, cache, to_global(questions, self.mesh), *arguments, max_new_tokens=new)
 
@@ -199,7 +201,7 @@ class Inference:
 
     def batches(self, asked: Iterable[Asked], rows: int, video_rows: int) -> Iterator[tuple[tuple, tuple, tuple]]:
         """Questions that are answered at once, with what `grouped` says of each: of pictures or of videos."""
-        for _, alike in itertools.groupby(asked, lambda one: one.prompt.width):
+        for _, alike in itertools.groupby(asked, lambda one: (one.prompt.width, one.arrays.keys())):
             questions = self.grouped(alike, video_rows)
             while batch := list(itertools.islice(questions, rows)):
                 yield tuple(zip(*batch, strict=True))

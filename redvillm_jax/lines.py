@@ -16,7 +16,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     path = as_path(path)
     found = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):  # cut within a character, too
             try:
                 found.append(json.loads(line))
             except ValueError:

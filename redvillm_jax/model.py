@@ -10,7 +10,6 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.errors import UserError
 from redvillm_jax.attention import row_attention
 from redvillm_jax.layers import BATCH_AXES, Linear, gelu, normalize, pin_batch
 
@@ -87,11 +86,8 @@ class VideoLLM(nnx.Module):
     def picture_tokens(self, pictures: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Visual tokens (B, V, K) of pictures (B, H, W, 3) uint8, the image LLM's own way.
 
-        Their features go through its projector as they are, with no pooling and no temporal stream. Raises UserError
-        for a model without that projector.
+        Their features go through its projector as they are, with no pooling and no temporal stream.
         """
-        if "spatial" not in self.projectors:
-            raise UserError("a model with streams=temporal has no projector for pictures: ask it about videos")
         features = self.encode(pictures[:, None], dtype)[:, 0]
         side = round(features.shape[1] ** 0.5)
         return self.project_stream("spatial", "spatial", features, jnp.ones(features.shape[:2], bool), (side, side))

@@ -80,10 +80,18 @@ def test_a_video_is_read_and_prefilled_once(model, files, tmp_path, monkeypatch)
     assert calls == ["read", "prefill"] * 3
 
 
+def test_a_prefix_is_there_until_its_questions_have_it(model, files, monkeypatch):
+    monkeypatch.setattr(assistant, "REMEMBERED", 1)
+    want = [model.ask(files / "a.mp4", question, max_new_tokens=3) for question in QUESTIONS]
+    monkeypatch.setattr(model.inference, "context_class", lambda length: length)  # a prefix for each question
+    assert model.ask(files / "a.mp4", QUESTIONS, max_new_tokens=3) == want
+    assert model.ask(files / "a.mp4", QUESTIONS[::-1], max_new_tokens=3) == want[::-1]
+
+
 def test_a_seed_decides_what_is_drawn(model, files):
     drawn = [
         model.ask(files / "a.mp4", [QUESTIONS[0]] * 2, max_new_tokens=8, temperature=3.0, seed=seed)
-        for seed in (0, 0, 1)
+        for seed in (0, 0, 2**32 - 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][0] != drawn[0][1]
@@ -99,6 +107,7 @@ def test_a_seed_decides_what_is_drawn(model, files):
         ("a.mp4", "What? " * 2000, {}, "the base knows 2048 positions"),
         ("a.mp4", "What?", {"top_p": 0.0}, "top_p is 0.0, expected more than 0"),
         ("a.mp4", "What?", {"temperature": -1.0}, "temperature is -1.0, expected 0"),
+        ("a.mp4", "What?", {"top_k": 2**31}, "top_k is 2147483648, expected 0"),
     ],
 )
 def test_mistakes_are_told(model, files, video, question, settings, message):
@@ -173,6 +182,26 @@ def test_a_file_of_questions(bases, files, model, tmp_path, capsys, monkeypatch)
     assert sorted(written) == [1, 5, 7] and again[:7] == answers[:7] and again[7]["prediction"]
     (files / "gone.png").unlink()
 
+    # an edited file: what stands in the place of another question is no answer to it
+    out.write_text("".join(f"{json.dumps(row)}\n" for row in again[1:]))
+    written.clear()
+    answer.main(flags(bases, files, out))
+    assert sorted(written) == list(range(8))
+
+
+def test_pictures_without_a_projector_are_told_beside_the_videos(bases, files, tmp_path):
+    rows = [
+        {"video": "a.mp4", "question": "What?", "error": "of before"},
+        {"picture": "photo.png", "question": "What?"},
+    ]
+    (files / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers [1].jsonl"  # a pattern, for those who look for files
+    assert answer.main([*flags(bases, files, out), "--config.streams=temporal"]) == 1
+    video, picture = (json.loads(line) for line in out.read_text().splitlines())
+    assert video["prediction"] and "error" not in video
+    assert picture["prediction"] is None and "no projector for pictures" in picture["error"]
+    assert len(list(tmp_path.iterdir())) == 2
+
 
 def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
     (files / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "What?"}) + "\n")
@@ -205,6 +234,8 @@ def test_the_terminal(bases, files, model, capsys):
         (["--video=a.mp4", "--question=What?", "--tensor=3"], "does not fit 8 devices"),
         (["--input=gone.jsonl", "--output=y.jsonl"], "gone.jsonl"),
         (["--input=x.jsonl", "--output=x.jsonl"], "--output=x.jsonl: is the --input"),
+        (["--input=x.jsonl", "--output=."], "--output=.: is a folder"),
+        (["--video=a.mp4", "--question=What?", "--tensor=²"], "--tensor is '²', expected a positive integer"),
     ],
 )
 def test_wrong_flags_end_in_one_line(bases, arguments, message):
@@ -220,6 +251,7 @@ def test_wrong_flags_end_in_one_line(bases, arguments, message):
         ({"question": "What?"}, "row 1: expected either a field 'video' or a field 'picture'"),
         ({"question": "What?", "video": "a.mp4", "picture": "b.png"}, "expected either"),
         ({"question": "What?", "video": "a.mp4", "start": 3, "end": 1}, "is about 3 to 1 seconds"),
+        ({"question": "\ud83d?", "video": "a.mp4"}, "row 1: has half a character"),
     ],
 )
 def test_wrong_rows_end_in_one_line(bases, tmp_path, row, message):

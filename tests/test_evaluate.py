@@ -70,8 +70,8 @@ def test_a_killed_evaluation_continues_without_asking_again(evaluated, tmp_path,
     known = part.read_text()
     done = [json.loads(line)["number"] for line in known.split("\n")[1:-1]]
     assert 4 <= len(done) < 72 and not (tmp_path / "answers.jsonl").exists()
-    with part.open("a") as file:
-        file.write('{"number": 71, "ans')  # the line that a kill cut
+    with part.open("ab") as file:
+        file.write('{"number": 71, "answer": "狗'.encode()[:-1])  # the line that a kill cut
 
     with pytest.raises(UserError, match="part0: holds answers that were begun with generation="):
         evaluate.main([*arguments, "--temperature=1"])
@@ -81,6 +81,15 @@ def test_a_killed_evaluation_continues_without_asking_again(evaluated, tmp_path,
     evaluate.main(arguments)
     assert sorted(done + written) == list(range(72))
     assert (tmp_path / "answers.jsonl").read_text() == (folder / "out" / "answers.jsonl").read_text()
+
+
+def test_answers_are_kept_until_they_are_scored(evaluated, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "summarize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate.main([*evaluated[1], f"--out={tmp_path}"])
+    monkeypatch.setattr(evaluate.AnswerLog, "write", lambda self, new: pytest.fail("asked again"))
+    evaluate.main([*evaluated[1], f"--out={tmp_path}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "summary.json"]
 
 
 def test_a_second_run_does_nothing(evaluated, capsys):

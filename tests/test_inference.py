@@ -1,6 +1,8 @@
 """Answers: cached decoding against full forward passes, shared prefixes, batches, sampling, shapes."""
 
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,9 @@ ASKED = [(video, question) for video, questions in QUESTIONS.items() for questio
 
 
 @functools.cache
-def setup(folder, family):
+def setup(folder, family, **switches):
     """(base, model, inference that never stops, prompts, videos)."""
-    base, config, model = build(folder, family)
+    base, config, model = build(folder, family, **switches)
     tokenizer, slots = base.module.Tokenizer(base.path), token_slots(base, config)
     prompts = [make_prompt(base, tokenizer, q, slots(FRAMES[v]), len(slots(NUM_FRAMES))) for v, q in ASKED]
     frames = np.random.default_rng(0).integers(0, 256, (3, NUM_FRAMES, 32, 32, 3), np.uint8)
@@ -88,3 +90,34 @@ def test_batches_change_no_answer(family, bases):
         together = answers(inference, prompts, videos, generation)
         in_parts = answers(inference, prompts, videos, generation, batch_size=3, video_batch_size=2)
         assert in_parts == together
+
+
+def test_contexts_of_all_lengths_stand_side_by_side(bases, tmp_path):
+    folder = shutil.copytree(bases["qwen_vl"], tmp_path / "long")
+    shortest = setup(bases["qwen_vl"], "qwen_vl")[3][0].length
+    config = json.loads((folder / "config.json").read_text()) | {"seq_length": shortest}
+    (folder / "config.json").write_text(json.dumps(config))
+    _, model, inference, prompts, videos = setup(folder, "qwen_vl")
+    classes = [model.llm.context_class(prompt.length) for prompt in prompts]
+    assert classes[0] == classes[4] == 0 < classes[1] and classes[3] > 0  # of both classes about one video
+    want = full_passes(model, prompts, [videos[v] for v, _ in ASKED], 4)
+    assert answers(inference, prompts, videos, Generation(max_new_tokens=4), 2, 1) == want
+
+
+def test_pictures_stand_beside_videos_of_their_length(bases):
+    _, _, inference, prompts, videos = setup(bases["llava"], "llava", streams="spatial")
+    picture = {"pictures": videos[0]["frames"][0]}
+    asked = [Asked(prompts[0], name, arrays, 0) for name, arrays in (("video", videos[0]), ("picture", picture))]
+    sizes = {"batch_size": 4, "video_batch_size": 4}
+    together = [answer for batch in inference.answers(asked, Generation(4), **sizes) for _, answer in batch]
+    alone = [next(inference.answers([one], Generation(4), **sizes))[0][1] for one in asked]
+    assert together == alone and together[0] != together[1]
+
+
+def test_settings_compile_nothing_again(bases):
+    _, _, inference, prompts, videos = setup(bases["llava"], "llava")
+    answers(inference, prompts, videos, Generation(max_new_tokens=5))
+    compiled = inference._start._cache_size(), inference._decode._cache_size()
+    for settings in ({"temperature": 1, "top_k": 2**31 - 1}, {"seed": 2**32 - 1, "repetition_penalty": 2, "top_p": 1}):
+        answers(inference, prompts, videos, Generation(max_new_tokens=6, **settings))
+    assert (inference._start._cache_size(), inference._decode._cache_size()) == compiled

@@ -262,8 +262,6 @@ def test_the_switches_of_videos_do_not_touch_a_picture(family, bases):
     assert want.shape[:2] == (1, 16)
     other = build(bases[family], family, streams="spatial", spatial_pool=2, temporal_module=False)[2]
     np.testing.assert_array_equal(other.picture_tokens(pictures, DTYPE), want)
-    with pytest.raises(UserError, match="streams=temporal has no projector for pictures"):
-        build(bases[family], family, streams="temporal")[2].picture_tokens(pictures, DTYPE)
 
 
 def test_an_extra_mlp_stands_behind_pictures_too(bases):

@@ -1,143 +1,179 @@
-"""The demo's models judged through the path that published sets take, in the paper's three protocols.
+"""The demo's models answered, translated and judged by the commands that real sets take, with a rule for a judge.
 
-python benchmarks/judge_demo.py [--demo=demo] [--base=llava] [--out=DEMO/judged] [--seed=0]
+    python benchmarks/judge_demo.py [--demo=demo] [--base=llava] [--seed=0]
 
-The demo's English test questions are translated into Chinese, prepared with their videos, encoded and answered by each
-of the demo's four models in both languages. Then every answer is judged: English as it is (en), Chinese as it is (cn),
-and Chinese predictions translated into English against the English annotations (cn>en). Translator and judge are one
-HTTP server on loopback that speaks the chat-completions protocol and follows rules: it knows the demo's words in both
-languages, and says yes if prediction and answer are the same.
+--demo: the finished workdir of `python -m redvillm_jax.demo`. A server on loopback translates the generator's words by
+a table and judges by comparing strings. Asks the same test questions in English and, translated, in Chinese; judges
+the Chinese answers as they are (cn) and translated back, against the English annotations (en). Checks that the judged
+accuracy is the exact match that `evaluate` reports. Everything is kept beside the runs, in DEMO/BASE/seed-SEED/judged.
 """
 
+import contextlib
 import json
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.moving_shapes import TEMPLATES, WORDS
-from redvillm_jax.demo import ROOT, ROWS, UNTRAINED, command
-from redvillm_jax.evaluation.comparison import compare
-from redvillm_jax.evaluation.scoring import OWN
-from tests.fake_openai import FakeOpenAI
+from data_pipeline.errors import Parser, UserError, run  # noqa: E402
+from data_pipeline.moving_shapes import TEMPLATES, WORDS  # noqa: E402
+from redvillm_jax.demo import ROWS, UNTRAINED  # noqa: E402
+from redvillm_jax.evaluation.scoring import OWN  # noqa: E402
+from tests.fake_openai import FakeOpenAI, Messages  # noqa: E402
 
-MODEL = "rules-2026-01-01"
-PROTOCOLS = ("en", "cn", "cn>en")
-TRAINED = "RED-VILLM"
+MODEL = "rule-2026-01-01"
+PROTOCOLS = {"english": "asked in English", "cn": "asked in Chinese, cn", "en": "asked in Chinese, en"}
+RED_VILLM = "RED-VILLM"
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python benchmarks/judge_demo.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the demo's folder (demo)")
-    parser.add_argument("--base", default="llava", help="llava or qwen_vl (llava)")
-    parser.add_argument("--out", type=Path, help="folder for what this makes (DEMO/judged)")
-    parser.add_argument("--seed", type=int, default=0, help="which of the demo's runs (0)")
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the finished demo's folder (demo)")
+    parser.add_argument("--base", choices=("llava", "qwen_vl"), default="llava", help="(llava)")
+    parser.add_argument("--seed", type=int, default=0, help="of the demo's trainings (0)")
     flags = parser.parse_args(argv)
-    work, out = flags.demo / flags.base, (flags.out or flags.demo / "judged") / flags.base
+    work, videos = flags.demo / flags.base, flags.demo / "videos" / "test" / "videos"
     runs = work / f"seed-{flags.seed}"
-    if not (runs / "red_villm" / "test").is_dir():
-        raise UserError(f"{runs} has no finished demo: run python -m redvillm_jax.demo --base={flags.base} first")
-    out.mkdir(parents=True, exist_ok=True)
-    config = f"--config={ROOT / 'configs' / 'demo.py'}:{flags.base}"
-    models = {UNTRAINED: [f"--model={work / 'base'}", config]}
-    models |= {row: [f"--model={runs / folder}"] for row, (folder, _) in ROWS.items()}
+    if not (runs / "result.png").is_file():
+        raise UserError(f"--demo={flags.demo}: {runs} is no finished demo; run python -m redvillm_jax.demo first")
+    out = runs / "judged"
+    models = {UNTRAINED: [f"--model={work / 'base'}", f"--config={ROOT / 'configs' / 'demo.py'}:{flags.base}"]}
+    models |= {row: [f"--model={runs / name}", f"--base={work / 'base'}"] for row, (name, _) in ROWS.items()}
 
-    with FakeOpenAI(answer) as server:
-        endpoint = (f"--model={MODEL}", f"--base_url={server.url}")
-        data = ask_in_both_languages(flags.demo, work, out, config, endpoint)
-        for i, arguments in enumerate(models.values()):
-            for language in ("en", "zh"):
-                answers = out / f"answers-{i}-{language}"
-                asked = (f"--data={data}", f"--language={language}", "--max_new_tokens=32", "--batch_size=64")
-                command("redvillm_jax.evaluate", *arguments, *asked, f"--out={answers}")
-            translated = out / f"answers-{i}-zh-en.jsonl"
-            given = (f"--input={answers / 'answers.jsonl'}", f"--out={translated}", "--to=en", "--fields=prediction")
-            command("data_pipeline.translate", *given, *endpoint)
-            for name, source in zip(PROTOCOLS, (out / f"answers-{i}-en", answers, translated), strict=True):
-                command("redvillm_jax.judge", f"--answers={source}", f"--out={judged(out, i, name)}", *endpoint)
-    report(list(models), out)
-
-
-def ask_in_both_languages(demo: Path, work: Path, out: Path, config: str, endpoint: tuple[str, ...]) -> Path:
-    """The demo's English test questions and their translations, in one store of streams."""
-    videos = demo / "videos" / "test"
-    rows = [json.loads(line) for line in (videos / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
-    english, chinese, both = (out / f"{name}.jsonl" for name in ("en", "zh", "both"))
-    english.write_text("".join(json.dumps(row) + "\n" for row in rows if row["language"] == "en"), encoding="utf-8")
-    command("data_pipeline.translate", f"--input={english}", f"--out={chinese}", *endpoint)
-    both.write_text(english.read_text(encoding="utf-8") + chinese.read_text(encoding="utf-8"), encoding="utf-8")
-    given = (f"--videos={videos / 'videos'}", f"--instructions={both}", f"--base={work / 'base'}")
-    command("data_pipeline.prepare", *given, "--num_frames=16", "--format=raw", f"--out={out / 'frames'}")
-    stored = (f"--data={out / 'frames'}", f"--out={out / 'streams'}")
-    command("redvillm_jax.encode", config, f"--config.base={work / 'base'}", *stored)
-    return out / "streams"
-
-
-def judged(out: Path, number: int, protocol: str) -> Path:
-    """Where the verdicts about a model lie."""
-    return out / f"judged-{number}-{protocol.replace('>', '-')}"
-
-
-def report(models: list[str], out: Path) -> None:
-    """Prints the table, and checks that judged accuracy in English is the exact match that evaluate reported."""
-    best = models.index(TRAINED)
-    print("\n| accuracy in % | " + " | ".join(PROTOCOLS) + " |\n|" + "---|" * (len(PROTOCOLS) + 1))
-    for i, name in enumerate(models):
-        cells = []
+    english = work / "frames" / "test" / "instructions.jsonl"
+    with served(translate) as endpoint:
+        command("data_pipeline.translate", f"--input={english}", f"--out={out / 'zh.jsonl'}", *endpoint)
+    data = (f"--videos={videos}", f"--instructions={out / 'zh.jsonl'}", f"--base={work / 'base'}")
+    command("data_pipeline.prepare", *data, "--num_frames=16", "--format=raw", f"--out={out / 'zh'}")
+    for row, model in models.items():
+        answers = out / row.replace(" ", "_")
+        generation = ("--max_new_tokens=32", "--batch_size=64")
+        streams = f"--data={work / 'streams' / 'test'}"
+        command("redvillm_jax.evaluate", *model, streams, "--language=en", *generation, f"--out={answers / 'english'}")
+        command("redvillm_jax.evaluate", *model, f"--data={out / 'zh'}", *generation, f"--out={answers / 'cn'}")
+        back = (f"--input={answers / 'cn' / 'answers.jsonl'}", f"--out={answers / 'en.jsonl'}", "--to=en")
+        with served(translate) as endpoint:
+            command("data_pipeline.translate", *back, "--fields=prediction", *endpoint)
         for protocol in PROTOCOLS:
-            summary = json.loads((judged(out, i, protocol) / "summary.json").read_text(encoding="utf-8"))
-            one = summary["benchmarks"][OWN]["metrics"]["accuracy"]["all"]
-            cell = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * one[key] for key in ("mean", "low", "high")))
-            if i != best:
-                found = compare(judged(out, i, protocol), judged(out, best, protocol))
-                more = found[OWN]["metrics"]["accuracy"]["all"]
-                cell += "; {:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * more[key] for key in ("mean", "low", "high")))
-            cells.append(cell)
-        print(f"| {name} | " + " | ".join(cells) + " |")
-        summary = json.loads((out / f"answers-{i}-en" / "summary.json").read_text(encoding="utf-8"))
-        exact = summary["benchmarks"][OWN]["metrics"]["exact_match"]["all"]["mean"]
-        told = json.loads((judged(out, i, "en") / "summary.json").read_text(encoding="utf-8"))
-        accuracy = told["benchmarks"][OWN]["metrics"]["accuracy"]["all"]
-        if accuracy["mean"] != exact:
-            raise UserError(f"{name}: judged {accuracy['mean']}, evaluate says {exact}")
-    print(f"\n{accuracy['questions']} questions about {accuracy['videos']} videos")
-    print(f"in brackets 95 % intervals over resampled videos; behind the semicolon {TRAINED} minus this row")
-    print("judged accuracy in English is evaluate's exact match in every row")
+            source = answers / ("en.jsonl" if protocol == "en" else protocol)
+            with served(judge) as endpoint:
+                judged = f"--out={answers / f'{protocol}_judged'}"
+                command("redvillm_jax.judge", f"--answers={source}", judged, *endpoint)
+
+    print(table({row: {p: cell(out, row, p) for p in PROTOCOLS} for row in models}))
+    rows = [json.loads(line) for line in (out / "zh.jsonl").read_text(encoding="utf-8").splitlines()]
+    other = sum(row["answer"] != own_word(row["kind"], row["source_answer"]) for row in rows)
+    print(f"{other} of {len(rows)} Chinese annotations are another word than the generator's own: translated alone,")
+    print("without its question, an answer such as 'left' may be a place or a direction")
 
 
-# ---- the server's rules
+def cell(out: Path, row: str, protocol: str) -> tuple[str, str]:
+    """A row's judged accuracy, and RED-VILLM's minus it ("" for RED-VILLM), in per cent with intervals.
+
+    Raises UserError unless the accuracy is the exact match, and for answers as they are what evaluate says, too.
+    """
+    name = row.replace(" ", "_")
+    folder = out / name / f"{protocol}_judged"
+    judged = metrics(folder)
+    one = judged["accuracy"]["all"]
+    by_rule = [judged] if protocol == "en" else [judged, metrics(out / name / protocol)]
+    if any(metric["exact_match"] != judged["accuracy"] for metric in by_rule):
+        raise UserError(f"{folder}: the judged accuracy is not the exact match")
+    accuracy = f"{100 * one['mean']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    if row == RED_VILLM:
+        return accuracy, ""
+    printed = command("redvillm_jax.judge", "--compare", str(folder), str(out / RED_VILLM / f"{protocol}_judged"))
+    return accuracy, re.search(r"^  all +(\S+ \[[^]]+\])", printed, re.MULTILINE)[1]
 
 
-def dictionary() -> dict[str, str]:
-    """The demo's words and questions, English to Chinese."""
-    pairs = {}
-    for words in WORDS["en"]:
-        pairs |= dict(zip(WORDS["en"][words], WORDS["zh"][words], strict=True))
-    things = dict(zip(WORDS["en"]["shape"], WORDS["zh"]["shape"], strict=True))
-    for english, chinese in zip(WORDS["en"]["colour"], WORDS["zh"]["colour"], strict=True):
-        things[f"{english} object"] = f"{chinese}物体"
-        things |= {f"{english} {shape}": f"{chinese}的{things[shape]}" for shape in WORDS["en"]["shape"]}
+def metrics(folder: Path) -> dict:
+    """The metrics of the folder's summary."""
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))["benchmarks"][OWN]["metrics"]
+
+
+def table(cells: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
+    """A line a model; by protocol the accuracy, and how far RED-VILLM lies above."""
+    lines = ["judged accuracy in %, and RED-VILLM minus the row, each with its 95 % interval over resampled videos"]
+    lines += [f"| | {' | '.join(PROTOCOLS.values())} |", "|---|" + "---|" * len(PROTOCOLS)]
+    for row, by_protocol in cells.items():
+        values = [accuracy + (f"; {above}" if above else "") for accuracy, above in by_protocol.values()]
+        lines.append(f"| {row} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+# The server's two rules
+
+
+def vocabulary() -> dict[str, str]:
+    """English to Chinese: all questions and answers of the generator. A word of two lists has its first translation."""
+    words: dict[str, str] = {}
+    for kind, names in WORDS["en"].items():
+        for english, chinese in zip(names, WORDS["zh"][kind], strict=True):
+            words.setdefault(english, chinese)
+    pairs = {kind: list(zip(WORDS["en"][kind], WORDS["zh"][kind], strict=True)) for kind in ("colour", "shape")}
+    things = {f"{english} object": f"{chinese}物体" for english, chinese in pairs["colour"]} | dict(pairs["shape"])
+    for (colour, colour_zh), (shape, shape_zh) in product(*pairs.values()):
+        things[f"{colour} {shape}"] = f"{colour_zh}的{shape_zh}"
     for kind, template in TEMPLATES["en"].items():
-        for thing in things if "{thing}" in template else [""]:
-            pairs[template.format(thing=thing)] = TEMPLATES["zh"][kind].format(thing=things.get(thing))
-    return pairs
+        for english, chinese in things.items():
+            words[template.format(thing=english)] = TEMPLATES["zh"][kind].format(thing=chinese)
+    return words
 
 
-ENGLISH = dictionary()
-WORD_PAIRS = [zip(WORDS["zh"][name], WORDS["en"][name], strict=True) for name in WORDS["en"]]
-CHINESE = {chinese: english for pairs in WORD_PAIRS for chinese, english in pairs}
+ENGLISH_TO_CHINESE = vocabulary()
+# Chinese tells more than English: every word of its lists has one translation.
+CHINESE_TO_ENGLISH = {
+    chinese: english
+    for kind, names in WORDS["zh"].items()
+    for english, chinese in zip(WORDS["en"][kind], names, strict=True)
+}
 
 
-def answer(messages: list[dict[str, str]]) -> str:
-    """Translates, or judges."""
+def translate(messages: Messages) -> str:
+    """What the table has for the last message; what it has not, such as a model's own invention, comes back."""
     text = messages[-1]["content"]
-    if messages[0]["content"].startswith("Translate"):
-        return ENGLISH.get(text) or CHINESE.get(text) or f"unknown: {text}"
-    said = {name.lower(): value for name, value in re.findall(r"^(Correct answer|Predicted answer): (.*)$", text, re.M)}
-    right, told = (CHINESE.get(value, value) for value in (said["correct answer"], said["predicted answer"]))
-    return str({"pred": "yes" if right == told else "no", "score": 5 if right == told else 0})
+    return (CHINESE_TO_ENGLISH | ENGLISH_TO_CHINESE).get(text, text)
+
+
+def judge(messages: Messages) -> str:
+    """yes and 5 for a prediction that is the correct answer, else no and 0."""
+    text = messages[-1]["content"]
+    correct, predicted = (re.search(rf"^{name} answer: (.*)$", text, re.M)[1] for name in ("Correct", "Predicted"))
+    same = correct.strip().lower() == predicted.strip().lower()
+    return str({"pred": "yes" if same else "no", "score": 5 if same else 0})
+
+
+def own_word(kind: str, english: str) -> str:
+    """The generator's Chinese for an answer to a question of a kind."""
+    words = kind.split("_")[-1]  # first_colour is one of the colours
+    return WORDS["zh"][words][WORDS["en"][words].index(english)]
+
+
+@contextlib.contextmanager
+def served(rule) -> Iterator[tuple[str, ...]]:
+    """The flags with which a command asks a server that answers by `rule`."""
+    with FakeOpenAI(rule) as server:
+        yield f"--base_url={server.url}", f"--model={MODEL}"
+        print(f"({len(server.calls)} requests came to the server)", file=sys.stderr)
+
+
+def command(module: str, *arguments: str) -> str:
+    """Runs one of the project's commands and returns what it printed, which is also shown on standard error."""
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    print(f"\n$ python -m {module} {' '.join(arguments)}", file=sys.stderr, flush=True)
+    process = subprocess.run(
+        [sys.executable, "-m", module, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    print(process.stdout, file=sys.stderr, flush=True)
+    if process.returncode:
+        raise UserError(f"{module} ended with code {process.returncode}; see above")
+    return process.stdout
 
 
 if __name__ == "__main__":

@@ -90,9 +90,12 @@ def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], li
     """
     named, sources = [], {}
     for question in questions:
-        video = question["video"]
         part = _part(question)
-        record = video if part is None else "{}#{:.15g}-{:.15g}".format(video, *part)
+        suffix = "" if part is None else "#{:.15g}-{:.15g}".format(*part)
+        video = question["video"]
+        if video not in files.names():  # a store's own question, such as a translated one, names the part already
+            video = video.removesuffix(suffix)
+        record = video + suffix
         if part is not None and record in files.names():
             raise UserError(f"{record}: is the name of a file and of a part of {video}: rename the file")
         named.append(question | {"video": record})

@@ -141,6 +141,9 @@ def to_translate(rows: Iterable[Row], flags: argparse.Namespace) -> tuple[list[R
             if not isinstance(row.get(field, 0), str | None):  # a prediction that could not be made is null
                 found = f"is {json.dumps(row[field])[:40]}" if field in row else "is missing"
                 raise UserError(f"{where}: field {field!r} {found}, expected text (--fields)")
+            if row.get("choices") and field in ("question", "answer"):
+                why = "the options in the question would not be those it is scored by"
+                raise UserError(f"{where}: is multiple choice ('choices'), whose {field} cannot be translated: {why}")
             if f"source_{field}" in row:
                 raise UserError(f"{where}: has 'source_{field}': it is a translation; translate the file it came from")
         if _new_id(row, flags.to) in ids:
@@ -157,7 +160,8 @@ def translated(row: Row, translations: Mapping[str, str], flags: argparse.Namesp
     language = flags.to if "question" in flags.fields else row["language"]
     texts = {field: translations.get(row[field], row[field]) for field in flags.fields}
     sources = {f"source_{field}": row[field] for field in flags.fields}
-    return {**row, "id": _new_id(row, flags.to), "language": language, **texts, **sources}
+    group = {"group": f"{row['group']}-{flags.to}"} if "group" in row else {}  # both languages may stand in one file
+    return {**row, "id": _new_id(row, flags.to), "language": language, **group, **texts, **sources}
 
 
 def estimate(texts: Iterable[str], prompt: str, to: str) -> tuple[int, int]:

@@ -151,8 +151,12 @@ def _shown(row: Row) -> Result:
     """A row's texts; "question_id" is that of the question before translations, where there were some."""
     shown = {field: row[field] for field in ("question", "answer", "prediction")}
     if any(field.startswith("source_") for field in row):
-        shown["question_id"] = re.sub(r"(?:-(?:en|zh))+$", "", row["id"])
+        shown["question_id"] = _before_translations(row["id"])
     return shown
+
+
+def _before_translations(id: str) -> str:
+    return re.sub(r"(?:-(?:en|zh))+$", "", id)
 
 
 def _ask(row: Row, result: Result, aspect: str) -> tuple[Result, Question | None]:
@@ -166,7 +170,8 @@ def _ask(row: Row, result: Result, aspect: str) -> tuple[Result, Question | None
 
 def _ask_pair(group: str, pair: Sequence[tuple[Row, Result]]) -> tuple[Result, Question | None]:
     (row, result), *others = pair
-    result = {**result, "id": group, "question_id": group, "aspect": "consistency"}
+    question_id = _before_translations(group) if "question_id" in result else group
+    result = {**result, "id": group, "question_id": question_id, "aspect": "consistency"}
     unanswered = next((one for _, one in pair if one["status"] == "unanswered"), None)
     if unanswered:
         return {**result, "status": "unanswered", "reason": unanswered["reason"]}, None

@@ -4,6 +4,7 @@ Module attributes carry the names that transformers 5 writes to disk; `CANONICAL
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -456,6 +457,7 @@ class Tokenizer:
     """The folder's own tokenizer; strings that look like special tokens are plain text."""
 
     def __init__(self, folder: str | Path):
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which no tokenizer needs
         from transformers import AutoTokenizer  # seconds to import, and only text needs it
 
         self.folder = folder

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from redvillm_jax.attention import visible
-from redvillm_jax.layers import pin_batch
+from redvillm_jax.layers import BATCH_AXES, pin_batch
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sampler import Sampling, choose
 
@@ -54,7 +55,8 @@ def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array
 
 def lay_out(prefixes: Cache, videos: jax.Array, num_slots: int) -> Cache:
     """Rows of `num_slots` that begin with prefixes, B of them; videos: (R,) int32, -1 for rows that `place` fills."""
-    return jax.tree.map(lambda x: jnp.pad(x[:, videos], ((0, 0),) * 4 + ((0, num_slots - x.shape[-1]),)), prefixes)
+    room = ((0, 0),) * 4 + ((0, num_slots - prefixes[0].shape[-1]),)
+    return jax.tree.map(lambda x: split_rows(jnp.pad(split_rows(x[:, videos]), room)), prefixes)
 
 
 def place(cache: Cache, prefixes: Cache, videos: jax.Array) -> Cache:
@@ -62,9 +64,17 @@ def place(cache: Cache, prefixes: Cache, videos: jax.Array) -> Cache:
 
     def lay(rows: jax.Array, prefixes: jax.Array) -> jax.Array:
         chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[..., : prefixes.shape[-1]])
-        return jax.lax.dynamic_update_slice_in_dim(rows, chosen, 0, axis=4)
+        return split_rows(jax.lax.dynamic_update_slice_in_dim(rows, split_rows(chosen), 0, axis=4))
 
     return jax.tree.map(lay, cache, prefixes)
+
+
+def split_rows(cache: jax.Array) -> jax.Array:
+    """Splits rows, axis 1, over the batch axes of the mesh: left to itself XLA puts all of them on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return cache
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(cache, PartitionSpec(free, BATCH_AXES, free, free, free))
 
 
 def start(

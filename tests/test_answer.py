@@ -88,6 +88,18 @@ def test_a_prefix_is_there_until_its_questions_have_it(model, files, monkeypatch
     assert model.ask(files / "a.mp4", QUESTIONS[::-1], max_new_tokens=3) == want[::-1]
 
 
+def test_rows_are_split_over_the_devices(model):
+    prompt = model.video_prompt("What?", NUM_FRAMES)
+    frames = {"frames": np.zeros((NUM_FRAMES, 32, 32, 3), np.uint8), "num_frames": np.int32(NUM_FRAMES)}
+    inference, index = model.inference, np.zeros(16, np.int32)
+    prefixes = inference.prefill({0: (frames, prompt)}, 8).cache
+    with jax.set_mesh(inference.mesh):
+        cache = inference._lay_out(prefixes, index, num_slots=64)
+        assert cache[0].sharding.shard_shape(cache[0].shape)[1] == 16 // 8
+        cache = inference._place(cache, prefixes, index)
+    assert cache[0].sharding.shard_shape(cache[0].shape)[1] == 16 // 8
+
+
 def test_a_seed_decides_what_is_drawn(model, files):
     drawn = [
         model.ask(files / "a.mp4", [QUESTIONS[0]] * 2, max_new_tokens=8, temperature=3.0, seed=seed)

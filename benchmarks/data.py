@@ -276,7 +276,8 @@ def compare_predicted_step(folder: Path, step_seconds: float, step_rows: int, ho
     for kind, make in {"frames": write_frames, "streams": write_streams}.items():
         videos = make(folder / kind, count)
         for workers in (0, 2):
-            read = batches(steps, row_fn, videos, rows_per_step=rows, num_workers=workers, host_count=hosts)
+            mine = range(rows // hosts)
+            read = batches(steps, row_fn, videos, rows_per_step=rows, rows=mine, num_workers=workers)
             examples = rate(read, steps)
             per_step = len(questions) / len(steps)
             got = examples / per_step * rows / hosts  # rows a second of this host

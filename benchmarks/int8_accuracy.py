@@ -47,17 +47,7 @@ def main(argv: list[str]) -> None:
         graphdef, weights = nnx.split(model)
         step = jax.jit(lambda weights, batch: nnx.merge(graphdef, weights).target_logits(batch, jnp.dtype(dtype)))
         logits, ids = [], []
-        rows = batches(
-            plan.steps,
-            plan.row_fn,
-            store,
-            start_step=0,
-            rows_per_step=plan.bounds.rows_per_step,
-            num_workers=0,
-            host_index=0,
-            host_count=1,
-        )
-        for batch in rows:
+        for batch in batches(plan.steps, plan.row_fn, store, rows_per_step=plan.bounds.rows_per_step):
             real = batch["target_weights"] > 0
             logits.append(np.asarray(step(weights, batch))[real])
             ids.append(batch["target_ids"][real])

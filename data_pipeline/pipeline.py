@@ -25,26 +25,24 @@ def batches(
     *,
     start_step: int = 0,
     rows_per_step: int,
+    rows: Sequence[int] | None = None,
     num_workers: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the arrays of steps[start_step:], one dict a step, of R = rows_per_step / host_count rows.
+    """Yields the arrays of steps[start_step:], one dict a step, of R = len(rows) rows.
 
+    rows: which of a step's rows 0 … rows_per_step - 1 to read, by default all.
     row_fn: a row -> its arrays, "videos" (G,) record index or -1 among them; it is pickled for the workers.
     Each array of row_fn gets a leading axis R, and there are those of `store.padded`, by row and group:
       frames      (R, G, T, H, W, 3) uint8, zeros where a video has fewer than T frames or there is none;
                   or the streams, (R, G, M, D) each.
       num_frames  (R, G) int32, 0 = no video.
-    A step with fewer rows is filled up with row_fn(()). Hosts take consecutive slices of each step's rows, so
-    that their concatenation is one host's batch; the same batches come for any number of workers. Closing the
-    generator ends the workers. Raises UserError when a worker is killed.
+    A step with fewer rows than rows_per_step is filled up with row_fn(()). What a row holds depends neither on the
+    other rows that are read nor on the number of workers. Closing the generator ends the workers. Raises UserError
+    when a worker is killed.
     """
-    if rows_per_step % host_count:
-        raise ValueError(f"{rows_per_step} rows per step do not divide over {host_count} hosts")
+    rows = range(rows_per_step) if rows is None else rows
     if (most := max(map(len, steps), default=0)) > rows_per_step:
         raise ValueError(f"a step has {most} rows, rows_per_step is {rows_per_step}")
-    rows = rows_per_step // host_count
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also when there is no app.run
     load = functools.partial(
@@ -53,11 +51,11 @@ def batches(
         row_fn=row_fn,
         store=store,
         rows=rows,
-        first_row=host_index * rows,
     )
     # One thread and one step ahead: a step of frames can take hundreds of megabytes.
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    dataset = grain.MapDataset.range(len(steps) * rows).map(load).batch(rows)[start_step:].to_iter_dataset(read)
+    dataset = grain.MapDataset.range(len(steps) * len(rows)).map(load).batch(len(rows))[start_step:]
+    dataset = dataset.to_iter_dataset(read)
     if num_workers:
         options = grain.MultiprocessingOptions(num_workers=num_workers)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
@@ -98,10 +96,9 @@ def _load(
     steps: Sequence[Step],
     row_fn: RowFn,
     store: VideoStore,
-    rows: int,
-    first_row: int,
+    rows: Sequence[int],
 ) -> dict[str, np.ndarray]:
-    """Returns one row's arrays and videos; `index` counts this host's rows over all steps."""
-    step, row = steps[index // rows], first_row + index % rows
+    """Returns one row's arrays and videos; `index` counts the rows that are read over all steps."""
+    step, row = steps[index // len(rows)], rows[index % len(rows)]
     arrays = row_fn(step[row] if row < len(step) else ())
     return {**arrays, **store.padded(arrays["videos"].tolist())}

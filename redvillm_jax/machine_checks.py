@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 import secrets
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data_pipeline.pipeline import batches
 from redvillm_jax.agreement import Failed, gather, place, same_everywhere, together
 from redvillm_jax.random_data import RandomStreams, plan_random_rows
-from redvillm_jax.sharding import AXES, make_mesh, to_global
+from redvillm_jax.sharding import AXES, local_rows, make_mesh, num_batch_shards, to_global
 
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
 MARKS = 128  # values that bfloat16 holds exactly
@@ -120,25 +121,28 @@ def check_folder(workdir: epath.Path) -> str:
 
 
 def check_data_order() -> str:
-    """All processes plan the same rows, and their slices of a step are the step."""
+    """All processes plan the same rows, and what they read of a step is, on every mesh, the step on the devices."""
     plan = plan_random_rows(range(12), batch_questions=16 * jax.device_count(), num_steps=4)
     same_everywhere("a plan of rows with hash", plan.fingerprint[:12])
-    mesh, count = make_mesh(ALL_FSDP), jax.process_count()
-    rows = -(-plan.bounds.rows_per_step // mesh.size) * mesh.size
-    read = {"store": RandomStreams(2, {"spatial": (4, 8)}), "rows_per_step": rows}
-    whole = next(batches(plan.steps, plan.row_fn, **read))
-    mine = next(batches(plan.steps, plan.row_fn, **read, host_index=jax.process_index(), host_count=count))
-    for name in whole:
-        slices = gather(digest(mine[name]))
-        wanted = [digest(part) for part in np.split(whole[name], count)]
-        if wrong := [i for i, (a, b) in enumerate(zip(slices, wanted, strict=True)) if a != b]:
-            raise Failed(f"process {wrong[0]} reads other {name} than its slice of the step")
-    ids = np.asarray(multihost_utils.process_allgather(to_global(mine, mesh)["token_ids"], tiled=True))
-    if sorted(map(bytes, ids)) != sorted(map(bytes, whole["token_ids"])):
-        raise Failed("the rows on the devices are not the rows of the step")
-    return f"{len(plan.steps)} steps of {rows} rows, hash {plan.fingerprint[:12]}: the slices of all make the whole"
+    read = functools.partial(batches, plan.steps, plan.row_fn, RandomStreams(2, {"spatial": (4, 8)}))
+    made = meshes()
+    for name, mesh in made.items():
+        parts = num_batch_shards(mesh)
+        rows = -(-plan.bounds.rows_per_step // parts) * parts
+        whole, mine = next(read(rows_per_step=rows)), local_rows(mesh, rows)
+        got = next(read(rows_per_step=rows, rows=mine))
+        ids = multihost_utils.process_allgather(to_global(got, mesh)["token_ids"], tiled=True)
+        together(functools.partial(check_rows, f"mesh {name}", whole, mine, got, ids))
+    where = " and on ".join(made)
+    return f"{len(plan.steps)} steps, hash {plan.fingerprint[:12]}: what all processes read is the step on {where}"
 
 
-def digest(array: np.ndarray) -> str:
-    """Identifies an array's contents."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+def check_rows(
+    where: str, whole: Mapping[str, np.ndarray], mine: list[int], got: Mapping[str, np.ndarray], ids: np.ndarray
+) -> None:
+    """Raises Failed unless this process got its rows `mine` of a step, and the devices have the step's token ids."""
+    for name, value in whole.items():
+        if not np.array_equal(got[name], value[mine]):
+            raise Failed(f"{where}: reads other {name} than its rows of the step")
+    if not np.array_equal(ids, whole["token_ids"]):
+        raise Failed(f"{where}: the rows on the devices are not the rows of the step")

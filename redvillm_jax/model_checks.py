@@ -26,7 +26,7 @@ from redvillm_jax.machine_checks import ALL_FSDP, meshes
 from redvillm_jax.random_data import RandomStreams, plan_random_rows, random_base
 from redvillm_jax.recipe import Training, make_encode_step, make_training
 from redvillm_jax.rows import RowPlan
-from redvillm_jax.sharding import batch_sharding, make_mesh, num_batch_shards, to_global
+from redvillm_jax.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.weights import Base, known_families
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.py"
@@ -163,13 +163,11 @@ def random_videos(base: Base, config: Mapping[str, Any]) -> RandomStreams:
     return RandomStreams(NUM_FRAMES, {k: (math.prod(v), base.config.vision_hidden_size) for k, v in layouts.items()})
 
 
-def train(
-    training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh, index: int, count: int
-) -> tuple[list[float], Any]:
-    """The losses of STEPS steps and the weights after them; this is process `index` of `count` on the mesh."""
+def train(training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh) -> tuple[list[float], Any]:
+    """The losses of STEPS steps and the weights after them."""
     shards = num_batch_shards(make_mesh(ALL_FSDP))
     rows = -(-plan.bounds.rows_per_step // shards) * shards
-    read = {"store": videos, "rows_per_step": rows, "host_index": index, "host_count": count}
+    read = {"store": videos, "rows_per_step": rows, "rows": local_rows(mesh, rows)}
     trainable, moments, losses = training.state["trainable"], training.state["optimizer"], []
     with jax.set_mesh(mesh):
         for batch in batches(plan.steps[:STEPS], plan.row_fn, **read):
@@ -186,8 +184,8 @@ def check_training() -> str:
             videos = random_videos(base, config)
             training, plan = begin(base, config, alone)
             start = jax.tree.map(np.array, training.state["trainable"])  # copies: the step takes them
-            want_losses, want = train(training, plan, videos, alone, 0, 1)
-            losses, got = train(*begin(base, config, mesh), videos, mesh, jax.process_index(), jax.process_count())
+            want_losses, want = train(training, plan, videos, alone)
+            losses, got = train(*begin(base, config, mesh), videos, mesh)
         compare = functools.partial(compare_training, (want_losses, want), (losses, got), start)
         said.append(f"{family} {together(functools.partial(compare, family))}")
     limits = f"allowed {LOSS_TOLERANCE:.0e}, and {MOVED_TOLERANCE:.0e} of the way that the weights went"

@@ -1,7 +1,7 @@
 """The device mesh and where arrays lie on it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -73,7 +73,31 @@ def num_batch_shards(mesh: Mesh) -> int:
     return extent(mesh, BATCH_AXES)
 
 
+def local_rows(mesh: Mesh, num_rows: int, devices: Iterable[jax.Device] | None = None) -> list[int]:
+    """Which of a batch's rows lie on some devices, by default on this process's, in ascending order.
+
+    Where the tensor axis crosses hosts, several processes have the same rows. They need not stand side by side, and
+    processes need not have equally many.
+    """
+    held = batch_sharding(mesh).devices_indices_map((num_rows,))
+    devices = mesh.local_devices if devices is None else devices
+    return sorted({row for device in devices for row in range(num_rows)[held[device][0]]})
+
+
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch -> arrays sharded over all hosts' devices."""
-    sharding = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    """Arrays of this process's `local_rows` of a batch -> arrays of the batch, sharded over all processes' devices."""
+    sharding, parts = batch_sharding(mesh), num_batch_shards(mesh)
+    local_parts = local_rows(mesh, parts)  # of a batch with a single row in each part
+
+    def spread(rows: np.ndarray) -> jax.Array:
+        size, rest = divmod(len(rows), len(local_parts))
+        if rest:
+            raise ValueError(f"{len(rows)} rows do not divide into this process's {len(local_parts)} parts of a batch")
+
+        def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+            first = local_parts.index(index[0].indices(size * parts)[0] // size) * size
+            return rows[first : first + size]
+
+        return jax.make_array_from_callback((size * parts, *rows.shape[1:]), sharding, rows_of)
+
+    return {name: spread(rows) for name, rows in batch.items()}

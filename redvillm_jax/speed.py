@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.packing import Step
 from redvillm_jax.flops import step_flops
+from redvillm_jax.sharding import local_rows, num_batch_shards
 from redvillm_jax.topologies import peak_flops
 
 
@@ -21,16 +22,18 @@ class Speed:
         self.matrices = matrices
         peak = peak_flops(mesh.devices.flat[0])
         self.peak = None if peak is None else peak * mesh.size
+        parts = num_batch_shards(mesh)
+        self.scale = parts / len(local_rows(mesh, parts))
         self.start_over()
 
     def start_over(self) -> None:
         self.since, self.questions, self.tokens, self.supervised = time.perf_counter(), 0, 0, 0
 
     def add(self, step: Step, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a step; of its batch this host has the rows that it reads, taken as typical of the others'."""
+        """Counts a step; of its batch this process has the rows that it reads, taken as typical of the others."""
         self.questions += sum(len(group) for row in step for _, group in row)
-        self.tokens += int((batch["group_ids"] > 0).sum()) * jax.process_count()
-        self.supervised += int((batch["target_weights"] > 0).sum()) * jax.process_count()
+        self.tokens += int((batch["group_ids"] > 0).sum()) * self.scale
+        self.supervised += int((batch["target_weights"] > 0).sum()) * self.scale
 
     def rates(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.since

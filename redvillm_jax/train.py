@@ -26,7 +26,7 @@ from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
-from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.sharding import local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.speed import Speed
 from redvillm_jax.stopping import EXIT_CODE, deferred_sigterm
 from redvillm_jax.weights import Base
@@ -46,7 +46,6 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     """
     base, store = open_inputs(config)
     mesh = make_mesh(config["mesh"], devices)
-    check_hosts(mesh)
     open_workdir(workdir, config)
 
     # Rows of all epochs, from token lengths alone.
@@ -77,9 +76,8 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
             store,
             start_step=start,
             rows_per_step=rows_per_step,
+            rows=local_rows(mesh, rows_per_step),
             num_workers=config["num_workers"],
-            host_index=jax.process_index(),
-            host_count=jax.process_count(),
         )
 
         # The loop: read, step, look, log, save.
@@ -143,16 +141,6 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
     store = open_store(config["data"])
     check_store(store, base, config)
     return base, store
-
-
-def check_hosts(mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless every process has rows of its own to read."""
-    shards, hosts = num_batch_shards(mesh), jax.process_count()
-    if shards % hosts:
-        raise UserError(
-            f"config.mesh splits a batch into {shards} parts, {hosts} processes cannot share them: "
-            "data × fsdp must be a multiple of the number of processes"
-        )
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:

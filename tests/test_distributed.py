@@ -48,10 +48,10 @@ def launch(processes: int, command: list[str], last: tuple[str, ...] = (), devic
 
 
 def start(
-    processes: int, run: Path, config: dict, mesh: tuple[int, int, int], last: tuple[str, ...] = ()
+    processes: int, run: Path, config: dict, mesh: tuple[int, int, int], last: tuple[str, ...] = (), order: str = ""
 ) -> list[subprocess.Popen]:
     """The train command with the fields of `config` that differ from the demo's, on as many devices as the mesh has."""
-    command = ["tests/train_process.py", f"{run}-rows", "--config=configs/demo.py:llava", f"--workdir={run}"]
+    command = ["tests/train_process.py", f"{run}-rows", order, "--config=configs/demo.py:llava", f"--workdir={run}"]
     for key in ("base", "data", "num_frames", "num_epochs", "batch_questions", "log_every", "checkpoint_every"):
         command.append(f"--config.{key}={config[key]}")
     command += [f"--config.row_length={config['row_length']}"]
@@ -70,14 +70,29 @@ def finish(started: list[subprocess.Popen], code: int = 0) -> list[tuple[str, st
     return ends
 
 
-def train(processes: int, run: Path, config: dict, mesh: tuple[int, int, int]) -> list[tuple[str, str]]:
-    return finish(start(processes, run, config, mesh))
+def train(
+    processes: int, run: Path, config: dict, mesh: tuple[int, int, int], order: str = ""
+) -> list[tuple[str, str]]:
+    return finish(start(processes, run, config, mesh, order=order))
+
+
+def rows_file(run: Path, process: int) -> list[str]:
+    """What tests/train_process.py wrote of the rows of one process, a line per step."""
+    return Path(f"{run}-rows-{process}").read_text().splitlines()
 
 
 def rows(run: Path, processes: int) -> list[list]:
     """The rows of each step, those of all hosts behind one another."""
-    hosts = [Path(f"{run}-rows-{i}").read_text().splitlines() for i in range(processes)]
+    hosts = [rows_file(run, i) for i in range(processes)]
     return [[row for line in step for row in ast.literal_eval(line)] for step in zip(*hosts, strict=True)]
+
+
+def assert_same_rows(some: list[list], others: list[list]) -> None:
+    """Each step's rows are the same, but that a mesh of more parts fills up with empty rows."""
+    for a, b in zip(some, others, strict=True):
+        shorter, longer = sorted((a, b), key=len)
+        assert longer[: len(shorter)] == shorter
+        assert all(videos == [-1] * len(videos) for videos, _ in longer[len(shorter) :])
 
 
 def assert_close(a: Path, b: Path) -> None:
@@ -116,23 +131,24 @@ def one(tmp_path_factory, config) -> Path:
     return run
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((4, (2, 2, 1)), (2, (1, 2, 2)))]
-
-
-@pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 2, 1)), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(2, (2, 2, 1)), (4, (2, 2, 1)), (2, (1, 2, 2))])
 def test_several_processes_train_as_one(processes, mesh, tmp_path, config, one):
     (out, _), *others = train(processes, tmp_path / "many", config, mesh)
     assert "trained: " in out and not any("trained" in out or "videos" in out for out, _ in others)
-    few, many = rows(one, 1), rows(tmp_path / "many", processes)
-    assert len(many) == len(losses(one)) == 36
-    for a, b in zip(few, many, strict=True):  # a mesh of more parts fills up with empty rows
-        shorter, longer = sorted((a, b), key=len)
-        assert longer[: len(shorter)] == shorter and all(
-            videos == [-1] * len(videos) for videos, _ in longer[len(shorter) :]
-        )
+    assert len(losses(one)) == 36
+    assert_same_rows(rows(one, 1), rows(tmp_path / "many", processes))
     assert_close(one, tmp_path / "many")
     start_of = [(run / "first_batch.txt").read_text()[:200] for run in (one, tmp_path / "many")]
     assert start_of[0] == start_of[1]
+
+
+def test_a_tensor_axis_across_processes_trains_as_one(tmp_path, config, one):
+    """Each part of a batch lies on a device of both processes, so both read all of its rows."""
+    train(2, tmp_path / "many", config, (1, 2, 2), order="0,2,1,3")
+    for i in range(2):
+        assert_same_rows(rows(one, 1), [ast.literal_eval(line) for line in rows_file(tmp_path / "many", i)])
+    assert_close(one, tmp_path / "many")
 
 
 @pytest.mark.slow
@@ -157,6 +173,7 @@ def test_sigterm_to_one_process_saves_in_all_and_another_mesh_goes_on(tmp_path, 
     started[1].send_signal(signal.SIGTERM)
     (out, _), _ = finish(started, code=143)
     step = int(re.search(r"trained to step (\d+) of 36, stopped by SIGTERM", out)[1])
+    assert_same_rows(rows(one, 1)[:step], rows(run, 2)[:step])
     assert 3 < step < 36 and [p.name for p in (run / "checkpoints").iterdir()] == [str(step)]
     out, _ = train(1, run, config, (2, 2, 1))[0]
     assert f"continuing after step {step}" in out

@@ -1,0 +1,40 @@
+"""Every mesh of every TPU slice that `plan` knows, on described devices: none of them is needed."""
+
+import pytest
+
+from redvillm_jax.sharding import AXES, batch_sharding, local_rows, make_mesh, num_batch_shards
+from redvillm_jax.topologies import NAMES, tpu_devices
+
+ROWS = 2  # on each device
+
+
+def shapes(count: int) -> list[tuple[int, int, int]]:
+    """All (data, fsdp, tensor) that multiply to a power of two."""
+    sizes = [2**i for i in range(count.bit_length())]
+    return [(count // (fsdp * tensor), fsdp, tensor) for tensor in sizes for fsdp in sizes if fsdp * tensor <= count]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_process_reads_the_rows_of_its_devices(name):
+    devices = tpu_devices(name)
+    for shape in shapes(len(devices)):
+        try:
+            mesh = make_mesh(dict(zip(AXES, shape, strict=True)), devices)
+        except NotImplementedError:
+            continue
+        assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(devices)
+        rows = ROWS * num_batch_shards(mesh)
+        held = batch_sharding(mesh).devices_indices_map((rows,))
+        parts = mesh.devices.reshape(-1, shape[2])  # (parts of a batch, copies)
+        all_read = set()
+        for process in {device.process_index for device in devices}:
+            own = [device for device in devices if device.process_index == process]
+            read = local_rows(mesh, rows, own)
+            mine = [part for part, copies in enumerate(parts) if any(device in own for device in copies)]
+            assert read == [ROWS * part + i for part in mine for i in range(ROWS)], (shape, process)
+            for device in own:  # `to_global` takes them by the place of a part among those of the process
+                part = held[device][0].indices(rows)[0] // ROWS
+                first = ROWS * mine.index(part)
+                assert read[first : first + ROWS] == list(range(rows)[held[device][0]])
+            all_read |= set(read)
+        assert all_read == set(range(rows))

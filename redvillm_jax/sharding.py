@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipeline.errors import UserError
@@ -16,7 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A ("data", "fsdp", "tensor") mesh over the devices; one size may be -1 for what the others leave.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Raises UserError when the sizes do not multiply to the number of devices, and for TPUs of several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [sizes[axis] for axis in AXES]
@@ -29,7 +30,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh ({wanted}) does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}, "
             "and one of them may be -1 for the rest"
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
+        raise UserError(f"the devices belong to {len(slices)} TPU slices, expected one: start a run on each alone")
+    # jax.make_mesh splits an axis of the torus over two axes of the mesh on v5e alone, and refuses it elsewhere.
+    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def weight_sharding(

@@ -1,7 +1,10 @@
 """Every mesh of every TPU slice that `plan` knows, on described devices: none of them is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from data_pipeline.errors import UserError
 from redvillm_jax.sharding import AXES, batch_sharding, local_rows, make_mesh, num_batch_shards
 from redvillm_jax.topologies import NAMES, tpu_devices
 
@@ -18,10 +21,7 @@ def shapes(count: int) -> list[tuple[int, int, int]]:
 def test_every_process_reads_the_rows_of_its_devices(name):
     devices = tpu_devices(name)
     for shape in shapes(len(devices)):
-        try:
-            mesh = make_mesh(dict(zip(AXES, shape, strict=True)), devices)
-        except NotImplementedError:
-            continue
+        mesh = make_mesh(dict(zip(AXES, shape, strict=True)), devices)
         assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(devices)
         rows = ROWS * num_batch_shards(mesh)
         held = batch_sharding(mesh).devices_indices_map((rows,))
@@ -38,3 +38,9 @@ def test_every_process_reads_the_rows_of_its_devices(name):
                 assert read[first : first + ROWS] == list(range(rows)[held[device][0]])
             all_read |= set(read)
         assert all_read == set(range(rows))
+
+
+def test_chips_of_two_slices_are_refused():
+    chips = [SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match="belong to 2 TPU slices, expected one"):
+        make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, chips)

@@ -39,6 +39,7 @@ from redvillm_jax.distributed import command, is_first
 from redvillm_jax.inference import Arrays, Generation
 from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt
+from redvillm_jax.shared_folder import require_shared
 
 FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),
@@ -68,6 +69,8 @@ def main(argv: list[str]) -> int:
     rows = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
     if not rows and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
+    if rows:
+        require_shared("--output", as_path(flags["output"]).parent)
     opening = {name: flags[name] for name in ("base", "config", "dtype")}
     assistant = load(flags["model"], tensor=tensor, **opening)
     if rows:

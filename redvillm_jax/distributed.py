@@ -5,6 +5,7 @@ that is killed is missed after SILENCE_SECONDS. Either way each prints one line 
 """
 
 import atexit
+import math
 import os
 import socket
 import subprocess
@@ -21,12 +22,14 @@ from jax._src import distributed as jax_distributed  # its key-value store has n
 from jax.experimental import multihost_utils
 
 from data_pipeline.errors import UserError, run
+from redvillm_jax import stopping
 
 PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 WAIT_SECONDS = 300  # for the other processes at start-up
 SILENCE_SECONDS = 60  # without a sign of life from a process, before the others give up
 NEWS = "redvillm_jax/ended"
+SIGTERM_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's preemption service says so to all
 STDERR = 2  # the file descriptor that jax's C++ code writes to
 
 
@@ -142,15 +145,29 @@ def explain_aborts() -> Callable[[], None]:
 
 
 def listen(over: threading.Event) -> None:
-    """Until `over`, looks for another process's last words, repeats them and ends this process with its exit code."""
+    """Until `over`, looks for another process's last words, repeats them and ends this process with its exit code.
+
+    It also ends a process that goes on for `stopping.STOP_SECONDS` after SIGTERM has come to one that would save.
+    """
+    deadline = math.inf
     while not over.wait(1):
-        try:
-            code, words = jax_distributed.global_state.client.key_value_try_get(NEWS).split(" ", 1)
-        except jax.errors.JaxRuntimeError:  # nothing is said, or process 0 is gone, which `verdict.py` explains
-            continue
-        if not words.startswith(me()):
+        code, _, words = look_up(NEWS).partition(" ")
+        if words and not words.startswith(me()):
             print(f"error: {words}", file=sys.stderr, flush=True)
             os._exit(int(code))
+        if deadline == math.inf and look_up(SIGTERM_NOTICE):
+            deadline = time.monotonic() + stopping.STOP_SECONDS
+        if time.monotonic() > deadline:
+            print(f"error: {stopping.unsaved()}", file=sys.stderr, flush=True)
+            leave(stopping.UNSAVED_CODE, stopping.unsaved())
+
+
+def look_up(key: str) -> str:
+    """What a process has said to all under a name; "" if nothing, or if process 0, which keeps it, is gone."""
+    try:
+        return jax_distributed.global_state.client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:  # `verdict.py` explains the end of process 0
+        return ""
 
 
 def leave(code: int, reason: str) -> NoReturn:

@@ -26,6 +26,7 @@ from redvillm_jax.distributed import command, is_first, wait_for_all
 from redvillm_jax.inputs import check_store, open_config_base, stream_settings
 from redvillm_jax.recipe import make_encode_step
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.shared_folder import require_shared
 
 OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
     if frames.meta["kind"] != "frames":
         raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
     check_store(frames, base, config)
+    require_shared("--out", flags["out"])
     mesh = make_mesh(config["mesh"], jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)

@@ -27,6 +27,7 @@ from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.inference import Arrays
 from redvillm_jax.inputs import check_store, needed_parts, open_model
 from redvillm_jax.prompts import Prompt
+from redvillm_jax.shared_folder import require_shared
 
 FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     check_store(store, opened.base, opened.config)
     rows = questions(store, flags["benchmark"], flags["language"])
     out = as_path(flags["out"])
+    require_shared("--out", out)
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
     if (summary := finished(out, settings)) is not None:

@@ -1,21 +1,19 @@
-"""Checks of a machine or a pod: its devices, what they exchange, the folder that all processes share, their data."""
+"""Checks of a machine or a pod: its devices, what they exchange, and the data that they read."""
 
 import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import platform
-import secrets
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipeline.pipeline import batches
-from redvillm_jax.agreement import Failed, gather, place, same_everywhere, together
+from redvillm_jax.agreement import Failed, place, same_everywhere, together
 from redvillm_jax.random_data import RandomStreams, plan_random_rows
 from redvillm_jax.sharding import AXES, local_rows, make_mesh, num_batch_shards, to_global
 
@@ -81,43 +79,6 @@ def check_exact(name: str, result: jax.Array, want: np.ndarray) -> None:
     for shard in result.addressable_shards:
         if not (np.asarray(shard.data[0], np.float64) == want).all():
             raise Failed(f"{name} is wrong on device {shard.device.id}")
-
-
-def check_folder(workdir: epath.Path) -> str:
-    """Every process can write, read, rename, list and delete below `workdir`, and sees what the others wrote."""
-    folder = workdir / f"selfcheck-{gather(secrets.token_hex(4))[0]}"
-    mine, count = jax.process_index(), jax.process_count()
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{mine}.tmp"
-        temporary.write_text(f"{folder.name} {mine}")
-        temporary.replace(folder / f"{mine}.txt")
-
-    def read() -> None:
-        listed = sorted(path.name for path in folder.iterdir())
-        for process in range(count):
-            if f"{process}.txt" not in listed:
-                raise Failed(
-                    f"{workdir} lacks what process {process} wrote: it must be one folder that all processes see"
-                )
-            if (folder / f"{process}.txt").read_text() != f"{folder.name} {process}":
-                raise Failed(f"{folder}/{process}.txt reads back differently")
-        if len(listed) != count:
-            raise Failed(f"{folder} holds {', '.join(listed)}: renaming left something behind")
-
-    def delete() -> None:
-        (folder / f"{mine}.txt").unlink()
-        if (folder / f"{mine}.txt").exists():
-            raise Failed(f"{folder}/{mine}.txt is still there after deletion")
-
-    try:
-        for part in (write, read, delete):
-            together(part)
-    finally:
-        with contextlib.suppress(Exception):  # what went wrong has been said
-            folder.rmtree(missing_ok=True)
-    return f"{workdir}: {count} process(es) wrote, read, renamed, listed and deleted"
 
 
 def check_data_order() -> str:

@@ -27,6 +27,7 @@ from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
 from redvillm_jax.sharding import local_rows, make_mesh, num_batch_shards, to_global
+from redvillm_jax.shared_folder import require_shared
 from redvillm_jax.speed import Speed
 from redvillm_jax.stopping import EXIT_CODE, deferred_sigterm
 from redvillm_jax.weights import Base
@@ -47,6 +48,7 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     base, store = open_inputs(config)
     mesh = make_mesh(config["mesh"], devices)
     open_workdir(workdir, config)
+    require_shared("--workdir", workdir)
 
     # Rows of all epochs, from token lengths alone.
     tokenizer = base.module.Tokenizer(base.path)

@@ -201,6 +201,44 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(tmp_path, config, 
     assert re.match(r"error: process 1 of 2 on \S+ has ended: .*this command says 1.0", ends[0][1].splitlines()[-1])
 
 
+def test_processes_with_folders_of_their_own_are_refused_before_the_first_step(tmp_path, config):
+    ends = finish(start(2, tmp_path / "a", config, (1, 2, 1), last=(f"--workdir={tmp_path}/b",)), code=2)
+    said = (
+        rf"error: --workdir: process 0: {tmp_path}/a lacks what process 1 wrote: it must be one folder that all .*gs://"
+    )
+    assert re.match(said, ends[0][1].splitlines()[-1]), ends[0][1]
+    assert all(err.splitlines()[-1].startswith("error: ") for _, err in ends), ends
+    assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+
+
+HANGING = """
+import ctypes, os, signal, threading
+import jax
+from redvillm_jax import distributed, stopping
+
+stopping.STOP_SECONDS = 2
+
+def main(argv):
+    with stopping.deferred_sigterm():
+        if jax.process_index() == jax.process_count() - 1:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):  # the second time for ever, and no handler of Python's runs
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+distributed.command(main, saves_when_stopped=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_hangs_does_not_put_off_sigterm_for_ever(processes):
+    for _, err in finish(launch(processes, ["-c", HANGING], devices=processes), code=1):
+        assert re.search("^error: .*SIGTERM came 2 seconds ago and a step or a save has still not ended", err, re.M), (
+            err
+        )
+        assert err.count("error: ") == 1
+
+
 def test_processes_share_the_shards_of_a_store(tmp_path, config):
     command = ["tests/encode_process.py", "--config=configs/demo.py:llava", f"--config.base={config['base']}"]
     command += [f"--config.num_frames={config['num_frames']}", f"--data={config['data']}", "--batch_size=2"]

@@ -160,7 +160,11 @@ def failing(capsys, arguments: list[str] = ()) -> dict[str, str]:
 def test_a_folder_that_cannot_be_written(tmp_path, light, capsys):
     (tmp_path / "file").touch()
     bad = failing(capsys, [f"--workdir={tmp_path}/file"])
-    assert set(bad) == {"folder", "checkpoints"} and "Error" in bad["folder"] and bad["checkpoints"] == "needs folder"
+    assert (
+        set(bad) == {"folder", "checkpoints"}
+        and "cannot be made" in bad["folder"]
+        and bad["checkpoints"] == "needs folder"
+    )
 
 
 def test_a_rename_that_leaves_the_old_file(light, capsys, monkeypatch):
@@ -309,7 +313,7 @@ def test_a_checkpoint_with_one_other_number(capsys, monkeypatch, tmp_path):
         leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].add(1)
         return step, jax.tree.unflatten(tree, leaves)
 
-    check = {"checkpoints": lambda: model_checks.check_checkpoints(machine_checks.epath.Path(tmp_path))}
+    check = {"checkpoints": lambda: model_checks.check_checkpoints(model_checks.epath.Path(tmp_path))}
     assert selfcheck.run_checks(check) == 0
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(checkpoint, "restore", restore)

@@ -107,6 +107,19 @@ def lay_out(
     return RowPlan(instructions, steps, row_fn, bounds, slots_per_row, fingerprint)
 
 
+def supervised_tokens(plan: RowPlan) -> list[int]:
+    """How many supervised tokens a step's loss is the mean of, for each step.
+
+    Those that stand before a video count once for each of its questions.
+    """
+    prefixes = [int(prefix.supervised[1:].sum()) for prefix in plan.row_fn.keywords["prefixes"]]
+    questions = [int(question.supervised.sum()) for question in plan.row_fn.keywords["questions"]]
+    return [
+        sum(len(asked) * prefixes[video] + sum(questions[q] for q in asked) for row in step for video, asked in row)
+        for step in plan.steps
+    ]
+
+
 def in_language(store: VideoStore, language: str) -> list[dict[str, Any]]:
     """The store's questions in a language, "" for all. Raises UserError if there are none."""
     chosen = [row for row in store.instructions if language in ("", row["language"])]

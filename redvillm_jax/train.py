@@ -1,10 +1,11 @@
 """Trains the projectors of a video LLM: python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN."""
 
+import collections
 import contextlib
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from redvillm_jax.inputs import check_store, needed_parts, open_config_base
 from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
-from redvillm_jax.rows import plan_rows, show_rows
+from redvillm_jax.rows import plan_rows, show_rows, supervised_tokens
 from redvillm_jax.sharding import local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.shared_folder import require_shared
 from redvillm_jax.speed import Speed
@@ -88,6 +89,8 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
         last_good = functools.partial(checkpoint.newest, checkpoints)
         name_row = functools.partial(in_words, videos=store.videos, instructions=plan.instructions)
         done, unseen, stopped = start, [], False
+        tokens = supervised_tokens(plan)
+        recent = collections.deque(maxlen=config["log_every"])  # (loss, tokens) of the last steps
         with (
             deferred_sigterm() as asked_to_stop,
             contextlib.closing(make_batches),
@@ -110,8 +113,9 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
                 if log or keep:
                     seen, unseen = jax.device_get(unseen), []  # waits for the steps
                     check_steps(seen, steps, done - len(seen), base.config.vocab_size, name_row, last_good)
+                    recent.extend(zip((float(x["loss"]) for x in seen), tokens[done - len(seen) : done], strict=True))
                 if log and first:
-                    values = {name: float(seen[-1][name]) for name in ("loss", "grad_norm")}
+                    values = {"loss": token_mean(recent), "grad_norm": float(seen[-1]["grad_norm"])}
                     rates = speed.rates()
                     rate = float(learning_rate(done - 1))
                     metrics.write({"step": done, **values, "learning_rate": rate, **rates})
@@ -173,6 +177,14 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
     """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
     return open_lines(path, [line for line in read_lines(path) if line["step"] <= last_step])
+
+
+def token_mean(steps: Collection[tuple[float, int]]) -> float:
+    """The mean loss of some steps, each (its loss, its supervised tokens), over all their supervised tokens.
+
+    It is the loss of one step with all their questions. The last step of an epoch may have a single question.
+    """
+    return sum(loss * tokens for loss, tokens in steps) / sum(tokens for _, tokens in steps)
 
 
 def round_up(number: int, multiple: int) -> int:

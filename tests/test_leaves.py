@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError, run
+from data_pipeline.packing import Prefix, Question
 from redvillm_jax.attention import visible
 from redvillm_jax.layers import attention
-from redvillm_jax.rows import check_round_trip, show_rows, tokenize
+from redvillm_jax.rows import check_round_trip, lay_out, show_rows, supervised_tokens, tokenize
 from redvillm_jax.sharding import make_mesh, weight_sharding
 from redvillm_jax.train import open_metrics
 from redvillm_jax.weights import load_base_module, open_base
@@ -89,6 +90,15 @@ def test_metrics_of_steps_that_run_again_are_dropped(tmp_path):
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 1.5},
     ]
+
+
+def test_the_tokens_of_a_step_are_those_that_its_rows_weigh():
+    prefix = Prefix(np.array([1, 9, 2]), np.array([-1, 0, -1]), np.array([False, False, True]))
+    questions = [Question(np.full(n, n), np.arange(n) > 1) for n in (4, 3, 6)]
+    steps = [(((0, (0, 2)),), ((1, (1,)),)), (((1, (2,)),),)]
+    plan = lay_out(steps, [prefix, prefix], questions, [], 1, None)
+    weights = [sum(plan.row_fn(row)["target_weights"].sum() for row in step) for step in steps]
+    assert supervised_tokens(plan) == weights == [2 + 2 + 4 + 1 + 1, 1 + 4]
 
 
 class Lossy:

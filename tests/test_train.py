@@ -229,7 +229,8 @@ def test_mfu_is_logged_where_the_peak_is_known(tmp_path, bases, stores, monkeypa
         assert least < line["mfu"] < 1.5 * least
 
 
-def test_random_modules_workers_and_several_epochs(tmp_path, bases, stores):
+def test_random_modules_workers_and_several_epochs(tmp_path, bases, stores, monkeypatch):
+    batches, steps = recorded(monkeypatch)
     changes = {"temporal_init": "random", "extra_mlp": True, "num_workers": 1, "num_epochs": 2, "log_every": 5}
     train.train(make_config("llava", bases["llava"], stores["llava"], **changes), tmp_path)
     end = leaves(tmp_path)
@@ -239,8 +240,26 @@ def test_random_modules_workers_and_several_epochs(tmp_path, bases, stores):
         "extra_mlp_spatial",
         "extra_mlp_temporal",
     }
-    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [5, 10, 15, 18]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 18]
+    tokens = [float(batch["target_weights"].sum()) for batch in batches]
+    assert len(set(tokens)) > 1, "every step weighs the same"
+    for line in lines:  # the mean over the supervised tokens of the last five steps
+        last = slice(line["step"] - 5, line["step"])
+        assert line["loss"] == pytest.approx(np.average(steps[last], weights=tokens[last]), rel=1e-9)
+
+
+def recorded(monkeypatch) -> tuple[list[dict], list[float]]:
+    """The batches that train reads and the loss of each step, in lists that fill while it runs."""
+    batches, steps, to_global, check_steps = [], [], train.to_global, train.check_steps
+    monkeypatch.setattr(train, "to_global", lambda batch, mesh: batches.append(batch) or to_global(batch, mesh))
+
+    def look(values, *rest):
+        steps.extend(float(value["loss"]) for value in values)
+        check_steps(values, *rest)
+
+    monkeypatch.setattr(train, "check_steps", look)
+    return batches, steps
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path, bases, stores):

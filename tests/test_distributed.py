@@ -20,7 +20,7 @@ from test_train import leaves, losses, make_config
 
 from data_pipeline.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax import distributed
+from redvillm_jax import answer, distributed, encode, evaluate
 from redvillm_jax.verdict import verdict
 
 ROOT = Path(__file__).parents[1]
@@ -209,6 +209,25 @@ def test_processes_with_folders_of_their_own_are_refused_before_the_first_step(t
     assert re.match(said, ends[0][1].splitlines()[-1]), ends[0][1]
     assert all(err.splitlines()[-1].startswith("error: ") for _, err in ends), ends
     assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+
+
+def test_the_other_commands_of_several_processes_look_at_their_folders_first(tmp_path, config, monkeypatch):
+    (tmp_path / "questions.jsonl").write_text('{"video": "a.mp4", "question": "What?"}\n')
+    settings = ["--config=configs/demo.py:llava", f"--config.num_frames={config['num_frames']}"]
+    model, data, out = f"--model={config['base']}", f"--data={config['data']}", tmp_path / "new"
+    answers = [f"--input={tmp_path}/questions.jsonl", f"--output={out}/answers.jsonl"]
+    for command, arguments in (
+        (encode, [*settings, f"--config.base={config['base']}", data, f"--out={out}"]),
+        (evaluate, [*settings, model, data, f"--out={out}"]),
+        (answer, [*settings, model, *answers]),
+    ):
+
+        def refuse(flag, folder):
+            raise UserError(f"{flag} is {folder}")
+
+        monkeypatch.setattr(command, "require_shared", refuse)
+        with pytest.raises(UserError, match=rf"^--out(put)? is {out}$"):
+            command.main(arguments)
 
 
 HANGING = """

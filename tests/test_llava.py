@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 from redvillm_jax.bases import llava
-from redvillm_jax.weights import abstract_part, canonical_name, expected_tensors
+from redvillm_jax.weights import abstract_part, canonical_name, expected_tensors, name_table
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 
@@ -50,10 +50,10 @@ def logits_of(llm: llava.LLM, embeds: jax.Array, attention_mask: np.ndarray | No
 
 def with_images(llm: llava.LLM, ids: np.ndarray, image_token: int, tokens: jax.Array) -> jax.Array:
     """Embeddings of ids (B, S) whose image tokens are replaced by visual tokens (B, N, K), in order."""
-    embeds = np.array(llm.embed(jnp.asarray(ids), jnp.float32))
+    embeds = llm.embed(jnp.asarray(ids), jnp.float32)
     for row, row_ids in enumerate(ids):
-        embeds[row, row_ids == image_token] = tokens[row]
-    return jnp.asarray(embeds)
+        embeds = embeds.at[row, np.flatnonzero(row_ids == image_token)].set(tokens[row])
+    return embeds
 
 
 def loss_of(logits: jax.Array, labels: np.ndarray) -> jax.Array:
@@ -225,16 +225,35 @@ def test_transformers_llava_built_here(text):
         want_features = tower.hidden_states[-2][:, 1:]
         want_tokens = model.model.multi_modal_projector(want_features)
         inputs = {"input_ids": torch.from_numpy(ids), "pixel_values": torch.from_numpy(pixels)}
-        want_logits = model(**inputs).logits
         generated = model.generate(
             **{name: value[:1] for name, value in inputs.items()}, max_new_tokens=8, do_sample=False, eos_token_id=None
         )
+    labels = np.where(np.arange(20) < 16, -100, ids)
+    want = model(**inputs, labels=torch.from_numpy(labels))
+    want.loss.backward()
     features = encoder(jnp.asarray(pixels).transpose(0, 2, 3, 1))
     np.testing.assert_allclose(features, want_features, atol=1e-4)
     tokens = project(projector, features)
     np.testing.assert_allclose(tokens, want_tokens, atol=1e-4)
     embeds = with_images(llm, ids, 95, tokens)
-    np.testing.assert_allclose(logits_of(llm, embeds), want_logits, atol=1e-4)
+    np.testing.assert_allclose(logits_of(llm, embeds), want.logits.detach(), atol=1e-4)
+
+    graphdef, weights = nnx.split(projector)
+
+    def loss(weights: nnx.State) -> jax.Array:
+        images = project(nnx.merge(graphdef, weights), features)
+        return loss_of(logits_of(llm, with_images(llm, ids, 95, images)), labels)
+
+    value, gradients = jax.value_and_grad(loss)(weights)
+    np.testing.assert_allclose(value, want.loss.detach(), atol=1e-4)
+    published = dict(model.named_parameters())
+    table = ParityTable("transformers_llava")
+    for name, leaf in name_table(projector, llava.PREFIX["projector"]).items():
+        wanted = next(p for key, p in published.items() if canonical_name(llava, key) == name)
+        table.add_gradient(name, dict(nnx.to_flat_state(gradients))[leaf.path][...], wanted.grad)
+    assert len(table.rows) == 4
+    table.check()
+
     want_ids = generated[0, -8:].tolist()
     assert len(set(want_ids)) > 1  # not one id over and over
     assert greedy(llm, embeds[:1], ids[0, -1], 8)[0][0].tolist() == want_ids

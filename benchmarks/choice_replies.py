@@ -1,0 +1,46 @@
+"""How many replies to multiple choice are read rightly, wrongly and not at all: tests/choice_replies.jsonl.
+
+  python benchmarks/choice_replies.py --show=dev
+
+Tune the rules on "dev" alone; "test" is for reporting, and --show never prints it.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+from redvillm_jax.evaluation.choices import chosen
+
+FILE = Path(__file__).parents[1] / "tests" / "choice_replies.jsonl"
+COUNTS = ("read", "unread", "misread", "none", "invented")
+
+
+def outcome(reads: str | None, found: str | None) -> str:
+    """What became of a reply: a choice that is read, unread or misread; none, which stays none or is invented."""
+    if reads is None:
+        return "none" if found is None else "invented"
+    return "read" if found == reads else "unread" if found is None else "misread"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", choices=("dev",), help="print what is not read rightly")
+    show = parser.parse_args().show
+    counts: dict[str, Counter] = {}
+    for line in FILE.read_text(encoding="utf-8").splitlines():
+        group = json.loads(line)
+        for reply in group["replies"]:
+            found = chosen(reply, group["choices"])
+            what = outcome(group["reads"], found)
+            for name in (group["split"], f"{group['split']}: {group['form']}"):
+                counts.setdefault(name, Counter())[what] += 1
+            if group["split"] == show and what not in ("read", "none"):
+                print(f"{what:9}{group['form']}: {reply!r} is {group['reads']}, found {found}; {group['choices']}")
+    print(f"{'':48}" + "".join(f"{name:>10}" for name in (*COUNTS, "of")))
+    for name, found in sorted(counts.items()):
+        print(f"{name:48}" + "".join(f"{n:>10}" for n in (*(found[what] for what in COUNTS), found.total())))
+
+
+if __name__ == "__main__":
+    main()

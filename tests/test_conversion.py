@@ -21,6 +21,7 @@ from conversion.to_torch import METHOD, to_torch
 from data_pipeline.errors import UserError
 from redvillm_jax import checkpoint, inputs
 from redvillm_jax.bases import llava
+from redvillm_jax.demo_tokenizers import write_llama_tokenizer
 from redvillm_jax.video import red_villm
 from redvillm_jax.weights import (
     canonical_name,
@@ -55,7 +56,12 @@ def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]
 
 
 TINY = dataclasses.replace(
-    llava.SIZES["tiny"], vision_hidden_size=32, vision_intermediate_size=64, hidden_size=16, intermediate_size=24
+    llava.SIZES["tiny"],
+    vision_hidden_size=32,
+    vision_intermediate_size=64,
+    vocab_size=592,
+    hidden_size=16,
+    intermediate_size=24,
 )
 
 
@@ -96,6 +102,7 @@ def clip_config(config: llava.Config) -> dict:
 
 def original_config(config: llava.Config) -> dict:
     own = {"mm_hidden_size": config.vision_hidden_size, "mm_projector_type": config.projector, "system_prompt": ""}
+    own |= {"image_aspect_ratio": "square" if config.projector == "linear" else "pad"}
     return hf_config(config)["text_config"] | own | {"model_type": "llava_llama"}
 
 
@@ -113,10 +120,10 @@ def original_name(name: str) -> str:
 
 
 def write(folder: Path, config: dict, files: dict[str, dict[str, torch.Tensor]]) -> Path:
-    """A published folder: config.json, a tokenizer file, weights; several files get an index."""
+    """A published folder: config.json, a tokenizer, weights; several files get an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(b"\x00\x01tokens")
+    write_llama_tokenizer(folder)
     (folder / "modeling_x.py").write_text("raise SystemExit")
     for name, tensors in files.items():
         (save_file if name.endswith(".safetensors") else torch.save)(tensors, folder / name)
@@ -155,7 +162,7 @@ def write_v15(folder: Path, *, old_format: bool = False, own_projector: bool = F
     """Original LLaVA v1.5 in bf16 with its vision tower, in one .bin file or with its projector apart."""
     tensors = {original_name(name): t for name, t in random_tensors(TINY, torch.bfloat16).items()}
     projector = {name: tensors.pop(name) for name in list(tensors) if own_projector and "mm_projector" in name}
-    write(folder, original_config(TINY) | {"vision_config": clip_config(TINY)}, {"pytorch_model.bin": tensors})
+    write(folder, original_config(TINY), {"pytorch_model.bin": tensors})
     (folder / "vision").mkdir()
     (folder / "vision" / "config.json").write_text(json.dumps(clip_config(TINY)))
     config = json.loads((folder / "config.json").read_text())
@@ -170,9 +177,9 @@ def write_v15(folder: Path, *, old_format: bool = False, own_projector: bool = F
 # ---- there and back
 
 
-def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = None) -> dict:
+def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = None, **options) -> dict:
     """Converts there and back, compares every bit, converts the export once more; returns base.json."""
-    meta = from_torch(family, source, tmp_path / "base", vision)
+    meta = from_torch(family, source, tmp_path / "base", vision, **options)
     to_torch(tmp_path / "base", tmp_path / "export", full=True)
     assert_same_bits(load_published(tmp_path / "export"), load_published(source))
     config = json.loads((source / "config.json").read_text())
@@ -181,7 +188,7 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
     if (tmp_path / "export" / "vision").is_dir():
         config["mm_vision_tower"] = "vision"
     assert json.loads((tmp_path / "export" / "config.json").read_text()) == config
-    again = from_torch(family, tmp_path / "export", tmp_path / "again")
+    again = from_torch(family, tmp_path / "export", tmp_path / "again", **options)
     assert again["fingerprint"] == meta["fingerprint"]
     return meta
 
@@ -191,7 +198,7 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
     [
         ("llava", "llava_tiny/hf", None, 563_072),
         ("llava", "llava_tiny/hf4", None, 563_072),
-        ("llava", "llava_tiny/orig_v15", None, 563_072),
+        ("llava", "llava_tiny/orig_v15", "llava_tiny/clip", 563_072),
         ("llava", "llava_tiny/orig_v1", "llava_tiny/clip", 546_560),
         ("llava", "llava_tiny/orig_v1_fp16", "llava_tiny/clip", 546_560),
         ("qwen_vl", "qwen_vl_tiny/ckpt", None, 1_639_286),
@@ -201,15 +208,16 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
 def test_reference_forms_round_trip(family, form, vision, parameters, tmp_path):
     if not REFERENCE.is_dir():
         pytest.skip("needs the reference checkpoints in ../shared")
-    meta = round_trip(family, REFERENCE / form, tmp_path, REFERENCE / vision if vision else None)
+    clip = REFERENCE / vision if vision else None
+    meta = round_trip(family, REFERENCE / form, tmp_path, clip, tokenizer=False)  # they come without one
     assert meta["parameters"] == parameters
 
 
 def test_reference_forms_of_one_model_share_their_fingerprint(tmp_path):
     if not REFERENCE.is_dir():
         pytest.skip("needs the reference checkpoints in ../shared")
-    forms = ("hf", "hf4", "orig_v15")
-    metas = [from_torch("llava", REFERENCE / "llava_tiny" / form, tmp_path / form) for form in forms]
+    folder, clips = REFERENCE / "llava_tiny", {"hf": None, "hf4": None, "orig_v15": REFERENCE / "llava_tiny" / "clip"}
+    metas = [from_torch("llava", folder / f, tmp_path / f, clip, tokenizer=False) for f, clip in clips.items()]
     assert len({meta["fingerprint"] for meta in metas}) == 1
 
 
@@ -217,7 +225,8 @@ def test_reference_forms_of_one_model_share_their_fingerprint(tmp_path):
 def test_safetensors_round_trip(dtype, tmp_path):
     meta = round_trip("llava", write_hf(tmp_path / "hf", dtype=dtype), tmp_path)
     assert meta["dtypes"] == {str(dtype).removeprefix("torch."): meta["tensors"]}
-    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == b"\x00\x01tokens"
+    name = "tokenizer.json"
+    assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert not (tmp_path / "export" / "modeling_x.py").exists()
 
 
@@ -230,11 +239,12 @@ def test_v1_with_a_complete_clip_round_trips(tmp_path):
     assert base.tensors["logit_scale"].get_dtype() == "F32"
 
 
-def test_v1_finds_the_clip_that_its_config_names(tmp_path):
+def test_the_clip_that_a_config_names_is_not_opened_as_a_path(tmp_path):
     source, _ = write_v1(tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "../clip"}))
-    assert from_torch("llava", source, tmp_path / "base")["vision_source"] == str((tmp_path / "clip").resolve())
+    with pytest.raises(UserError, match=r'mm_vision_tower is "\.\./clip", supported: .* given by --vision'):
+        from_torch("llava", source, tmp_path / "base")
 
 
 @pytest.mark.parametrize("options", [{}, {"old_format": True}, {"own_projector": True}])
@@ -248,6 +258,7 @@ def test_what_transformers_saves_round_trips_and_opens_there_again(tmp_path):
     config = LlavaConfig(image_token_index=500, **{k: hf_config(TINY)[k] for k in ("text_config", "vision_config")})
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    write_llama_tokenizer(tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
     meta = round_trip("llava", tmp_path / "hf", tmp_path)
     loaded, report = LlavaForConditionalGeneration.from_pretrained(
@@ -259,6 +270,7 @@ def test_what_transformers_saves_round_trips_and_opens_there_again(tmp_path):
     (tmp_path / "state").mkdir()
     torch.save(model.state_dict(), tmp_path / "state" / "pytorch_model.bin")  # its names in memory differ
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "state")
+    write_llama_tokenizer(tmp_path / "state")
     assert from_torch("llava", tmp_path / "state", tmp_path / "base2")["fingerprint"] == meta["fingerprint"]
 
 
@@ -502,6 +514,14 @@ def v1_without_clip(tmp_path):
     return {"source": source}
 
 
+def v1_without_named_clip(tmp_path):
+    source, _ = write_v1(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    own = {"mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+    (source / "config.json").write_text(json.dumps(config | own))
+    return {"source": source}
+
+
 def v1_with(config: dict | None = None, **clip_changes):
     def make(tmp_path):
         source, clip = write_v1(tmp_path)
@@ -574,7 +594,7 @@ def other_base_there(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda tmp_path: {"source": tmp_path / "nothing"}, r"config.json: not found|nothing: not a folder"),
+        (lambda tmp_path: {"source": tmp_path / "nothing"}, "nothing: not found; --source takes"),
         (without_config, r"config\.json: not found"),
         (without_weights, r"no \*\.safetensors and no pytorch_model\*\.bin"),
         (missing_shard, r"index\.json names files that are missing: model-00002-of-00002\.safetensors"),
@@ -584,11 +604,15 @@ def other_base_there(tmp_path):
         (training_checkpoint, "not a state dict of tensors"),
         (delta, "delta weights.*apply_delta.*mmaaz60/LLaVA-7B-Lightening-v1-1"),
         (delta_in_hub_cache, "models--liuhaotian--LLaVA-13b-delta-v0 holds delta weights"),
-        (v1_without_clip, "missing: vision_tower.*no vision tower.*--vision"),
+        (v1_without_clip, 'mm_vision_tower is "", supported: .*--vision'),
+        (v1_without_named_clip, "missing: vision_tower.*no vision tower.*openai/clip-vit-large-patch14 .*--vision"),
         (v1_with(hidden_size=64), "a CLIP with hidden_size 64, but .* was trained with 32"),
         (v1_with({"mm_vision_tower": "openai/clip-vit-large-patch8-48"}), "image_size 32, but .* with 48"),
         (v1_with(image_size=48), r"position_embedding.weight \(17, 32\) should be \(37, 32\)"),
-        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"}, "no: not a folder"),
+        (
+            lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"},
+            "no: not found; --vision takes",
+        ),
         (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown base family 'blip'"),
         (foreign_out, "not empty, and not written by this command"),
         (other_base_there, "holds a llava base made from .*other; choose another --out"),

@@ -107,21 +107,23 @@ def read_rope_theta(values: dict[str, Any], where: str, path: str) -> float:
 def check_multiple(values: dict[str, Any], name: str, of: str, where: str, path: str) -> None:
     """Raises UserError unless one field is a multiple of another."""
     fits = values[name] % values[of] == 0
-    require(fits, where, f"{path}{name} is {values[name]}, supported: a multiple of {of} = {values[of]}")
+    require(fits, where, f"{path}{name} is {values[name]}, supported: a multiple of {path}{of} = {values[of]}")
 
 
-def check_rotary(head_dim: int, where: str, path: str) -> None:
-    """Raises UserError for heads that rotary positions cannot turn."""
-    even = head_dim % 2 == 0 and head_dim > 2
-    require(even, where, f"{path}hidden_size / num_attention_heads is {head_dim}, supported: an even number above 2")
+def head_size(values: dict[str, Any], where: str, path: str) -> int:
+    """hidden_size / num_attention_heads; raises UserError where rotary positions cannot turn such heads."""
+    check_multiple(values, "hidden_size", "num_attention_heads", where, path)
+    heads = values["num_attention_heads"]
+    size = values["hidden_size"] // heads
+    fits = size % 2 == 0 and size > 2
+    require(fits, where, f"{path}num_attention_heads is {heads}, supported: heads of an even size above 2, not {size}")
+    return size
 
 
 def read_llama(config: Any, where: str, path: str = "", fields: Fields = LLAMA) -> dict[str, Any]:
     """The numbers of a LLaMA: every read field, with `rope_theta` and `num_key_value_heads` settled."""
     values = read_fields(config, fields, where, path)
-    check_multiple(values, "hidden_size", "num_attention_heads", where, path)
-    size = values["hidden_size"] // values["num_attention_heads"]
-    check_rotary(size, where, path)
+    size = head_size(values, where, path)
     said = values["head_dim"]
     supported = f"hidden_size / num_attention_heads = {size}"
     require(said in (None, size), where, f"{path}head_dim is {said}, supported: {supported}")

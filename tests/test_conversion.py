@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion import names
 from conversion.from_torch import from_torch
+from conversion.from_torch import main as from_torch_command
 from conversion.to_torch import METHOD, to_torch
 from data_pipeline.errors import UserError
 from redvillm_jax import checkpoint, inputs
@@ -580,6 +582,121 @@ def training_checkpoint(tmp_path):
     return {"source": source}
 
 
+def index_of(weight_map):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+        return {"source": source}
+
+    return make
+
+
+def outside(shard: str):
+    """An index whose first shard lies elsewhere, where it can be read."""
+
+    def make(tmp_path):
+        parts = halves(random_tensors(TINY), "model", "safetensors")
+        source = write(tmp_path / "hf", hf_config(TINY), parts)
+        index = source / "model.safetensors.index.json"
+        first = next(iter(parts))
+        shutil.copy(source / first, tmp_path / first)
+        name = shard.format(folder=tmp_path, first=first)
+        index.write_text(index.read_text().replace(first, name))
+        return {"source": source}
+
+    return make
+
+
+def config_is(text: str):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / "config.json").write_text(text)
+        return {"source": source}
+
+    return make
+
+
+def link(name: str, target: str):
+    """The published folder with a link in place of one of its files."""
+
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(target)
+        return {"source": source}
+
+    return make
+
+
+def circular_source(tmp_path):
+    (tmp_path / "hf").symlink_to(tmp_path / "hf")
+    return {"source": tmp_path / "hf"}
+
+
+def folder_for_a_file(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "config.json").unlink()
+    (source / "config.json").mkdir()
+    return {"source": source}
+
+
+def tensor_is(change, name: str = "language_model.model.norm.weight"):
+    """The model in a .bin file, one of its tensors changed."""
+
+    def make(tmp_path):
+        tensors = random_tensors(TINY)
+        return {
+            "source": write(
+                tmp_path / "hf", hf_config(TINY), {"pytorch_model.bin": tensors | {name: change(tensors[name])}}
+            )
+        }
+
+    return make
+
+
+class Evil:
+    """What a pickle may do when it is read."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path(tempfile.gettempdir()) / "redvillm_jax_pickle_ran",))
+
+
+def with_pickle(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "model.safetensors").unlink()
+    torch.save({"language_model.model.norm.weight": Evil()}, source / "pytorch_model.bin")
+    return {"source": source}
+
+
+def tokenizer_is(change):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        change(source)
+        return {"source": source}
+
+    return make
+
+
+def without_tokenizer(source):
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_tokenizer(source):
+    (source / "tokenizer.json").write_text("{")
+
+
+def larger_tokenizer(source):
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] += [dict(content["added_tokens"][-1], id=600 + i, content=f"<{i}>") for i in range(9)]
+    file.write_text(json.dumps(content))
+
+
+def missing_marker(tmp_path):
+    return v1_with({"mm_use_im_start_end": True})(tmp_path)
+
+
 def foreign_out(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "thesis.tex").write_text("x")
@@ -614,6 +731,38 @@ def other_base_there(tmp_path):
             "no: not found; --vision takes",
         ),
         (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown base family 'blip'"),
+        (index_of([]), r"index\.json: expected a JSON object, found list"),
+        (index_of(None), r"index\.json: expected a JSON object, found NoneType"),
+        (index_of({"weight_map": ["model.safetensors"]}), "no weight_map in it"),
+        (index_of({"weight_map": {"x": 3}}), "x is in 3, expected the name of a"),
+        (index_of({"weight_map": {"x": "config.json"}}), "x is in 'config.json', expected the name of a"),
+        (outside("../{first}"), r"is in '\.\./model-00001-of-00002\.safetensors', expected the name of a .* beside"),
+        (outside("{folder}/{first}"), "is in '/.*/model-00001-of-00002.safetensors', expected the name of a .* beside"),
+        (config_is("[]"), r"config\.json: expected a JSON object, found list"),
+        (config_is("null"), r"config\.json: expected a JSON object, found NoneType"),
+        (config_is("{"), r"config\.json: not valid JSON"),
+        (config_is("[" * 200_000), r"config\.json: not valid JSON"),
+        (folder_for_a_file, r"config\.json: not a file"),
+        (link("config.json", "../blobs/0a1b"), r"config\.json: a link to \.\./blobs/0a1b, which is not there"),
+        (link("config.json", "config.json"), r"config\.json: a link that leads back to itself"),
+        (link("model.safetensors", "gone"), r"model\.safetensors: a link to gone, which is not there"),
+        (link("model.safetensors", "model.safetensors"), "model.safetensors: a link that leads back to itself"),
+        (link("tokenizer.json", "gone"), r"tokenizer\.json: a link to gone, which is not there"),
+        (circular_source, "hf: a link that leads back to itself; --source takes the folder"),
+        (tensor_is(lambda t: t.to_sparse()), "norm.weight is a sparse_coo tensor, expected a dense one"),
+        (tensor_is(lambda t: t.to("meta")), "norm.weight is a meta tensor, expected a dense one"),
+        (tensor_is(lambda t: t.to(torch.int8)), r"1 not floating point: language_model\.model\.norm\.weight int8"),
+        (tensor_is(lambda t: t > 0), r"1 not floating point: language_model\.model\.norm\.weight bool"),
+        (
+            tensor_is(lambda t: t.index_fill(0, torch.tensor(3), torch.nan)),
+            "norm.weight has 1 values of 16 that are NaN",
+        ),
+        (tensor_is(lambda t: t.half() / 0), "norm.weight has 16 values of 16 that are NaN or infinite"),
+        (with_pickle, "not a readable PyTorch file"),
+        (tokenizer_is(without_tokenizer), "no tokenizer that can be read.*--without_tokenizer"),
+        (tokenizer_is(broken_tokenizer), "no tokenizer that can be read.*--without_tokenizer"),
+        (tokenizer_is(larger_tokenizer), "its tokenizer has 596 tokens, vocab_size in config.json is 592"),
+        (missing_marker, "its tokenizer has no <im_start>"),
         (foreign_out, "not empty, and not written by this command"),
         (other_base_there, "holds a llava base made from .*other; choose another --out"),
     ],
@@ -623,6 +772,52 @@ def test_mistakes_end_in_one_line(make, message, tmp_path):
         from_torch(**{"family": "llava", "out": tmp_path / "base"} | make(tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "base.partial").exists()
+    assert not (Path(tempfile.gettempdir()) / "redvillm_jax_pickle_ran").exists()
+
+
+def test_links_are_followed(tmp_path):
+    """A hub cache holds nothing but links to files of other names."""
+    source = write_hf(tmp_path / "hf")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0a1b", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(source.iterdir())):
+        shutil.move(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(i)))
+    from_torch("llava", snapshot, tmp_path / "base")
+    assert not any(file.is_symlink() for file in (tmp_path / "base").iterdir())
+    assert_same_bits(load_published(tmp_path / "base"), load_published(snapshot))
+
+
+def test_integers_that_a_base_does_not_load_are_kept(tmp_path):
+    name = "vision_tower.embeddings.position_ids"
+    tensors = random_tensors(TINY) | {name: torch.arange(17)[None]}
+    from_torch("llava", write(tmp_path / "hf", hf_config(TINY), {"model.safetensors": tensors}), tmp_path / "base")
+    assert load_published(tmp_path / "base")[name].dtype == torch.int64
+
+
+def test_weights_alone_make_a_base_that_says_what_it_lacks(tmp_path):
+    source = tokenizer_is(without_tokenizer)(tmp_path)["source"]
+    flags = ["--family=llava", f"--source={source}", f"--out={tmp_path / 'base'}"]
+    from_torch_command([*flags, "--without_tokenizer"])
+    base = open_base(tmp_path / "base")
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        base.module.Tokenizer(base.path)
+
+
+def test_pictures_of_a_qwen_vl_begin_where_its_tokenizer_says(bases, tmp_path):
+    source = shutil.copytree(bases["qwen_vl"], tmp_path / "source")
+    (source / "base.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    config["visual"]["image_start_id"] -= 1
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"visual\.image_start_id is 810, supported: 811, the id of <img>"):
+        from_torch("qwen_vl", source, tmp_path / "base")
+    lines = (source / "qwen.tiktoken").read_text().splitlines()
+    for cut in (lines[:100], [*lines[:-1], lines[-2]], []):
+        (source / "qwen.tiktoken").write_text("\n".join(cut))
+        with pytest.raises(UserError, match=r"qwen\.tiktoken: expected each rank from 0 on once"):
+            from_torch("qwen_vl", source, tmp_path / "base")
 
 
 def test_the_wrong_family_is_named(tmp_path):

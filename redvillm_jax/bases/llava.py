@@ -136,16 +136,16 @@ class Config:
             own = read_fields(config, TRANSFORMERS, where)
             llm = read_decoder(own["text_config"], where, "text_config.")
             vision = read_clip(own["vision_config"], where, "vision_config.")
-            own |= {"projector": "mlp2x_gelu", "feature_layer": own["vision_feature_layer"], "markers": False}
+            own |= {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
+            layer = "vision_feature_layer"
             same = apart is None or apart == vision
             require(same, vision_where, f"not the CLIP that vision_config of {where} describes")
         else:
             own = llm = read_llama(config, where, fields=ORIGINAL)
             vision = named_clip(own, where) if apart is None else apart
             check_clip(own, vision, where, vision_where)
-            own |= {"projector": own["mm_projector_type"], "feature_layer": own["mm_vision_select_layer"]}
-            own |= {"markers": own["mm_use_im_start_end"]}
             check_fit(own, where)
+            layer = "mm_vision_select_layer"
         return cls(
             image_size=vision["image_size"],
             patch_size=vision["patch_size"],
@@ -154,8 +154,8 @@ class Config:
             vision_num_hidden_layers=vision["num_hidden_layers"],
             vision_num_attention_heads=vision["num_attention_heads"],
             vision_layer_norm_eps=vision["layer_norm_eps"],
-            vision_feature_layer=from_the_end(own["feature_layer"], vision["num_hidden_layers"], where),
-            projector=own["projector"],
+            vision_feature_layer=from_the_end(own, layer, vision["num_hidden_layers"], where),
+            projector=own["mm_projector_type"],
             vocab_size=llm["vocab_size"],
             hidden_size=llm["hidden_size"],
             intermediate_size=llm["intermediate_size"],
@@ -165,7 +165,7 @@ class Config:
             max_position_embeddings=llm["max_position_embeddings"],
             rms_norm_eps=llm["rms_norm_eps"],
             rope_theta=llm["rope_theta"],
-            image_markers=own["markers"],
+            image_markers=own["mm_use_im_start_end"],
             system_prompt=own["system_prompt"],
         )
 
@@ -259,11 +259,12 @@ def check_fit(values: dict[str, Any], where: str) -> None:
     require(fit in supported, where, f"{said}, supported with mm_projector_type {kind}: {choices}")
 
 
-def from_the_end(layer: int, num_layers: int, where: str) -> int:
-    """A feature layer as a negative index into the embeddings and the layers' outputs, at least one layer used."""
+def from_the_end(values: dict[str, Any], name: str, num_layers: int, where: str) -> int:
+    """The feature layer as a negative index into the embeddings and the layers' outputs; one layer runs at least."""
+    layer = values[name]
     counted = layer if layer < 0 else layer - num_layers - 1
     supported = f"1 to {num_layers}, or -{num_layers} to -1"
-    require(-num_layers <= counted <= -1, where, f"the feature layer is {layer}, supported: {supported}")
+    require(-num_layers <= counted <= -1, where, f"{name} is {layer}, supported: {supported}")
     return counted
 
 

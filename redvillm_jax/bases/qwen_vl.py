@@ -59,7 +59,7 @@ from redvillm_jax.published_tables import (
     VOCABULARY,
     WIDTH,
     check_multiple,
-    check_rotary,
+    head_size,
 )
 
 PUBLISHED = "Qwen/Qwen-VL-Chat"
@@ -198,9 +198,7 @@ FIELDS = {  # the tables by the files and objects that they are for
 
 def check_numbers(llm: dict[str, Any], visual: dict[str, Any], where: str) -> None:
     """Raises UserError when fields do not go together."""
-    check_multiple(llm, "hidden_size", "num_attention_heads", where, "")
-    head_dim = llm["hidden_size"] // llm["num_attention_heads"]
-    check_rotary(head_dim, where, "")
+    head_dim = head_size(llm, where, "")
     supported = f"hidden_size / num_attention_heads = {head_dim}"
     said = llm["kv_channels"]
     require(said in (None, head_dim), where, f"kv_channels is {said}, supported: {supported}")
@@ -693,10 +691,11 @@ class Tokenizer:
             raise UserError(f"{file}: not found; copy Qwen-VL's qwen.tiktoken next to its config.json")
         try:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            pairs = [(base64.b64decode(token, validate=True), int(rank)) for token, rank in lines]
         except ValueError as error:
             raise UserError(f"{file}: expected lines of 'base64 rank' ({error}); copy it again") from None
-        whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([i]) in ranks for i in range(256))
+        ranks = dict(pairs)
+        whole = sorted(ranks.values()) == list(range(len(pairs))) and all(bytes([i]) in ranks for i in range(256))
         require(whole, str(file), "expected each rank from 0 on once, and all 256 single bytes; copy it again")
         self.num_ranks = len(ranks)
         self.specials = {token: self.num_ranks + i for i, token in enumerate(SPECIAL_TOKENS)}

@@ -121,8 +121,12 @@ if [[ -z $source ]]; then
   esac
 fi
 
+tokenizer=--without_tokenizer # arbitrary ids serve where a folder has none
+for name in tokenizer.json tokenizer.model qwen.tiktoken; do [[ -f $source/$name ]] && tokenizer=""; done
+
 step "converting $source"
-"$python" -m conversion.from_torch --family=$family --source="$source" ${vision:+--vision="$vision"} --out="$workdir/base" >&2
+"$python" -m conversion.from_torch --family=$family --source="$source" ${vision:+--vision="$vision"} $tokenizer \
+  --out="$workdir/base" >&2
 
 if [[ -z $dump ]]; then
   inputs=$workdir/inputs-$frames.npz dump=$workdir/torch-$frames.npz

@@ -18,10 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion.names import (
+    FLOATS,
     Tensors,
+    check_file,
+    check_folder,
     check_tensors,
     copy_small_files,
-    find_names,
     read_folder,
     read_json,
     refuse_foreign,
@@ -39,13 +41,17 @@ from redvillm_jax.weights import (
 )
 
 
-def from_torch(family: str, source: Path, out: Path, vision: Path | None = None) -> dict[str, Any]:
+def from_torch(
+    family: str, source: Path, out: Path, vision: Path | None = None, *, tokenizer: bool = True
+) -> dict[str, Any]:
     """Writes a base folder and returns its base.json; a folder that is there already is left as it is.
 
-    vision: the CLIP folder of a model that is published without its vision tower; by default config.json's
-    mm_vision_tower, when that names a folder. Raises UserError for everything that does not fit.
+    vision: the CLIP folder of a model that is published without its vision tower. tokenizer: whether the source
+    must have the tokenizer that belongs to its weights; a base without one can neither train nor answer. Raises
+    UserError for everything that does not fit.
     """
     base = load_base_module(family)
+    check_folder(source, "--source takes the folder of a published model")
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}
     if (out / BASE_MARK).is_file():
@@ -56,15 +62,13 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
         return meta
     refuse_foreign(out)
 
-    tensors = read_folder(source)
     vision = find_vision(source, vision)
     config = parse_config(base, family, source, vision)
-    refuse_other_family(base, family, config, source, tensors)
+    tensors = read_folder(source)
     has_tower = any(canonical_name(base, name).startswith(base.PREFIX["encoder"]) for name in tensors)
     tower: Tensors = {}
     hint = ""
     if vision:
-        check_vision_size(source, vision)
         # A tower that the model brings along may be fine-tuned: it goes before the separate one.
         tower = {} if has_tower else read_folder(vision)
     elif not has_tower:
@@ -75,12 +79,15 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
         shared = sorted(tensors.keys() & tower.keys())
         raise UserError(f"{source} and {vision} both hold {shared[0]}; --vision takes a CLIP folder")
     published = check_tensors(base, config, both, source, hint)
+    if tokenizer:
+        check_tokenizer(base, config, source)
 
     digests: dict[str, str] = {}
     num_bytes = sum(tensor.nbytes for tensor in both.values())
     with whole_folder(out, num_bytes) as folder, tqdm(total=len(both), desc=out.name, unit="tensor") as bar:
 
         def watch(name: str, array: np.ndarray) -> None:
+            check_finite(name, array, vision if name in tower else source)
             digests[name] = digest(array)
             bar.update()
 
@@ -146,72 +153,54 @@ def refuse_delta(source: Path) -> None:
 
 
 def find_vision(source: Path, vision: Path | None) -> Path | None:
-    """The separate CLIP folder: the one given, else config.json's mm_vision_tower, else `vision`, when a folder."""
-    tower = read_json(source / "config.json").get("mm_vision_tower")
-    if vision is None:
-        vision = next((source / name for name in (tower, "vision") if name and (source / name).is_dir()), None)
-    if vision is not None and not vision.is_dir():
-        raise UserError(f"{vision}: not a folder; --vision takes the folder of the model's own CLIP")
+    """The separate CLIP folder: the one given, else `vision` in the source, where bases and exports have it.
+
+    config.json's mm_vision_tower only names a CLIP and is never opened as a path.
+    """
+    if vision is None and (source / "vision").is_dir():
+        vision = source / "vision"
+    if vision is not None:
+        check_folder(vision, "--vision takes the folder of the model's own CLIP")
+        check_file(vision / "config.json")
     return vision
 
 
 def parse_config(base: ModuleType, family: str, source: Path, vision: Path | None) -> Any:
-    """The base's Config; raises UserError when config.json is not of this family."""
-    if vision:
-        read_json(vision / "config.json")
-    try:
-        return read_config(base, source, vision)
-    except (KeyError, TypeError, ValueError) as error:
-        model_type = read_json(source / "config.json").get("model_type")
+    """The base's Config; raises UserError when config.json is another family's or asks for what is not computed."""
+    file = source / "config.json"
+    model_type = read_json(file).get("model_type")
+    families = [other for other in known_families() if model_type in load_base_module(other).MODEL_TYPES]
+    if families and family not in families:
         raise UserError(
-            f"{source / 'config.json'}: not a config that --family={family} reads ({type(error).__name__}: {error}); "
-            f"its model_type is {model_type!r}{other_family(source, read_folder(source), family)}"
+            f"{source}: not a {family} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
+        )
+    return read_config(base, source, vision)
+
+
+def check_tokenizer(base: ModuleType, config: Any, source: Path) -> None:
+    """Raises UserError when the source has no tokenizer that can be read, or one that is not of these weights."""
+    try:
+        tokenizer = base.Tokenizer(source)
+    except UserError as error:
+        raise UserError(
+            f"{error}, or pass --without_tokenizer for a base that can be compared but neither trains nor answers"
         ) from None
+    if tokenizer.size > config.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer has {tokenizer.size} tokens, vocab_size in config.json is {config.vocab_size}; "
+            "use the files that belong to these weights"
+        )
+    base.check_tokenizer(tokenizer, config, read_json(source / "config.json"), str(source))
 
 
-def share_found(base: ModuleType, config: Any, tensors: Tensors) -> float:
-    """The share of a base's tensors that a folder has."""
-    needed = expected_tensors(base, config)
-    return len(needed.keys() & find_names(base, tensors).keys()) / len(needed)
-
-
-def other_family(source: Path, tensors: Tensors, family: str) -> str:
-    """A hint at the family whose tensors these are, or nothing."""
-    for other in known_families():
-        base = load_base_module(other)
-        try:
-            if other != family and share_found(base, read_config(base, source), tensors) > 0.5:
-                return f"; it looks like --family={other}"
-        except (KeyError, TypeError, ValueError):
-            pass
-    return ""
-
-
-def refuse_other_family(base: ModuleType, family: str, config: Any, source: Path, tensors: Tensors) -> None:
-    """Raises UserError when the tensors are another family's, or none is this one's."""
-    share = share_found(base, config, tensors)
-    hint = other_family(source, tensors, family) if share < 0.5 else ""
-    if hint or not share:
-        model_type = read_json(source / "config.json").get("model_type")
-        raise UserError(f"{source}: not a {family} model, its model_type is {model_type!r}{hint}")
-
-
-def check_vision_size(source: Path, vision: Path) -> None:
-    """Raises UserError when a CLIP folder has another size than the model was trained with."""
-    config, clip = read_json(source / "config.json"), read_json(vision / "config.json")
-    clip = clip.get("vision_config", clip)
-    found = {key: clip.get(key) for key in ("hidden_size", "patch_size", "image_size")}
-    named = str(config.get("mm_vision_tower", ""))
-    size = re.search(r"patch(\d+)(?:-(\d+))?$", named)  # openai/clip-vit-large-patch14-336
-    wanted = {
-        "hidden_size": config.get("mm_hidden_size"),
-        "patch_size": int(size[1]) if size else None,
-        "image_size": int(size[2] or 224) if size else None,
-    }
-    for key, value in wanted.items():
-        if None not in (value, found[key]) and found[key] != value:
-            asked = f" ({named})" if size else ""
-            raise UserError(f"{vision}: a CLIP with {key} {found[key]}, but {source} was trained with {value}{asked}")
+def check_finite(name: str, array: np.ndarray, where: Path) -> None:
+    """Raises UserError when a tensor holds NaN or infinity."""
+    if array.dtype.name in FLOATS and not (finite := np.isfinite(array)).all():
+        bad = finite.size - np.count_nonzero(finite)
+        raise UserError(
+            f"{where}: {name} has {bad} values of {finite.size} that are NaN or infinite; its file is damaged, or the "
+            "model diverged while it was trained: download it again, or take another checkpoint"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -224,8 +213,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--source", required=True, type=Path, help="the published folder")
     parser.add_argument("--vision", type=Path, help="the folder of its CLIP, when that is published apart (LLaVA)")
     parser.add_argument("--out", required=True, type=Path, help="the base folder to write")
+    parser.add_argument(
+        "--without_tokenizer", action="store_true", help="take weights alone: the base neither trains nor answers"
+    )
     args = parser.parse_args(argv)
-    meta = from_torch(args.family, args.source, args.out, args.vision)
+    tokenizer = not args.without_tokenizer
+    meta = from_torch(args.family, args.source, args.out, args.vision, tokenizer=tokenizer)
     dtypes = ", ".join(f"{name} × {count}" for name, count in meta["dtypes"].items())
     print(f"{args.out}: {meta['family']} base, {meta['parameters']:,} parameters, {meta['bytes'] / 1e9:.2f} GB")
     print(f"  tensors      {meta['tensors']} ({dtypes}), {meta['tensors_not_loaded']} of them kept but never loaded")

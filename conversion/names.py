@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import math
+import os
 import re
 import shutil
+import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +27,7 @@ from redvillm_jax.weights import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canon
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 KEPT_BYTES = 20_000_000
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 CODES = {  # safetensors' names of the dtypes
     "float64": "F64",
@@ -39,6 +44,7 @@ CODES = {  # safetensors' names of the dtypes
     "bool": "BOOL",
 }
 DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # what a base computes with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +57,62 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 Tensors = Mapping[str, Tensor]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError when the file is missing or broken."""
-    if not file.is_file():
-        raise UserError(f"{file}: not found; the folder must be complete, as published")
+# ---- files and links
+
+
+def check_file(file: Path, remedy: str = "the folder must be complete, as published") -> None:
+    """Raises UserError unless `file`, links followed, is a file that can be read."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UserError(f"{file}: not a file, expected one; {remedy}")
+        open(file, "rb").close()
+    except OSError as error:
+        raise UserError(f"{file}: {what_is_wrong(file, error)}; {remedy}") from None
+
+
+def check_folder(folder: Path, remedy: str) -> None:
+    """Raises UserError unless `folder`, links followed, can be listed, and every file in it that counts be read.
+
+    What counts are weights, configs and the tokenizer's files: those that a base is made from.
+    """
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: {what_is_wrong(folder, error)}; {remedy}") from None
+    for file in files:
+        if file.suffix in (*KEPT_SUFFIXES, *WEIGHT_SUFFIXES) and not file.is_dir():
+            check_file(file)
+
+
+def what_is_wrong(path: Path, error: OSError) -> str:
+    """In words, links that lead nowhere by name."""
+    if error.errno == errno.ELOOP:
+        return "a link that leads back to itself"
+    if path.is_symlink() and error.errno == errno.ENOENT:
+        return f"a link to {os.readlink(path)}, which is not there"
+    if error.errno == errno.ENOENT:
+        return "not found"
+    if error.errno == errno.ENOTDIR:
+        return "not a folder"
+    return f"cannot be read ({error.strerror})"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; raises UserError when the file is missing, broken or holds something else."""
+    check_file(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; copy it again")
+    return content
 
 
 # ---- reading published folders
@@ -73,25 +121,37 @@ def read_json(file: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's tensors: those of its index, else all of them; safetensors before .bin.
 
-    Raises UserError when there are none, or the index names one that is missing.
+    Raises UserError when there are none, or the index names one that is missing or lies elsewhere.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; download the published model and give its folder")
+    check_folder(folder, "download the published model and give its folder")
     for index, pattern in (
         ("model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin.index.json", "pytorch_model*.bin"),
     ):
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
-            if not names:
-                raise UserError(f"{folder / index}: no weight_map in it; download it again")
+            names = index_files(folder / index)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise UserError(f"{folder / index} names files that are missing: {listed(missing)}; download them")
             return [folder / name for name in names]
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(file for file in folder.glob(pattern) if file.is_file()):
             return files
     raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin in it; download the model's weights")
+
+
+def index_files(index: Path) -> list[str]:
+    """The names of the files that an index lists; raises UserError for one that leads out of its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise UserError(f"{index}: no weight_map in it; download it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).suffix not in WEIGHT_SUFFIXES or name != Path(name).name:
+            kinds = " or ".join(WEIGHT_SUFFIXES)
+            raise UserError(
+                f"{index}: {tensor} is in {name!r}, expected the name of a {kinds} file beside the index; download "
+                "the index again"
+            )
+    return sorted(set(weight_map.values()))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -148,7 +208,10 @@ def load_bin(file: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: not a readable PyTorch file ({reason}); download it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    of_tensors = isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    )
+    if not of_tensors:
         raise UserError(f"{file}: not a state dict of tensors; give the model's weights, not a training checkpoint")
     return state
 
@@ -159,6 +222,9 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 
     tensors = {}
     for name, tensor in load_bin(file).items():
+        form = "meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        if form != "strided":
+            raise UserError(f"{file}: {name} is a {form} tensor, expected a dense one with its values; save it as such")
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in CODES:
             raise UserError(f"{file}: {name} has dtype {dtype}, expected one of {', '.join(CODES)}")
@@ -202,7 +268,8 @@ def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, 
     """Compares published tensors with what a base's config needs; returns canonical name -> published name.
 
     Everything must be known: loaded by the base, unused by it on purpose, ignored, or added by an export.
-    Raises one UserError that lists all missing, wrongly shaped, unknown and doubled tensors.
+    Raises one UserError that lists all missing, wrongly shaped, unknown and doubled tensors, and those that a base
+    would load and that hold no floating-point numbers.
     """
     needed = {name: leaf.shape for name, leaf in expected_tensors(base, config).items()}
     shapes = needed | base.unused(config)
@@ -220,7 +287,17 @@ def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, 
         if name not in shapes and not is_extra(name) and not any(re.search(p, name) for p in base.IGNORED)
     ]
     doubled = [" = ".join(spellings) for name, spellings in found.items() if len(spellings) > 1]
-    groups = {"missing": missing, "wrong shape": wrong, "unknown": unknown, "twice": doubled}
+    loaded = [
+        published for name, spellings in found.items() if name in shapes or is_extra(name) for published in spellings
+    ]
+    whole = [f"{name} {tensors[name].dtype.name}" for name in loaded if tensors[name].dtype.name not in FLOATS]
+    groups = {
+        "missing": missing,
+        "wrong shape": wrong,
+        "not floating point": whole,
+        "unknown": unknown,
+        "twice": doubled,
+    }
     if any(groups.values()):
         report = " | ".join(f"{len(items)} {kind}: {listed(items)}" for kind, items in groups.items() if items)
         raise UserError(f"{where}: tensors do not fit its config.json: {report}{hint}")

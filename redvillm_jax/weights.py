@@ -23,6 +23,7 @@ PARTS = ("encoder", "projector", "llm")
 BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
 TEMPORAL_PREFIX = "temporal_module."  # of names in exports
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
 EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
 REMEDY = "make the base folder again with conversion.from_torch"
 
@@ -137,9 +138,12 @@ class Base:
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """A JSON object; a missing or malformed file is a UserError that ends in `remedy`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; {remedy}")
+    return content
 
 
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
@@ -179,10 +183,18 @@ def sized_base(family: str, size: str) -> Base:
 
 
 def read_config(base: ModuleType, folder: Path, vision: Path | None = None) -> Any:
-    """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json."""
-    config = read_json(folder / "config.json", REMEDY)
-    vision_file = (vision or folder / "vision") / "config.json"
-    return base.Config.from_published(config, read_json(vision_file, REMEDY) if vision_file.is_file() else None)
+    """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
+
+    Raises UserError for a field, there or in the image processors' files, that the base does not compute.
+    """
+    vision = vision or folder / "vision"
+    files = folder / "config.json", vision / "config.json"
+    vision_config = read_json(files[1], REMEDY) if files[1].is_file() else None
+    config = base.Config.from_published(read_json(files[0], REMEDY), vision_config, *map(str, files))
+    for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
+        if file.is_file():
+            base.check_image_processor(config, read_json(file, REMEDY), str(file))
+    return config
 
 
 def load_part(

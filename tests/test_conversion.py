@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from conversion import names
 from conversion.from_torch import from_torch
+from conversion.from_torch import main as from_torch_command
 from conversion.to_torch import METHOD, to_torch
 from data_pipeline.errors import UserError
 from redvillm_jax import checkpoint, inputs
 from redvillm_jax.bases import llava
+from redvillm_jax.demo_tokenizers import write_llama_tokenizer
 from redvillm_jax.video import red_villm
 from redvillm_jax.weights import (
     canonical_name,
@@ -55,7 +58,12 @@ def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]
 
 
 TINY = dataclasses.replace(
-    llava.SIZES["tiny"], vision_hidden_size=32, vision_intermediate_size=64, hidden_size=16, intermediate_size=24
+    llava.SIZES["tiny"],
+    vision_hidden_size=32,
+    vision_intermediate_size=64,
+    vocab_size=592,
+    hidden_size=16,
+    intermediate_size=24,
 )
 
 
@@ -96,6 +104,7 @@ def clip_config(config: llava.Config) -> dict:
 
 def original_config(config: llava.Config) -> dict:
     own = {"mm_hidden_size": config.vision_hidden_size, "mm_projector_type": config.projector, "system_prompt": ""}
+    own |= {"image_aspect_ratio": "square" if config.projector == "linear" else "pad"}
     return hf_config(config)["text_config"] | own | {"model_type": "llava_llama"}
 
 
@@ -113,10 +122,10 @@ def original_name(name: str) -> str:
 
 
 def write(folder: Path, config: dict, files: dict[str, dict[str, torch.Tensor]]) -> Path:
-    """A published folder: config.json, a tokenizer file, weights; several files get an index."""
+    """A published folder: config.json, a tokenizer, weights; several files get an index."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(b"\x00\x01tokens")
+    write_llama_tokenizer(folder)
     (folder / "modeling_x.py").write_text("raise SystemExit")
     for name, tensors in files.items():
         (save_file if name.endswith(".safetensors") else torch.save)(tensors, folder / name)
@@ -155,7 +164,7 @@ def write_v15(folder: Path, *, old_format: bool = False, own_projector: bool = F
     """Original LLaVA v1.5 in bf16 with its vision tower, in one .bin file or with its projector apart."""
     tensors = {original_name(name): t for name, t in random_tensors(TINY, torch.bfloat16).items()}
     projector = {name: tensors.pop(name) for name in list(tensors) if own_projector and "mm_projector" in name}
-    write(folder, original_config(TINY) | {"vision_config": clip_config(TINY)}, {"pytorch_model.bin": tensors})
+    write(folder, original_config(TINY), {"pytorch_model.bin": tensors})
     (folder / "vision").mkdir()
     (folder / "vision" / "config.json").write_text(json.dumps(clip_config(TINY)))
     config = json.loads((folder / "config.json").read_text())
@@ -170,9 +179,9 @@ def write_v15(folder: Path, *, old_format: bool = False, own_projector: bool = F
 # ---- there and back
 
 
-def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = None) -> dict:
+def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = None, **options) -> dict:
     """Converts there and back, compares every bit, converts the export once more; returns base.json."""
-    meta = from_torch(family, source, tmp_path / "base", vision)
+    meta = from_torch(family, source, tmp_path / "base", vision, **options)
     to_torch(tmp_path / "base", tmp_path / "export", full=True)
     assert_same_bits(load_published(tmp_path / "export"), load_published(source))
     config = json.loads((source / "config.json").read_text())
@@ -181,7 +190,7 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
     if (tmp_path / "export" / "vision").is_dir():
         config["mm_vision_tower"] = "vision"
     assert json.loads((tmp_path / "export" / "config.json").read_text()) == config
-    again = from_torch(family, tmp_path / "export", tmp_path / "again")
+    again = from_torch(family, tmp_path / "export", tmp_path / "again", **options)
     assert again["fingerprint"] == meta["fingerprint"]
     return meta
 
@@ -191,7 +200,7 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
     [
         ("llava", "llava_tiny/hf", None, 563_072),
         ("llava", "llava_tiny/hf4", None, 563_072),
-        ("llava", "llava_tiny/orig_v15", None, 563_072),
+        ("llava", "llava_tiny/orig_v15", "llava_tiny/clip", 563_072),
         ("llava", "llava_tiny/orig_v1", "llava_tiny/clip", 546_560),
         ("llava", "llava_tiny/orig_v1_fp16", "llava_tiny/clip", 546_560),
         ("qwen_vl", "qwen_vl_tiny/ckpt", None, 1_639_286),
@@ -201,15 +210,16 @@ def round_trip(family: str, source: Path, tmp_path: Path, vision: Path | None = 
 def test_reference_forms_round_trip(family, form, vision, parameters, tmp_path):
     if not REFERENCE.is_dir():
         pytest.skip("needs the reference checkpoints in ../shared")
-    meta = round_trip(family, REFERENCE / form, tmp_path, REFERENCE / vision if vision else None)
+    clip = REFERENCE / vision if vision else None
+    meta = round_trip(family, REFERENCE / form, tmp_path, clip, tokenizer=False)  # they come without one
     assert meta["parameters"] == parameters
 
 
 def test_reference_forms_of_one_model_share_their_fingerprint(tmp_path):
     if not REFERENCE.is_dir():
         pytest.skip("needs the reference checkpoints in ../shared")
-    forms = ("hf", "hf4", "orig_v15")
-    metas = [from_torch("llava", REFERENCE / "llava_tiny" / form, tmp_path / form) for form in forms]
+    folder, clips = REFERENCE / "llava_tiny", {"hf": None, "hf4": None, "orig_v15": REFERENCE / "llava_tiny" / "clip"}
+    metas = [from_torch("llava", folder / f, tmp_path / f, clip, tokenizer=False) for f, clip in clips.items()]
     assert len({meta["fingerprint"] for meta in metas}) == 1
 
 
@@ -217,7 +227,8 @@ def test_reference_forms_of_one_model_share_their_fingerprint(tmp_path):
 def test_safetensors_round_trip(dtype, tmp_path):
     meta = round_trip("llava", write_hf(tmp_path / "hf", dtype=dtype), tmp_path)
     assert meta["dtypes"] == {str(dtype).removeprefix("torch."): meta["tensors"]}
-    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == b"\x00\x01tokens"
+    name = "tokenizer.json"
+    assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert not (tmp_path / "export" / "modeling_x.py").exists()
 
 
@@ -230,11 +241,12 @@ def test_v1_with_a_complete_clip_round_trips(tmp_path):
     assert base.tensors["logit_scale"].get_dtype() == "F32"
 
 
-def test_v1_finds_the_clip_that_its_config_names(tmp_path):
+def test_the_clip_that_a_config_names_is_not_opened_as_a_path(tmp_path):
     source, _ = write_v1(tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "../clip"}))
-    assert from_torch("llava", source, tmp_path / "base")["vision_source"] == str((tmp_path / "clip").resolve())
+    with pytest.raises(UserError, match=r'mm_vision_tower is "\.\./clip", supported: .* given by --vision'):
+        from_torch("llava", source, tmp_path / "base")
 
 
 @pytest.mark.parametrize("options", [{}, {"old_format": True}, {"own_projector": True}])
@@ -248,6 +260,7 @@ def test_what_transformers_saves_round_trips_and_opens_there_again(tmp_path):
     config = LlavaConfig(image_token_index=500, **{k: hf_config(TINY)[k] for k in ("text_config", "vision_config")})
     model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    write_llama_tokenizer(tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors.index.json").is_file()
     meta = round_trip("llava", tmp_path / "hf", tmp_path)
     loaded, report = LlavaForConditionalGeneration.from_pretrained(
@@ -259,6 +272,7 @@ def test_what_transformers_saves_round_trips_and_opens_there_again(tmp_path):
     (tmp_path / "state").mkdir()
     torch.save(model.state_dict(), tmp_path / "state" / "pytorch_model.bin")  # its names in memory differ
     shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "state")
+    write_llama_tokenizer(tmp_path / "state")
     assert from_torch("llava", tmp_path / "state", tmp_path / "base2")["fingerprint"] == meta["fingerprint"]
 
 
@@ -502,6 +516,14 @@ def v1_without_clip(tmp_path):
     return {"source": source}
 
 
+def v1_without_named_clip(tmp_path):
+    source, _ = write_v1(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    own = {"mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+    (source / "config.json").write_text(json.dumps(config | own))
+    return {"source": source}
+
+
 def v1_with(config: dict | None = None, **clip_changes):
     def make(tmp_path):
         source, clip = write_v1(tmp_path)
@@ -560,6 +582,121 @@ def training_checkpoint(tmp_path):
     return {"source": source}
 
 
+def index_of(weight_map):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+        return {"source": source}
+
+    return make
+
+
+def outside(shard: str):
+    """An index whose first shard lies elsewhere, where it can be read."""
+
+    def make(tmp_path):
+        parts = halves(random_tensors(TINY), "model", "safetensors")
+        source = write(tmp_path / "hf", hf_config(TINY), parts)
+        index = source / "model.safetensors.index.json"
+        first = next(iter(parts))
+        shutil.copy(source / first, tmp_path / first)
+        name = shard.format(folder=tmp_path, first=first)
+        index.write_text(index.read_text().replace(first, name))
+        return {"source": source}
+
+    return make
+
+
+def config_is(text: str):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / "config.json").write_text(text)
+        return {"source": source}
+
+    return make
+
+
+def link(name: str, target: str):
+    """The published folder with a link in place of one of its files."""
+
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(target)
+        return {"source": source}
+
+    return make
+
+
+def circular_source(tmp_path):
+    (tmp_path / "hf").symlink_to(tmp_path / "hf")
+    return {"source": tmp_path / "hf"}
+
+
+def folder_for_a_file(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "config.json").unlink()
+    (source / "config.json").mkdir()
+    return {"source": source}
+
+
+def tensor_is(change, name: str = "language_model.model.norm.weight"):
+    """The model in a .bin file, one of its tensors changed."""
+
+    def make(tmp_path):
+        tensors = random_tensors(TINY)
+        return {
+            "source": write(
+                tmp_path / "hf", hf_config(TINY), {"pytorch_model.bin": tensors | {name: change(tensors[name])}}
+            )
+        }
+
+    return make
+
+
+class Evil:
+    """What a pickle may do when it is read."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path(tempfile.gettempdir()) / "redvillm_jax_pickle_ran",))
+
+
+def with_pickle(tmp_path):
+    source = write_hf(tmp_path / "hf")
+    (source / "model.safetensors").unlink()
+    torch.save({"language_model.model.norm.weight": Evil()}, source / "pytorch_model.bin")
+    return {"source": source}
+
+
+def tokenizer_is(change):
+    def make(tmp_path):
+        source = write_hf(tmp_path / "hf")
+        change(source)
+        return {"source": source}
+
+    return make
+
+
+def without_tokenizer(source):
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+
+
+def broken_tokenizer(source):
+    (source / "tokenizer.json").write_text("{")
+
+
+def larger_tokenizer(source):
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] += [dict(content["added_tokens"][-1], id=600 + i, content=f"<{i}>") for i in range(9)]
+    file.write_text(json.dumps(content))
+
+
+def missing_marker(tmp_path):
+    return v1_with({"mm_use_im_start_end": True})(tmp_path)
+
+
 def foreign_out(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "thesis.tex").write_text("x")
@@ -574,7 +711,7 @@ def other_base_there(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda tmp_path: {"source": tmp_path / "nothing"}, r"config.json: not found|nothing: not a folder"),
+        (lambda tmp_path: {"source": tmp_path / "nothing"}, "nothing: not found; --source takes"),
         (without_config, r"config\.json: not found"),
         (without_weights, r"no \*\.safetensors and no pytorch_model\*\.bin"),
         (missing_shard, r"index\.json names files that are missing: model-00002-of-00002\.safetensors"),
@@ -584,12 +721,48 @@ def other_base_there(tmp_path):
         (training_checkpoint, "not a state dict of tensors"),
         (delta, "delta weights.*apply_delta.*mmaaz60/LLaVA-7B-Lightening-v1-1"),
         (delta_in_hub_cache, "models--liuhaotian--LLaVA-13b-delta-v0 holds delta weights"),
-        (v1_without_clip, "missing: vision_tower.*no vision tower.*--vision"),
+        (v1_without_clip, 'mm_vision_tower is "", supported: .*--vision'),
+        (v1_without_named_clip, "missing: vision_tower.*no vision tower.*openai/clip-vit-large-patch14 .*--vision"),
         (v1_with(hidden_size=64), "a CLIP with hidden_size 64, but .* was trained with 32"),
         (v1_with({"mm_vision_tower": "openai/clip-vit-large-patch8-48"}), "image_size 32, but .* with 48"),
         (v1_with(image_size=48), r"position_embedding.weight \(17, 32\) should be \(37, 32\)"),
-        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"}, "no: not a folder"),
+        (
+            lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"},
+            "no: not found; --vision takes",
+        ),
         (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown base family 'blip'"),
+        (index_of([]), r"index\.json: expected a JSON object, found list"),
+        (index_of(None), r"index\.json: expected a JSON object, found NoneType"),
+        (index_of({"weight_map": ["model.safetensors"]}), "no weight_map in it"),
+        (index_of({"weight_map": {"x": 3}}), "x is in 3, expected the name of a"),
+        (index_of({"weight_map": {"x": "config.json"}}), "x is in 'config.json', expected the name of a"),
+        (outside("../{first}"), r"is in '\.\./model-00001-of-00002\.safetensors', expected the name of a .* beside"),
+        (outside("{folder}/{first}"), "is in '/.*/model-00001-of-00002.safetensors', expected the name of a .* beside"),
+        (config_is("[]"), r"config\.json: expected a JSON object, found list"),
+        (config_is("null"), r"config\.json: expected a JSON object, found NoneType"),
+        (config_is("{"), r"config\.json: not valid JSON"),
+        (config_is("[" * 200_000), r"config\.json: not valid JSON"),
+        (folder_for_a_file, r"config\.json: not a file"),
+        (link("config.json", "../blobs/0a1b"), r"config\.json: a link to \.\./blobs/0a1b, which is not there"),
+        (link("config.json", "config.json"), r"config\.json: a link that leads back to itself"),
+        (link("model.safetensors", "gone"), r"model\.safetensors: a link to gone, which is not there"),
+        (link("model.safetensors", "model.safetensors"), "model.safetensors: a link that leads back to itself"),
+        (link("tokenizer.json", "gone"), r"tokenizer\.json: a link to gone, which is not there"),
+        (circular_source, "hf: a link that leads back to itself; --source takes the folder"),
+        (tensor_is(lambda t: t.to_sparse()), "norm.weight is a sparse_coo tensor, expected a dense one"),
+        (tensor_is(lambda t: t.to("meta")), "norm.weight is a meta tensor, expected a dense one"),
+        (tensor_is(lambda t: t.to(torch.int8)), r"1 not floating point: language_model\.model\.norm\.weight int8"),
+        (tensor_is(lambda t: t > 0), r"1 not floating point: language_model\.model\.norm\.weight bool"),
+        (
+            tensor_is(lambda t: t.index_fill(0, torch.tensor(3), torch.nan)),
+            "norm.weight has 1 values of 16 that are NaN",
+        ),
+        (tensor_is(lambda t: t.half() / 0), "norm.weight has 16 values of 16 that are NaN or infinite"),
+        (with_pickle, "not a readable PyTorch file"),
+        (tokenizer_is(without_tokenizer), "no tokenizer that can be read.*--without_tokenizer"),
+        (tokenizer_is(broken_tokenizer), "no tokenizer that can be read.*--without_tokenizer"),
+        (tokenizer_is(larger_tokenizer), "its tokenizer has 596 tokens, vocab_size in config.json is 592"),
+        (missing_marker, "its tokenizer has no <im_start>"),
         (foreign_out, "not empty, and not written by this command"),
         (other_base_there, "holds a llava base made from .*other; choose another --out"),
     ],
@@ -599,6 +772,52 @@ def test_mistakes_end_in_one_line(make, message, tmp_path):
         from_torch(**{"family": "llava", "out": tmp_path / "base"} | make(tmp_path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "base.partial").exists()
+    assert not (Path(tempfile.gettempdir()) / "redvillm_jax_pickle_ran").exists()
+
+
+def test_links_are_followed(tmp_path):
+    """A hub cache holds nothing but links to files of other names."""
+    source = write_hf(tmp_path / "hf")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0a1b", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(source.iterdir())):
+        shutil.move(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(i)))
+    from_torch("llava", snapshot, tmp_path / "base")
+    assert not any(file.is_symlink() for file in (tmp_path / "base").iterdir())
+    assert_same_bits(load_published(tmp_path / "base"), load_published(snapshot))
+
+
+def test_integers_that_a_base_does_not_load_are_kept(tmp_path):
+    name = "vision_tower.embeddings.position_ids"
+    tensors = random_tensors(TINY) | {name: torch.arange(17)[None]}
+    from_torch("llava", write(tmp_path / "hf", hf_config(TINY), {"model.safetensors": tensors}), tmp_path / "base")
+    assert load_published(tmp_path / "base")[name].dtype == torch.int64
+
+
+def test_weights_alone_make_a_base_that_says_what_it_lacks(tmp_path):
+    source = tokenizer_is(without_tokenizer)(tmp_path)["source"]
+    flags = ["--family=llava", f"--source={source}", f"--out={tmp_path / 'base'}"]
+    from_torch_command([*flags, "--without_tokenizer"])
+    base = open_base(tmp_path / "base")
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        base.module.Tokenizer(base.path)
+
+
+def test_pictures_of_a_qwen_vl_begin_where_its_tokenizer_says(bases, tmp_path):
+    source = shutil.copytree(bases["qwen_vl"], tmp_path / "source")
+    (source / "base.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    config["visual"]["image_start_id"] -= 1
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"visual\.image_start_id is 810, supported: 811, the id of <img>"):
+        from_torch("qwen_vl", source, tmp_path / "base")
+    lines = (source / "qwen.tiktoken").read_text().splitlines()
+    for cut in (lines[:100], [*lines[:-1], lines[-2]], []):
+        (source / "qwen.tiktoken").write_text("\n".join(cut))
+        with pytest.raises(UserError, match=r"qwen\.tiktoken: expected each rank from 0 on once"):
+            from_torch("qwen_vl", source, tmp_path / "base")
 
 
 def test_the_wrong_family_is_named(tmp_path):

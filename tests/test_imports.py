@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "answer", "evaluate", "judge", "encode", "plan", "demo", "pretrain_demo", "selfcheck")
 LEAVES = (
     *("layers", "attention", "quantize", "sharding", "optim", "step", "checkpoint", "lines", "cli"),
+    *("config_fields", "published_tables"),
     *("sampler", "generate", "streaming", "flops", "hlo_cost", "topologies"),
 )
 STANDARD = set(sys.stdlib_module_names)
@@ -52,6 +53,8 @@ def test_data_pipeline_knows_neither_jax_nor_models(path):
 def test_bases_and_representations_stand_on_layers_alone(path):
     allowed = (
         "redvillm_jax.layers",
+        "redvillm_jax.config_fields",
+        "redvillm_jax.published_tables",
         "data_pipeline.errors",
         "jax",
         "flax",

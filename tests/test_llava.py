@@ -209,9 +209,10 @@ def tiny_transformers(**text):
     return model
 
 
-@pytest.mark.parametrize(
-    "text", [{}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "num_key_value_heads": 4}]
-)
+MISTRAL = {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("text", [{}, MISTRAL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
 def test_transformers_llava_built_here(text):
     model = tiny_transformers(**text)
     config = llava.Config.from_published(model.config.to_dict())
@@ -350,6 +351,7 @@ def test_original_v15_config():
         "mm_vision_tower": "openai/clip-vit-large-patch14-336",
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
     }
     assert llava.Config.from_published(published) == llava.SIZES["v1.5-7b"]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipeline.errors import UserError
 from redvillm_jax import weights
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Config
@@ -337,7 +338,7 @@ def test_published_config_is_the_named_size():
     twin = {**published, "system_prompt": "", "visual": {**published["visual"], "n_queries": 16, "n_heads": 4}}
     changes = {"system_prompt": "", "n_queries": 16, "resampler_num_attention_heads": 4}
     assert Config.from_published(twin) == dataclasses.replace(SIZES["7b"], **changes)
-    with pytest.raises(ValueError, match=r"visual\.output_dim is 4096, expected hidden_size = 2048"):
+    with pytest.raises(UserError, match=r"visual\.output_dim is 4096, supported: hidden_size = 2048"):
         Config.from_published({**published, "hidden_size": 2048})
 
 

@@ -73,7 +73,9 @@ def test_a_changed_weight_shows_from_its_stage_on(finished, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["orig_v1", pytest.param("hf", marks=pytest.mark.slow)])
 def test_reference_llava(form, tmp_path):
     model = "llava-v1" if form == "orig_v1" else "llava-1.5"
-    done = script(model, tmp_path, f"--source={REFERENCE / 'llava_tiny' / form}")
+    folder = REFERENCE / "llava_tiny"
+    vision = [f"--vision={folder / 'clip'}"] if form == "orig_v1" else []
+    done = script(model, tmp_path, f"--source={folder / form}", *vision)
     found = verdicts(done.stdout)
     assert done.returncode == 0, done.stderr
     assert len(found) == 20 and set(found.values()) == {"yes"}

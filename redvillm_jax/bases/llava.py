@@ -5,6 +5,7 @@ Module attributes carry the names that transformers 5 writes to disk; `CANONICAL
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
+from redvillm_jax.config_fields import (
+    COMMON,
+    READ,
+    REQUIRED,
+    Field,
+    Fields,
+    count,
+    flag,
+    is_count,
+    mapping,
+    nothing,
+    one_of,
+    only,
+    read_fields,
+    require,
+    shown,
+    text,
+)
 from redvillm_jax.layers import (
     BATCH_AXES,
     Embedding,
@@ -33,8 +52,25 @@ from redvillm_jax.layers import (
     split_heads,
     update_cache,
 )
+from redvillm_jax.published_tables import (
+    CLIP,
+    KNOWN_CLIPS,
+    LAYERS,
+    LLAMA,
+    MISTRAL,
+    ROPE,
+    WHOLE_CLIP,
+    WIDTH,
+    clip_transform,
+    read_clip,
+    read_decoder,
+    read_llama,
+    read_transform,
+)
 
 PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
+
+MODEL_TYPES = ("llava", "llava_llama")  # what config.json calls it
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -81,55 +117,161 @@ class Config:
         return self.vision_num_hidden_layers + 1 + self.vision_feature_layer
 
     @classmethod
-    def from_published(cls, config: dict[str, Any], vision_config: dict[str, Any] | None = None) -> "Config":
+    def from_published(
+        cls,
+        config: dict[str, Any],
+        vision_config: dict[str, Any] | None = None,
+        where: str = "config.json",
+        vision_where: str = "the CLIP's config.json",
+    ) -> "Config":
         """Reads a published config.json: transformers' LlavaConfig (has `text_config`) or an original one.
 
         An original config names its CLIP in `mm_vision_tower`; its numbers come from `vision_config`, that
-        folder's config.json (CLIP ViT-L/14's defaults without it). Keys that a file omits have the values of
-        transformers' LlamaConfig and CLIPVisionConfig.
+        folder's config.json, or from the name of a CLIP that is known. Fields that a file omits have the values of
+        transformers' classes. where, vision_where: the files, for messages. Raises UserError for a field that the
+        tables refuse or do not know.
         """
+        apart = None if vision_config is None else read_clip(vision_config, vision_where)
         if "text_config" in config:
-            llm, vision = config["text_config"], config.get("vision_config", {})
-            projector, markers = "mlp2x_gelu", False
-            feature_layer = config.get("vision_feature_layer", -2)
-            llm_defaults = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-            vision_defaults = {"image_size": 336}
+            own = read_fields(config, TRANSFORMERS, where)
+            llm = read_decoder(own["text_config"], where, "text_config.")
+            vision = read_clip(own["vision_config"], where, "vision_config.")
+            own |= {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
+            layer = "vision_feature_layer"
+            same = apart is None or apart == vision
+            require(same, vision_where, f"not the CLIP that vision_config of {where} describes")
         else:
-            llm, vision = config, vision_config or {}
-            vision = vision.get("vision_config", vision)
-            projector = config.get("mm_projector_type", "linear")
-            markers = config.get("mm_use_im_start_end", False)
-            feature_layer = config.get("mm_vision_select_layer", -2)
-            llm_defaults = {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-            tower = str(config.get("mm_vision_tower", ""))
-            vision_defaults = {"image_size": 336 if tower.endswith("336") else 224}
-        if projector not in ("linear", "mlp2x_gelu"):
-            raise ValueError(f"mm_projector_type is {projector!r}, expected 'linear' or 'mlp2x_gelu'")
-        llm, vision = {**llm_defaults, **llm}, {**vision_defaults, **vision}
-        num_heads = llm.get("num_attention_heads", 32)
-        rope = llm.get("rope_parameters") or {}
+            own = llm = read_llama(config, where, fields=ORIGINAL)
+            vision = named_clip(own, where) if apart is None else apart
+            check_clip(own, vision, where, vision_where)
+            check_fit(own, where)
+            layer = "mm_vision_select_layer"
         return cls(
             image_size=vision["image_size"],
-            patch_size=vision.get("patch_size", 14),
-            vision_hidden_size=vision.get("hidden_size", 1024),
-            vision_intermediate_size=vision.get("intermediate_size", 4096),
-            vision_num_hidden_layers=vision.get("num_hidden_layers", 24),
-            vision_num_attention_heads=vision.get("num_attention_heads", 16),
-            vision_layer_norm_eps=vision.get("layer_norm_eps", 1e-5),
-            vision_feature_layer=feature_layer,
-            projector=projector,
+            patch_size=vision["patch_size"],
+            vision_hidden_size=vision["hidden_size"],
+            vision_intermediate_size=vision["intermediate_size"],
+            vision_num_hidden_layers=vision["num_hidden_layers"],
+            vision_num_attention_heads=vision["num_attention_heads"],
+            vision_layer_norm_eps=vision["layer_norm_eps"],
+            vision_feature_layer=from_the_end(own, layer, vision["num_hidden_layers"], where),
+            projector=own["mm_projector_type"],
             vocab_size=llm["vocab_size"],
-            hidden_size=llm.get("hidden_size", 4096),
-            intermediate_size=llm.get("intermediate_size", 11008),
-            num_hidden_layers=llm.get("num_hidden_layers", 32),
-            num_attention_heads=num_heads,
-            num_key_value_heads=llm.get("num_key_value_heads") or num_heads,
+            hidden_size=llm["hidden_size"],
+            intermediate_size=llm["intermediate_size"],
+            num_hidden_layers=llm["num_hidden_layers"],
+            num_attention_heads=llm["num_attention_heads"],
+            num_key_value_heads=llm["num_key_value_heads"],
             max_position_embeddings=llm["max_position_embeddings"],
             rms_norm_eps=llm["rms_norm_eps"],
-            rope_theta=llm.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            image_markers=markers,
-            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
+            rope_theta=llm["rope_theta"],
+            image_markers=own["mm_use_im_start_end"],
+            system_prompt=own["system_prompt"],
         )
+
+
+# ---- the fields of config.json
+
+FEATURE_LAYER = Field(READ, "a whole number, one layer", lambda value: is_count(value, -LAYERS, LAYERS), -2)
+OWN: Fields = {"system_prompt": text(SYSTEM_PROMPT)}  # this project's; the published value without it
+
+TRANSFORMERS: Fields = (  # LlavaConfig's own fields
+    COMMON
+    | OWN
+    | {
+        "model_type": only(*MODEL_TYPES[:1]),
+        "text_config": mapping(REQUIRED),
+        "vision_config": mapping(KNOWN_CLIPS["clip-vit-large-patch14-336"]),
+        "vision_feature_layer": FEATURE_LAYER,
+        "vision_feature_select_strategy": only("default"),
+        "projector_hidden_act": only("gelu"),
+        "multimodal_projector_bias": only(True),
+        "tie_word_embeddings": only(False),
+    }
+    # where a picture's tokens stand is this project's to say; vocab_size repeats the language model's
+    | nothing("image_token_index", "image_token_id", "image_seq_length", "ignore_index", "vocab_size")
+    | nothing("mm_vision_tower")  # in exports of this project
+)
+
+ORIGINAL: Fields = (  # LLaVA's own repository: LLaMA's fields and these
+    LLAMA
+    | OWN
+    | {
+        "model_type": only(*MODEL_TYPES),
+        "mm_vision_tower": text(""),
+        "mm_hidden_size": count(None, WIDTH),
+        "mm_vision_select_layer": FEATURE_LAYER,
+        "mm_vision_select_feature": only("patch"),
+        "mm_projector_type": one_of("linear", "mlp2x_gelu", default="linear"),
+        "mm_use_im_start_end": flag(False),
+        "image_aspect_ratio": one_of("square", "pad", None, default=None),
+        "use_mm_proj": only(True),
+        "mm_resampler_type": only(None),
+        "mm_patch_merge_type": only("flat"),
+        "sep_image_conv_front": only(False),
+    }
+    # how it was trained, and what only other values of image_aspect_ratio use
+    | nothing("mm_use_im_patch_token", "image_grid_pinpoints", "pretrain_mm_mlp_adapter", "max_sequence_length")
+    | nothing("tokenizer_model_max_length", "tokenizer_padding_side", "mm_projector_lr", "mm_vision_tower_lr")
+    | nothing("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler")
+    | nothing("unfreeze_mm_vision_tower", "tune_mm_vision_tower", "freeze_backbone")
+)
+
+FIELDS = {  # the tables by the files and objects that they are for
+    "config.json, transformers' form": TRANSFORMERS,
+    "`text_config`, a LLaMA": LLAMA,
+    "`text_config`, a Mistral": MISTRAL,
+    "`rope_parameters`, `rope_scaling`": ROPE,
+    "`vision_config`, or config.json of a CLIP's vision tower": CLIP,
+    "config.json of a whole CLIP": WHOLE_CLIP,
+    "config.json, original form": ORIGINAL,
+    "preprocessor_config.json, processor_config.json of LLaVA-1.5": clip_transform(336, 14, MEAN, STD, pads=True),
+}
+
+
+def named_clip(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The numbers of the CLIP that an original config names; raises UserError for a name that is not known."""
+    name = values["mm_vision_tower"]
+    known = KNOWN_CLIPS.get(name.rpartition("/")[2])
+    supported = f"{' or '.join(KNOWN_CLIPS)} by name, any other CLIP with its folder given by --vision"
+    require(known is not None, where, f"mm_vision_tower is {shown(name)}, supported: {supported}")
+    return read_clip(known, where)
+
+
+def check_clip(values: dict[str, Any], vision: dict[str, Any], where: str, vision_where: str) -> None:
+    """Raises UserError when a CLIP has another size than the one that an original config was trained with."""
+    named = values["mm_vision_tower"]
+    size = re.search(r"patch(\d+)(?:-(\d+))?$", named)  # openai/clip-vit-large-patch14-336
+    wanted = {"hidden_size": values["mm_hidden_size"]}
+    if size:
+        wanted |= {"patch_size": int(size[1]), "image_size": int(size[2] or 224)}
+    for key, value in wanted.items():
+        trained = f"{where} was trained with {value}" + (f" ({named})" if size else "")
+        require(value in (None, vision[key]), vision_where, f"a CLIP with {key} {vision[key]}, but {trained}")
+
+
+def check_fit(values: dict[str, Any], where: str) -> None:
+    """Raises UserError when pictures were made square in another way than `picture_fit` says."""
+    fit, kind = values["image_aspect_ratio"], values["mm_projector_type"]
+    supported = ("square", None) if kind == "linear" else ("pad",)
+    said = f"image_aspect_ratio is {shown(fit)} (square and null crop pictures)"
+    choices = " or ".join(map(shown, supported))
+    require(fit in supported, where, f"{said}, supported with mm_projector_type {kind}: {choices}")
+
+
+def from_the_end(values: dict[str, Any], name: str, num_layers: int, where: str) -> int:
+    """The feature layer as a negative index into the embeddings and the layers' outputs; one layer runs at least."""
+    layer = values[name]
+    counted = layer if layer < 0 else layer - num_layers - 1
+    supported = f"1 to {num_layers}, or -{num_layers} to -1"
+    require(-num_layers <= counted <= -1, where, f"{name} is {layer}, supported: {supported}")
+    return counted
+
+
+def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
+    """Raises UserError when a preprocessor_config.json or processor_config.json asks for another transform."""
+    pads = picture_fit(config) == "pad"
+    read_transform(published, clip_transform(config.image_size, config.patch_size, MEAN, STD, pads=pads), where)
 
 
 SIZES = {
@@ -462,7 +604,7 @@ class Tokenizer:
 
         self.folder = folder
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds for files that are missing or broken
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: no tokenizer that can be read ({reason}); copy the model's own files") from None
@@ -470,6 +612,7 @@ class Tokenizer:
         self.tokenizer.add_tokens(added, special_tokens=True)  # where files add <im_start> as a common word
         self.bos_id, self.eos_id = self.special("<s>"), self.special("</s>")
         self.stop_ids = (self.eos_id,)
+        self.size = len(self.tokenizer)  # ids that text can become, special ones included
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without markers at its ends."""
@@ -487,6 +630,11 @@ class Tokenizer:
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise UserError(f"{self.folder}: its tokenizer has no {token}; use the files that belong to these weights")
         return token_id
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
+    """Raises UserError when the tokenizer lacks a marker that this model's prompt needs; `published`: config.json."""
+    prompt(tokenizer, config, "What happens?", None)
 
 
 Segment = list[tuple[int, bool]]  # token id, whether the loss counts it

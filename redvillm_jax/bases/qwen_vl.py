@@ -16,6 +16,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
+from redvillm_jax.config_fields import (
+    COMMON,
+    REQUIRED,
+    Fields,
+    count,
+    equal_to,
+    flag,
+    mapping,
+    nothing,
+    number,
+    only,
+    read_fields,
+    require,
+    text,
+)
 from redvillm_jax.layers import (
     BATCH_AXES,
     Embedding,
@@ -34,8 +49,22 @@ from redvillm_jax.layers import (
     split_heads,
     update_cache,
 )
+from redvillm_jax.published_tables import (
+    EPS,
+    HEADS,
+    LAYERS,
+    PIXELS,
+    POSITIONS,
+    THETA,
+    VOCABULARY,
+    WIDTH,
+    check_multiple,
+    head_size,
+)
 
 PUBLISHED = "Qwen/Qwen-VL-Chat"
+
+MODEL_TYPES = ("qwen",)  # what config.json calls it
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,18 +104,24 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def from_published(cls, config: dict[str, Any], vision_config: dict[str, Any] | None = None) -> "Config":
-        """Reads a published config.json; the vision tower's numbers are in its `visual`, `vision_config` is unused.
+    def from_published(
+        cls,
+        config: dict[str, Any],
+        vision_config: dict[str, Any] | None = None,
+        where: str = "config.json",
+        vision_where: str = "",
+    ) -> "Config":
+        """Reads a published config.json; the vision tower's numbers are in its `visual`.
 
         `visual.n_queries` and `visual.n_heads` (the resampler's) are optional: the published code fixes them to
         256 and output_dim / 128. `intermediate_size` counts both branches of the gated MLP, so half of it is the
-        width. Raises ValueError when the visual tokens do not have the language model's width.
+        width. where: the file, for messages. Raises UserError for a field that the tables refuse or do not know,
+        for visual tokens that do not have the language model's width, and for a `vision_config`.
         """
-        visual = config["visual"]
-        if visual["output_dim"] != config["hidden_size"]:
-            raise ValueError(
-                f"visual.output_dim is {visual['output_dim']}, expected hidden_size = {config['hidden_size']}"
-            )
+        llm = read_fields(config, QWEN, where)
+        visual = read_fields(llm["visual"], VISUAL, where, "visual.")
+        check_numbers(llm, visual, where)
+        require(vision_config is None, vision_where, "Qwen-VL has its vision tower in its own files; leave it out")
         return cls(
             image_size=visual["image_size"],
             patch_size=visual["patch_size"],
@@ -94,21 +129,97 @@ class Config:
             vision_intermediate_size=int(visual["width"] * visual["mlp_ratio"]),
             vision_num_hidden_layers=visual["layers"],
             vision_num_attention_heads=visual["heads"],
-            n_queries=visual.get("n_queries", 256),
-            resampler_num_attention_heads=visual.get("n_heads", visual["output_dim"] // 128),
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"] // 2,
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=config["num_attention_heads"],
-            seq_length=config["seq_length"],
-            max_position_embeddings=config["max_position_embeddings"],
-            layer_norm_epsilon=config["layer_norm_epsilon"],
-            rotary_emb_base=float(config["rotary_emb_base"]),
-            use_dynamic_ntk=config["use_dynamic_ntk"],
-            use_logn_attn=config["use_logn_attn"],
-            system_prompt=config.get("system_prompt", SYSTEM_PROMPT),
+            n_queries=visual["n_queries"],
+            resampler_num_attention_heads=visual["n_heads"] or visual["output_dim"] // 128,
+            vocab_size=llm["vocab_size"],
+            hidden_size=llm["hidden_size"],
+            intermediate_size=llm["intermediate_size"] // 2,
+            num_hidden_layers=llm["num_hidden_layers"],
+            num_attention_heads=llm["num_attention_heads"],
+            seq_length=llm["seq_length"],
+            max_position_embeddings=llm["max_position_embeddings"],
+            layer_norm_epsilon=llm["layer_norm_epsilon"],
+            rotary_emb_base=float(llm["rotary_emb_base"]),
+            use_dynamic_ntk=llm["use_dynamic_ntk"],
+            use_logn_attn=llm["use_logn_attn"],
+            system_prompt=llm["system_prompt"],
         )
+
+
+# ---- the fields of config.json
+
+QWEN: Fields = (
+    COMMON
+    | {
+        "model_type": only(*MODEL_TYPES),
+        "visual": mapping(REQUIRED),
+        "vocab_size": count(REQUIRED, VOCABULARY),
+        "hidden_size": count(REQUIRED, WIDTH),
+        "intermediate_size": count(REQUIRED, WIDTH),
+        "num_hidden_layers": count(REQUIRED, LAYERS),
+        "num_attention_heads": count(REQUIRED, HEADS),
+        "seq_length": count(REQUIRED, POSITIONS, least=2),
+        "max_position_embeddings": count(REQUIRED, POSITIONS),
+        "layer_norm_epsilon": number(REQUIRED, EPS),
+        "rotary_emb_base": number(REQUIRED, THETA),
+        "use_dynamic_ntk": flag(REQUIRED),
+        "use_logn_attn": flag(REQUIRED),
+        "system_prompt": text(SYSTEM_PROMPT),  # this project's; the published value without it
+        "kv_channels": equal_to("hidden_size / num_attention_heads"),
+        "rotary_pct": only(1.0),
+        "no_bias": only(True),
+        "scale_attn_weights": only(True),
+        "tie_word_embeddings": only(False),
+        "use_cache_quantization": only(False),
+    }
+    # the precision that the published code computes in (here the run's own `dtype`), and its kernels
+    | nothing("bf16", "fp16", "fp32", "softmax_in_fp32", "use_flash_attn", "use_cache_kernel", "onnx_safe")
+    | nothing("attn_dropout_prob", "emb_dropout_prob", "tokenizer_type")
+)
+
+VISUAL: Fields = {
+    "image_size": count(REQUIRED, PIXELS),
+    "patch_size": count(REQUIRED, PIXELS),
+    "width": count(REQUIRED, WIDTH),
+    "layers": count(REQUIRED, LAYERS),
+    "heads": count(REQUIRED, HEADS),
+    "mlp_ratio": number(REQUIRED, 1024),
+    "output_dim": count(REQUIRED, WIDTH),
+    "image_start_id": count(REQUIRED, VOCABULARY),
+    "n_queries": count(256, PIXELS),
+    "n_heads": count(None, HEADS, null="output_dim / 128"),
+}
+
+FIELDS = {  # the tables by the files and objects that they are for
+    "config.json": QWEN,
+    "`visual`": VISUAL,
+}
+
+
+def check_numbers(llm: dict[str, Any], visual: dict[str, Any], where: str) -> None:
+    """Raises UserError when fields do not go together."""
+    head_dim = head_size(llm, where, "")
+    supported = f"hidden_size / num_attention_heads = {head_dim}"
+    said = llm["kv_channels"]
+    require(said in (None, head_dim), where, f"kv_channels is {said}, supported: {supported}")
+    size = llm["intermediate_size"]
+    require(size % 2 == 0, where, f"intermediate_size is {size}, supported: an even number (two branches)")
+    width = visual["output_dim"]
+    supported = f"hidden_size = {llm['hidden_size']}"
+    require(width == llm["hidden_size"], where, f"visual.output_dim is {width}, supported: {supported}")
+    require(width % 4 == 0, where, f"visual.output_dim is {width}, supported: a multiple of 4 (sines and cosines)")
+    check_multiple(visual, "width", "heads", where, "visual.")
+    check_multiple(visual, "image_size", "patch_size", where, "visual.")
+    heads = visual["n_heads"] or width // 128
+    divides = heads > 0 and width % heads == 0
+    require(divides, where, f"visual.n_heads is {heads}, supported: a number that divides output_dim = {width}")
+    queries = visual["n_queries"]
+    square = math.isqrt(queries) ** 2 == queries
+    require(square, where, f"visual.n_queries is {queries}, supported: a square number (a grid of positions)")
+
+
+def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
+    """Nothing: Qwen-VL's transform is fixed in its code, which reads no such file."""
 
 
 SIZES = {
@@ -580,12 +691,16 @@ class Tokenizer:
             raise UserError(f"{file}: not found; copy Qwen-VL's qwen.tiktoken next to its config.json")
         try:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            pairs = [(base64.b64decode(token, validate=True), int(rank)) for token, rank in lines]
         except ValueError as error:
             raise UserError(f"{file}: expected lines of 'base64 rank' ({error}); copy it again") from None
+        ranks = dict(pairs)
+        whole = sorted(ranks.values()) == list(range(len(pairs))) and all(bytes([i]) in ranks for i in range(256))
+        require(whole, str(file), "expected each rank from 0 on once, and all 256 single bytes; copy it again")
         self.num_ranks = len(ranks)
         self.specials = {token: self.num_ranks + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.size = self.encoding.n_vocab  # ids that text can become, special ones included
         self.stop_ids = tuple(map(self.special, ("<|im_end|>", "<|im_start|>", "<|endoftext|>")))
 
     def encode(self, text: str) -> list[int]:
@@ -603,6 +718,13 @@ class Tokenizer:
     def special(self, token: str) -> int:
         """The id of a special token such as "<|im_end|>"."""
         return self.specials[token]
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
+    """Raises UserError when the tokenizer's <img> is not where `published`, config.json, lets pictures begin."""
+    said, found = published["visual"]["image_start_id"], tokenizer.special("<img>")
+    problem = f"visual.image_start_id is {said}, supported: {found}, the id of <img> in qwen.tiktoken"
+    require(said == found, f"{where}/config.json", problem)
 
 
 Segment = list[tuple[int, bool]]  # token id, whether the loss counts it

@@ -1,0 +1,47 @@
+"""Writes docs/config_fields.md: what each base does with every field of config.json, from the code's own tables.
+
+python -m benchmarks.config_fields
+"""
+
+from pathlib import Path
+
+from redvillm_jax.config_fields import FIXED, NOTHING, READ, Fields
+from redvillm_jax.weights import known_families, load_base_module
+
+FILE = Path(__file__).parents[1] / "docs" / "config_fields.md"
+
+HEAD = """# What a base does with each field of config.json
+
+A published checkpoint says in its config.json what has to be computed. Each base goes through the file with a table:
+a field is **read** and computed with, **must be** what the base computes (another value is refused), or **changes
+nothing**. A field that no table knows is refused, because it may change the computation: report it, or remove it from
+the file if you know that it changes nothing. All of this happens when a checkpoint is converted and again when a base
+folder is opened. A field that a file omits has the value of transformers' class (LLaVA) or must be there (Qwen-VL).
+
+`python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/config_fields.py`,
+`redvillm_jax/published_tables.py` and `redvillm_jax/bases/`.
+"""
+
+
+def table(title: str, fields: Fields) -> str:
+    """One table: a row per field that matters, and one line of those that change nothing."""
+    rows = [f"### {title[0].upper()}{title[1:]}", "", "| field | | value |", "|---|---|---|"]
+    for effect in (READ, FIXED):
+        found = {name: field for name, field in fields.items() if field.effect == effect}
+        rows += [f"| `{name}` | {effect} | {field.values} |" for name, field in found.items()]
+    if ignored := sorted(name for name, field in fields.items() if field.effect == NOTHING):
+        rows += ["", "Changes nothing: " + ", ".join(f"`{name}`" for name in ignored) + "."]
+    return "\n".join(rows)
+
+
+def tables() -> str:
+    """All tables of all bases."""
+    parts = []
+    for family in known_families():
+        parts.append(f"## --family={family}")
+        parts += [table(title, fields) for title, fields in load_base_module(family).FIELDS.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(HEAD + "\n" + tables(), encoding="utf-8")

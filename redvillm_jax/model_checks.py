@@ -141,7 +141,7 @@ def check_encoder() -> str:
 
 def encode(base: Base, config, mesh: Mesh, dtype: str, frames: np.ndarray) -> dict[str, jax.Array]:
     """Pooled streams by name of videos: (B, T, H, W, 3) uint8."""
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+    with jax.set_mesh(mesh):
         step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
         num_frames = np.full(len(frames), NUM_FRAMES, np.int32)
         return step(weights, *(place(x, batch_sharding(mesh)) for x in (frames, num_frames)))
@@ -182,7 +182,7 @@ def check_training() -> str:
     """Some steps of training, on all devices and on one CPU device, both in float32."""
     mesh, alone, said = make_mesh(ALL_FSDP), make_mesh(ALL_FSDP, [cpu()]), []
     for family in known_families():
-        with tiny_base(family) as (base, config), jax.default_matmul_precision("highest"):
+        with tiny_base(family) as (base, config):
             videos = random_videos(base, config)
             training, plan = begin(base, config, alone)
             start = jax.tree.map(np.array, training.state["trainable"])  # copies: the step takes them

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
@@ -100,6 +100,13 @@ def test_the_packed_kernel_compiles_for_a_tpu():
         hlo = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv, ids, ids).compile().as_text()
     for kernel in kernel_flops(1, 1, 1, 1):
         assert f"%{kernel}" in hlo, "the arithmetic knows a kernel by another name than the program"
+
+
+def test_attention_in_float16_compiles_for_a_tpu():
+    at = SingleDeviceSharding(topologies.tpu_devices("v5e-4")[0])
+    qkv = [jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float16, sharding=at)] * 3
+    hlo = jax.jit(attention).lower(*qkv).compile().as_text()
+    assert "f32[" in hlo
 
 
 def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):

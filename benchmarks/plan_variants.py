@@ -74,19 +74,19 @@ def main(argv: list[str]) -> None:
 
 def variants(kind: str) -> list[tuple[str, dict, int, list]]:
     """(label, settings, rows a chip, patches) for a kind of chip."""
-    xla = [("redvillm_jax.recipe.choose_kernel", lambda *_: "xla")]
     unpinned = [(f"redvillm_jax.{name}.pin_batch", lambda x: x) for name in ("layers", "model")]
     scattered = [("redvillm_jax.layers.gather_weights", lambda weights: weights)]
     narrow = [("redvillm_jax.recipe.compiler_options", lambda _: {})]
     last = {key: BEST[kind][key] for key in ("remat", "int8", "mesh")}
     rows = BEST[kind]["rows_per_chip"]
     full = {"remat": "full", "int8": False, "mesh": SHARDED}
+    xla = full | {"attention": "xla"}
     kept = full | {"remat": last["remat"]}
-    naive = xla + unpinned + scattered + narrow
+    naive = unpinned + scattered + narrow
     found = [
-        ("fsdp, all recomputed, XLA attention, activations not pinned", full, rows, naive),
-        ("activations pinned to the batch axes", full, rows, xla + scattered + narrow),
-        ("each block gathers its weights", full, rows, xla + narrow),
+        ("fsdp, all recomputed, XLA attention, activations not pinned", xla, rows, naive),
+        ("activations pinned to the batch axes", xla, rows, scattered + narrow),
+        ("each block gathers its weights", xla, rows, narrow),
         ("splash attention", full, rows, narrow),
         ("activations kept by name", kept, rows, narrow),
         (f"weights on every chip{', in 8 bits' if last['int8'] else ''}", last, rows, narrow),

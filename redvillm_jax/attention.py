@@ -1,5 +1,9 @@
 """Attention within packed rows, fused into one kernel where the device has one."""
 
+import dataclasses
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -12,21 +16,80 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
+from data_pipeline.errors import UserError
 from redvillm_jax.layers import BATCH_AXES, keep
 
+KERNELS = ("auto", "xla", "splash", "cudnn")  # the values of config.attention
+GPUS = ("gpu", "cuda", "rocm")
 LANES = 128  # the TPU kernel's blocks and heads come in multiples of a vector register's width
 
 
-def choose_kernel(platform: str, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What a kernel asks of a device.
+
+    platform: jax's name of it. version: of the platform below jax, which tells CUDA from ROCm. capability: of an
+    NVIDIA GPU, (8, 0) for an A100.
+    """
+
+    platform: str
+    version: str = ""
+    capability: tuple[int, ...] = ()
+
+
+def backend_of(device: Any) -> Backend:
+    """The backend of a device, or of one that a program is only compiled for."""
+    if device.platform not in GPUS:
+        return Backend(device.platform)
+    capability = re.findall(r"\d+", str(getattr(device, "compute_capability", "")))
+    return Backend(device.platform, device.client.platform_version, tuple(map(int, capability)))
+
+
+def choose_kernel(wanted: str, backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
     """The kernel for the language model's attention over rows of `row_length` slots.
 
-    "splash": Pallas, on TPUs. "cudnn": on GPUs in bfloat16. "xla": everywhere, and whatever the two cannot do.
+    "splash": Pallas, on TPUs. "cudnn": on NVIDIA GPUs. "xla": everywhere. wanted: one of them, or "auto" for the first
+    that can do it. Raises UserError for one that cannot.
     """
-    if platform == "tpu" and row_length % LANES == 0 and head_dim % LANES == 0:
-        return "splash"
-    if platform in ("gpu", "cuda") and jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
-    return "xla"
+    obstacles = {
+        "splash": splash_obstacle(backend, dtype, row_length, head_dim),
+        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim),
+        "xla": "",
+    }
+    if wanted == "auto":
+        return next(kernel for kernel, obstacle in obstacles.items() if not obstacle)
+    if obstacles[wanted]:
+        raise UserError(f"config.attention={wanted} cannot be used: {obstacles[wanted]}; use xla or auto")
+    return wanted
+
+
+def splash_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+    """Why splash attention cannot be used, "" where it can."""
+    if backend.platform != "tpu":
+        return f"it needs a TPU, this is a {backend.platform}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it multiplies in bfloat16, config.dtype is {jnp.dtype(dtype)}"
+    if row_length % LANES or head_dim % LANES:
+        return f"it needs rows and heads in multiples of {LANES}, these are {row_length} and {head_dim}"
+    return ""
+
+
+def cudnn_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+    """Why cuDNN's flash attention cannot be used, "" where it can (the conditions of jax's own binding to it)."""
+    if backend.platform not in GPUS or "cuda" not in backend.version:
+        name = backend.platform if backend.platform not in GPUS else backend.version or backend.platform
+        return f"it needs an NVIDIA GPU, this is {' '.join(name.split())}"
+    if backend.capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {'.'.join(map(str, backend.capability)) or 'none'}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it needs bfloat16, config.dtype is {jnp.dtype(dtype)}"
+    most = 256 if backend.capability >= (9, 0) else 128
+    if head_dim % 8 or head_dim > most or row_length % 2:
+        return (
+            f"it needs rows of an even length and heads of a multiple of 8, at most {most}, these are "
+            f"{row_length} and {head_dim}"
+        )
+    return ""
 
 
 def row_attention(group_ids: jax.Array, question_ids: jax.Array, kernel: str) -> jax.Array | Partial:

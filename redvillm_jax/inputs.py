@@ -19,6 +19,7 @@ from data_pipeline.files import as_path, check_bucket
 from data_pipeline.sampling import UNIFORM
 from data_pipeline.store import VideoStore
 from redvillm_jax.assemble import make_video
+from redvillm_jax.attention import KERNELS
 from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.layers import KEPT
 from redvillm_jax.model import ExtraMLP
@@ -50,9 +51,20 @@ LEAST = {
     "seed": 0,
 }
 POSITIVE = ("learning_rate", "clip_norm")
-CHOICES = {"dtype": ("bfloat16", "float32"), "labels": ("answer", "finetune"), "temporal_init": ("copy", "random")}
+CHOICES = {
+    "dtype": ("bfloat16", "float32"),
+    "labels": ("answer", "finetune"),
+    "temporal_init": ("copy", "random"),
+    "attention": KERNELS,
+}
 
-UNSAID = {"sampling": UNIFORM, "dtype": "bfloat16", "int8": False, "seed": 0}  # what models made before a switch lack
+UNSAID = {  # what models made before a switch lack
+    "sampling": UNIFORM,
+    "dtype": "bfloat16",
+    "int8": False,
+    "seed": 0,
+    "attention": "auto",
+}
 AGAIN = "export the model again with conversion.to_torch"
 
 

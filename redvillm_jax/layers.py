@@ -1,6 +1,5 @@
 """Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +42,20 @@ def gather_weights(weights: Any) -> Any:
     return jax.tree.map(lambda w: jax.lax.with_sharding_constraint(w, PartitionSpec()), weights)
 
 
+def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """An einsum of two arrays of one dtype that is computed alike on every device, and so are its gradients.
+
+    fp32 is multiplied in fp32, which a TPU does only where it is told to. dtype: of the result (default: of x).
+    Halves whose result is wider are summed in it; the gradient comes back through a product of halves.
+    """
+    precision = None
+    if x.dtype == jnp.float32:
+        precision = jax.lax.Precision.HIGHEST
+    elif x.dtype == jnp.bfloat16 and dtype == jnp.float32:
+        precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype or x.dtype)
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it.
 
@@ -56,10 +69,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """x: (..., in) -> (..., out); `dtype`: of the result, summed in it (default: of x)."""
-        weight = self.weight[...].astype(x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype or x.dtype)
-        if self.scale is not None:
-            y = y * self.scale[...].astype(y.dtype)
+        dtype, weight = dtype or x.dtype, self.weight[...].astype(x.dtype)
+        if self.scale is None:
+            y = product("...i,oi->...o", x, weight, dtype)
+        else:  # scaled in fp32: the largest integers' products would overflow float16
+            y = (product("...i,oi->...o", x, weight, jnp.float32) * self.scale[...]).astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -113,7 +127,8 @@ class PatchEmbedding(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         p = self.weight.shape[-1]
         patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=p, p2=p)
-        return patches @ rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
+        weight = rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
+        return product("...i,io->...o", patches, weight)
 
 
 class Stack(nnx.Module):
@@ -162,13 +177,16 @@ def attention(
     if callable(mask):
         return mask(query, key, value)
     query = keep(query, "query")
-    attend = functools.partial(jax.nn.dot_product_attention, mask=None if mask is None else mask[:, None])
-    if query.dtype == jnp.float16:  # a CPU has no product of halves that sums in fp32
 
-        def in_fp32(*halves: jax.Array) -> jax.Array:
-            return attend(*(half.astype(jnp.float32) for half in halves)).astype(jnp.float16)
+    def attend(*qkv: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest" if qkv[0].dtype == jnp.float32 else None):  # as `product` does
+            return jax.nn.dot_product_attention(*qkv, mask=None if mask is None else mask[:, None])
 
-        return jax.lax.platform_dependent(query, key, value, cpu=in_fp32, default=attend)
+    def in_fp32(*halves: jax.Array) -> jax.Array:
+        return attend(*(half.astype(jnp.float32) for half in halves)).astype(jnp.float16)
+
+    if query.dtype == jnp.float16:  # CPUs and TPUs have no product of halves that sums in fp32
+        return jax.lax.platform_dependent(query, key, value, cpu=in_fp32, tpu=in_fp32, default=attend)
     return attend(query, key, value)
 
 
@@ -223,9 +241,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     register cannot be moved cheaply on a TPU. The gradient is the rotation back.
     """
     halves = np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1)
-    swapped = jnp.einsum(
-        "...d,de->...e", x, jnp.asarray(halves, x.dtype), precision="highest", preferred_element_type=jnp.float32
-    )
+    swapped = product("...d,de->...e", x, jnp.asarray(halves, x.dtype), jnp.float32)
     cos = jnp.cos(angles)[:, :, None]
     sin = jnp.sin(angles)[:, :, None]
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

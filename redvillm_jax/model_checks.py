@@ -19,7 +19,7 @@ from data_pipeline.pipeline import batches
 from redvillm_jax import checkpoint
 from redvillm_jax.agreement import Failed, gather, place, together
 from redvillm_jax.assemble import load_model, make_video, token_slots
-from redvillm_jax.attention import choose_kernel, row_attention
+from redvillm_jax.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.cli import parse
 from redvillm_jax.layers import attention
 from redvillm_jax.machine_checks import ALL_FSDP, meshes
@@ -79,7 +79,7 @@ def check_near(what: str, differences: Mapping[str, float], limit: float) -> str
 def check_attention() -> str:
     """The attention kernel of these devices on packed rows: values and gradients, one row on each device."""
     mesh, dtype = make_mesh(ALL_FSDP), jnp.dtype(compute_dtype())
-    kernel = choose_kernel(jax.devices()[0].platform, dtype, SLOTS, HEAD_DIM)
+    kernel = choose_kernel("auto", backend_of(jax.devices()[0]), dtype, SLOTS, HEAD_DIM)
     rng = np.random.default_rng(0)
     ids, questions = np.zeros((2, DISTINCT_ROWS, SLOTS), np.int32)
     ids[:, :100], ids[:, 100:240] = 1, 2  # two videos, and padding
@@ -141,7 +141,7 @@ def check_encoder() -> str:
 
 def encode(base: Base, config, mesh: Mesh, dtype: str, frames: np.ndarray) -> dict[str, jax.Array]:
     """Pooled streams by name of videos: (B, T, H, W, 3) uint8."""
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+    with jax.set_mesh(mesh):
         step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
         num_frames = np.full(len(frames), NUM_FRAMES, np.int32)
         return step(weights, *(place(x, batch_sharding(mesh)) for x in (frames, num_frames)))
@@ -180,7 +180,7 @@ def check_training() -> str:
     """Some steps of training, on all devices and on one CPU device, both in float32."""
     mesh, alone, said = make_mesh(ALL_FSDP), make_mesh(ALL_FSDP, [cpu()]), []
     for family in known_families():
-        with tiny_base(family) as (base, config), jax.default_matmul_precision("highest"):
+        with tiny_base(family) as (base, config):
             videos = random_videos(base, config)
             training, plan = begin(base, config, alone)
             start = jax.tree.map(np.array, training.state["trainable"])  # copies: the step takes them

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from redvillm_jax.assemble import projector_options
-from redvillm_jax.attention import choose_kernel
+from redvillm_jax.attention import backend_of, choose_kernel
 from redvillm_jax.model import VideoLLM, mean_loss
 from redvillm_jax.optim import FROZEN, label_tree, make_optimizer
 from redvillm_jax.sharding import replicated
@@ -58,7 +58,7 @@ def make_training(
     else:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
     dtype, head_dim = jnp.dtype(config["dtype"]), base.config.hidden_size // base.config.num_attention_heads
-    kernel = choose_kernel(mesh.devices.flat[0].platform, dtype, row_length, head_dim)
+    kernel = choose_kernel(config["attention"], backend_of(mesh.devices.flat[0]), dtype, row_length, head_dim)
     step = make_train_step(
         graphdef,
         functools.partial(mean_loss, dtype=dtype, remat=config["remat"], kernel=kernel),

@@ -157,7 +157,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
         return
-    machine = {"mesh", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "base", "data"}
+    machine = {"mesh", "attention", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "base", "data"}
     known = json.loads(path.read_text())
     changed = sorted(k for k in known.keys() | config if known.get(k) != config.get(k) and k not in machine)
     if changed:

@@ -1,5 +1,7 @@
 """Every attention kernel computes the same: XLA, and splash in interpret mode, alone and on meshes."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from redvillm_jax.attention import choose_kernel, row_attention, splash_blocks
+from data_pipeline.errors import UserError
+from redvillm_jax.attention import Backend, backend_of, choose_kernel, row_attention, splash_blocks
 from redvillm_jax.layers import BATCH_AXES, attention
 from redvillm_jax.sharding import make_mesh
 
@@ -94,17 +97,61 @@ def test_padding_sees_something():
     assert jnp.isfinite(context).all()
 
 
+TPU, CPU = Backend("tpu"), Backend("cpu")
+V100, A100, H100, B200 = (Backend("gpu", "PJRT C API\ncuda 13000", n) for n in ((7, 0), (8, 0), (9, 0), (10, 0)))
+MI300 = Backend("gpu", "PJRT C API\nrocm 70000", (9, 4))  # gfx942: its number is of another kind
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "length", "head_dim", "kernel"),
+    ("backend", "dtype", "length", "head_dim", "kernel"),
     [
-        ("tpu", "bfloat16", 2048, 128, "splash"),
-        ("tpu", "float32", 2048, 128, "splash"),
-        ("tpu", "bfloat16", 2040, 128, "xla"),
-        ("tpu", "bfloat16", 128, 24, "xla"),
-        ("gpu", "bfloat16", 2048, 128, "cudnn"),
-        ("gpu", "float32", 2048, 128, "xla"),
-        ("cpu", "bfloat16", 2048, 128, "xla"),
+        (TPU, "bfloat16", 2048, 128, "splash"),
+        (TPU, "float32", 2048, 128, "xla"),  # splash would multiply in bfloat16
+        (TPU, "bfloat16", 2040, 128, "xla"),
+        (TPU, "bfloat16", 128, 24, "xla"),
+        (A100, "bfloat16", 2048, 128, "cudnn"),
+        (A100, "bfloat16", 2048, 192, "xla"),
+        (A100, "bfloat16", 2048, 100, "xla"),
+        (A100, "bfloat16", 2047, 128, "xla"),
+        (A100, "float32", 2048, 128, "xla"),
+        (H100, "bfloat16", 2048, 192, "cudnn"),
+        (B200, "bfloat16", 2048, 128, "cudnn"),
+        (V100, "bfloat16", 2048, 128, "xla"),
+        (MI300, "bfloat16", 2048, 128, "xla"),
+        (Backend("gpu"), "bfloat16", 2048, 128, "xla"),
+        (CPU, "bfloat16", 2048, 128, "xla"),
     ],
 )
-def test_the_kernel_is_chosen_by_device_and_shape(platform, dtype, length, head_dim, kernel):
-    assert choose_kernel(platform, dtype, length, head_dim) == kernel
+def test_the_kernel_is_chosen_by_device_and_shape(backend, dtype, length, head_dim, kernel):
+    assert choose_kernel("auto", backend, dtype, length, head_dim) == kernel
+    assert choose_kernel("xla", backend, dtype, length, head_dim) == "xla"
+    assert choose_kernel(kernel, backend, dtype, length, head_dim) == kernel
+    for other in {"splash", "cudnn"} - {kernel}:
+        with pytest.raises(UserError, match=f"^config.attention={other} cannot be used: it "):
+            choose_kernel(other, backend, dtype, length, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "backend", "said"),
+    [
+        ("splash", A100, "it needs a TPU, this is a gpu; use xla or auto"),
+        ("cudnn", CPU, "it needs an NVIDIA GPU, this is cpu; use xla or auto"),
+        ("cudnn", MI300, "it needs an NVIDIA GPU, this is PJRT C API rocm 70000; use xla or auto"),
+        ("cudnn", V100, "it needs compute capability 8.0, this GPU has 7.0; use xla or auto"),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_says_why(wanted, backend, said):
+    with pytest.raises(UserError, match=f"cannot be used: {said}$"):
+        choose_kernel(wanted, backend, "bfloat16", 2048, 128)
+
+
+def test_a_device_tells_what_a_kernel_asks_for():
+    assert backend_of(jax.devices()[0]) == CPU
+    gpu = SimpleNamespace(
+        platform="gpu", compute_capability="8.0", client=SimpleNamespace(platform_version=A100.version)
+    )
+    assert backend_of(gpu) == A100
+    rocm = SimpleNamespace(
+        platform="gpu", compute_capability="gfx942", client=SimpleNamespace(platform_version="rocm 7")
+    )
+    assert choose_kernel("auto", backend_of(rocm), "bfloat16", 2048, 128) == "xla"

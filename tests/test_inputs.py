@@ -207,6 +207,7 @@ def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
 
     turned = {key: dict(reversed(value.items())) for key, value in reversed(run.trained.items())}
     same = [of(), of(turned), of(dtype="bfloat16"), of(seed=1), of(learning_rate=9.0), of(temporal_init="random")]
+    same.append(of(attention="xla"))
     assert set(same) == {run.fingerprint} and len(run.fingerprint) == 64
     flipped = jax.tree.map(np.copy, run.trained)
     bits = flipped["temporal"]["proj"].view(np.uint32)

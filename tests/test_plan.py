@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
@@ -102,6 +102,13 @@ def test_the_packed_kernel_compiles_for_a_tpu():
         assert f"%{kernel}" in hlo, "the arithmetic knows a kernel by another name than the program"
 
 
+def test_attention_in_float16_compiles_for_a_tpu():
+    at = SingleDeviceSharding(topologies.tpu_devices("v5e-4")[0])
+    qkv = [jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float16, sharding=at)] * 3
+    hlo = jax.jit(attention).lower(*qkv).compile().as_text()
+    assert "f32[" in hlo
+
+
 def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):
     size, mesh = ["--config=configs/llava.py", "--size=v1-7b"], ["--config.mesh.data=-1", "--config.mesh.fsdp=1"]
     plan.main([*size, "--topology=v5e-4", *mesh, "--config.remat=gate,up", "--rows-per-chip=2"])
@@ -144,6 +151,7 @@ def test_names_count_what_users_count():
         (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"], "--rows_per_chip is '0'"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"], "config.remat names 'gates'"),
+        (["--config=configs/llava.py", "--topology=v5e-4", "--config.attention=flash"], "config.attention is 'flash'"),
     ],
 )
 def test_mistakes_end_in_one_line(flags, message):

@@ -8,7 +8,7 @@ from conftest import FAMILIES
 from flax import nnx
 
 from redvillm_jax.layers import Linear
-from redvillm_jax.quantize import quantize
+from redvillm_jax.quantize import quantize, quantized_shapes
 from redvillm_jax.sharding import make_mesh, weight_sharding
 from redvillm_jax.weights import load_part, open_base
 
@@ -46,6 +46,35 @@ def test_every_matrix_of_the_language_model_is_quantized_and_close(family, bases
     mask = jnp.tril(jnp.ones((2, 20, 20), bool))
     logits = [m.logits(m(embeds, jnp.arange(20)[None].repeat(2, 0), mask)[0]) for m in (small, exact)]
     assert 0 < jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sums_of_integers_do_not_overflow(dtype, bases):
+    """float16 ends at 65504, and 127 * 4 * 1024 is more."""
+    weight = np.ones((3, 1024), np.float32)
+    linear = nnx.eval_shape(lambda: Linear(1024, 3, rngs=nnx.Rngs(0)))
+    quantized_shapes(linear)
+    values, scale = quantize(weight)
+    linear.weight, linear.scale, linear.bias = nnx.Param(values), nnx.Param(scale), None
+    x = jnp.full((2, 1024), 4, dtype)
+    np.testing.assert_array_equal(linear(x), np.full((2, 3), 4096, dtype))
+    gradient = jax.grad(lambda x: linear(x).sum().astype(jnp.float32))(x)
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(gradient.astype(jnp.float32), 3, rtol=1e-2)
+
+
+def test_float16_with_8_bits_follows_float32(bases):
+    """The whole language model, whose first row's embeddings are as large as real models' outliers."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    llm = load(bases["llava"], mesh, int8=True)
+    embeds = llm.embed(jnp.arange(40).reshape(2, 20), jnp.float32) * jnp.array([1000.0, 1.0])[:, None, None]
+    mask = jnp.tril(jnp.ones((2, 20, 20), bool))
+
+    def logits(dtype):
+        return llm.logits(llm(embeds.astype(dtype), jnp.arange(20)[None].repeat(2, 0), mask)[0])
+
+    want, got = logits(jnp.float32), logits(jnp.float16)
+    assert jnp.isfinite(got).all() and jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.01
 
 
 @pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])

@@ -219,6 +219,14 @@ def test_a_language_model_in_8_bits_trains_like_the_exact_one(tmp_path, runs, ba
     assert losses(tmp_path) != losses(runs["llava"])
 
 
+def test_attention_is_chosen_and_may_change_between_runs(tmp_path, runs, bases, stores):
+    """The escape from a kernel that fails: the same run goes on with another."""
+    shutil.copytree(runs["llava"], tmp_path / "run")
+    config = make_config("llava", bases["llava"], stores["llava"])
+    refused(config | {"attention": "splash"}, tmp_path / "run", "attention=splash cannot be used: it needs a TPU")
+    assert train.train(config | {"attention": "xla"}, tmp_path / "run") == 0
+
+
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, bases, stores, monkeypatch):
     monkeypatch.setattr("redvillm_jax.speed.peak_flops", lambda device: 1e12)
     train.train(make_config("llava", bases["llava"], stores["llava"]), tmp_path)

@@ -44,6 +44,7 @@ from redvillm_jax.layers import (
     gelu,
     keep,
     merge_heads,
+    product,
     rotary_angles,
     rotate,
     split_heads,
@@ -271,8 +272,8 @@ def bicubic_weights(index: jax.Array, target: int | jax.Array, source: int) -> j
 
 
 def interpolate(weights: jax.Array, table: jax.Array) -> jax.Array:
-    """weights: (..., S) times table: (S, D) in true fp32, whatever the device's default is."""
-    return jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    """weights: (..., S) fp32 times table: (S, D) -> (..., D) fp32."""
+    return product("...s,sd->...d", weights, table.astype(jnp.float32))
 
 
 def grid_positions(table: jax.Array, index: jax.Array, rows: int | jax.Array, cols: int | jax.Array) -> jax.Array:
@@ -398,7 +399,8 @@ class MultiheadAttention(nnx.Module):
         """x through block 0 (query), 1 (key) or 2 (value) of the packed weights."""
         width = x.shape[-1]
         rows = slice(block * width, (block + 1) * width)
-        return x @ self.in_proj_weight[rows].T.astype(x.dtype) + self.in_proj_bias[rows].astype(x.dtype)
+        weight, bias = (param[rows].astype(x.dtype) for param in (self.in_proj_weight, self.in_proj_bias))
+        return product("...i,oi->...o", x, weight) + bias
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
         q, k, v = (
@@ -494,7 +496,7 @@ class Projector(nnx.Module):
             x = self.attn_pool(features, mask, self.key_positions(mask, layout))
         else:
             x = self.attn_pool.values(features)
-        return self.ln_post(x) @ self.proj[...].astype(x.dtype)
+        return product("...i,io->...o", self.ln_post(x), self.proj[...].astype(x.dtype))
 
 
 # ---- language model: names at the top level

@@ -28,6 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, check_bucket, explained, in_bucket, make_folder, write_text, written_whole
@@ -212,7 +213,7 @@ def _write_shard(shard: Path, part_file: Path, features: Any, pairs: Iterable[tu
                 continue
             if "note" in result:
                 part["notes"].append({**source, "note": result["note"]})
-            record = features.serialize_example({"video": source["video"], **result["record"]})
+            record = _serialize(features, {"video": source["video"], **result["record"]})
             writer.write(record)
             part["num_bytes"] += len(record)
             part["videos"].append(result["line"])
@@ -298,6 +299,12 @@ def _features(settings: dict[str, Any]) -> tfds.features.FeaturesDict:
         frames = tfds.features.Sequence(tfds.features.Image(shape=shape, encoding_format="jpeg"))
     timestamps = tfds.features.Tensor(shape=(None,), dtype=np.float32)
     return tfds.features.FeaturesDict({"video": tfds.features.Text(), "frames": frames, "timestamps": timestamps})
+
+
+def _serialize(features: tfds.features.FeaturesDict, record: dict[str, Any]) -> bytes:
+    """TFDS's own bytes of a record with the fields in order: protobuf's own order changes from process to process."""
+    serializer = ExampleSerializer(features.get_serialized_info())
+    return serializer.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
 
 
 def _json(value: Any) -> str:

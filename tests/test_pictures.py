@@ -240,21 +240,6 @@ def test_qwen_vl_answers_about_a_picture_as_the_reference_does(bases, photo):
     assert said == f"<|im_start|>system\n{qwen_vl.SYSTEM_PROMPT}<|im_end|>\n{asked}"
 
 
-def test_v1_puts_its_markers_around_a_picture(bases):
-    class Words:
-        bos_id = "<s>"
-
-        def encode(self, text):
-            return [text]
-
-        def special(self, token):
-            return token
-
-    before, after = llava.prompt(Words(), llava.SIZES["v1-7b"], "Who?", None, picture=True)
-    text = "".join(token for token, _ in before) + "*" + "".join(token for token, _ in after)
-    assert text == f"<s>{llava.SYSTEM_PROMPT} USER:<im_start>*<im_end>\nWho? ASSISTANT:"
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_switches_of_videos_do_not_touch_a_picture(family, bases):
     pictures = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))

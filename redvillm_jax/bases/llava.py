@@ -649,18 +649,21 @@ def prompt(
     *,
     picture: bool = False,
 ) -> tuple[Segment, Segment]:
-    """What stands before and after the visual tokens: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`.
+    """What stands before and after the visual tokens, of a video as of a picture.
 
-    Without an answer the second part ends where the model starts to write. The loss counts the answer and
-    `</s>`; LLaVA's own fine-tuning counts the same, so both values of `labels` give the same rows. A video stands
-    where LLaVA has its picture; with `picture` the blank before it is a token too, as LLaVA-1.5's tokenizer has it.
+    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`, with the blank before the video as a
+    token. v1: `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`: the tokenizer that it was
+    trained with drops blanks and line breaks beside its markers. Without an answer the second part ends where the model
+    starts to write. The loss counts the answer and `</s>`; LLaVA's own fine-tuning counts the same, so both values of
+    `labels` give the same rows.
     """
-    markers = ("<im_start>", "<im_end>") if config.image_markers else ()
-    start, end = ([tokenizer.special(marker)] for marker in markers) if markers else ([], [])
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
-    if picture and not markers:
-        system += " "
-    before = [tokenizer.bos_id, *tokenizer.encode(system), *start]
-    after = [*end, *tokenizer.encode(f"\n{question} ASSISTANT:")]
+    if config.image_markers:
+        start, end = ([tokenizer.special(marker)] for marker in ("<im_start>", "<im_end>"))
+        before = [*tokenizer.encode(system), *start]
+        after = [*end, *tokenizer.encode(f"{question.lstrip()} ASSISTANT:")]
+    else:
+        before = tokenizer.encode(f"{system} ")
+        after = tokenizer.encode(f"\n{question} ASSISTANT:")
     reply = [] if answer is None else [*tokenizer.encode(answer), tokenizer.eos_id]
-    return [(i, False) for i in before], [(i, False) for i in after] + [(i, True) for i in reply]
+    return [(i, False) for i in (tokenizer.bos_id, *before)], [(i, False) for i in after] + [(i, True) for i in reply]

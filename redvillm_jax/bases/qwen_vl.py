@@ -743,7 +743,8 @@ def prompt(
 ) -> tuple[Segment, Segment]:
     """What stands before and after the visual tokens: ChatML, the video between <img> and </img> in the user's turn.
 
-    A picture has `Picture 1: ` before <img>, as in Qwen-VL's own chat format.
+    A picture has `Picture 1: ` before <img>, as in Qwen-VL's own chat format, where it tells pictures apart; a video
+    has <img> alone, as pictures have in Qwen-VL's pre-training. Nothing else differs.
     Each segment is tokenised on its own. Without an answer the second part ends where the model starts to
     write. `labels="answer"` counts the answer and its <|im_end|>; `"finetune"` is the convention of Qwen's own
     script, which also counts <|im_start|>, <|im_end|> and the newline after it in every turn. The first token

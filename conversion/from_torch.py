@@ -1,7 +1,7 @@
 """Makes a base folder from a published image LLM: safetensors or PyTorch's .bin files, one or many.
 
 A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files, beside
-config.json, the tokenizer's files and base.json, which says that the folder is whole.
+config.json, the tokenizer's files and base.json, which says that the folder is whole and has its files' hashes.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.file_hashes import check_files, hash_files
 from redvillm_jax.weights import (
     BASE_MARK,
     canonical_name,
@@ -52,6 +53,7 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
         meta = read_json(out / BASE_MARK)
         if any(meta.get(key) != value for key, value in asked.items()):
             raise UserError(f"{out}: holds a {meta['family']} base made from {meta['source']}; choose another --out")
+        check_files(out, meta.get("files"), "delete it to convert again")
         print(f"{out}: already whole, nothing to do (delete it to convert again)")
         return meta
     refuse_foreign(out)
@@ -93,6 +95,7 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
             write_shards(folder / "vision", tower, watch)
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
+        meta["files"] = hash_files(folder)
         (folder / BASE_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 

@@ -25,6 +25,7 @@ from conversion.names import (
     write_safetensors,
     write_shards,
 )
+from data_pipeline import file_hashes
 from data_pipeline.errors import Parser, UserError, run
 from redvillm_jax.weights import (
     BASE_MARK,
@@ -177,7 +178,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, type=Path, help="a run (its --workdir) or a base folder")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
+    parser.add_argument(file_hashes.FLAG, action="store_true", help=file_hashes.HELP)
     args = parser.parse_args(argv)
+    file_hashes.always = args.check_files
     meta = to_torch(args.model, args.out, args.full)
     files = sorted(str(file.relative_to(args.out)) for file in args.out.rglob("*.safetensors"))
     what = "trained projectors" if meta["trained"] else "an untrained base"

@@ -10,7 +10,7 @@ processes share the shards; the config's mesh is then that of one process.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,9 @@ def main(argv: list[str]) -> None:
                 streams = pooled_streams(weights, **batch)
                 streams = {name: np.asarray(x.astype(flags["dtype"])) for name, x in streams.items()}
                 for i, video in enumerate(videos):
-                    yield {"line": frames.videos[video], "record": {name: x[i] for name, x in streams.items()}}
+                    record = {name: x[i] for name, x in streams.items()}
+                    check_finite(record, frames.videos[video]["video"], str(base.path), flags["dtype"])
+                    yield {"line": frames.videos[video], "record": record}
                 bar.update(len(videos))
             bar.close()
 
@@ -96,6 +98,16 @@ def main(argv: list[str]) -> None:
     values = sum(int(np.prod(shape)) for shape in settings["streams"].values())
     size = f"{values * jnp.dtype(flags['dtype']).itemsize:,} bytes each"
     print(f"{flags['out']}: {len(videos)} videos, {size}; train with --config.data={flags['out']}")
+
+
+def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype: str) -> None:
+    """Raises UserError unless all streams of a video are finite."""
+    if bad := sorted(name for name, stream in record.items() if not np.isfinite(stream).all()):
+        raise UserError(
+            f"video {video!r}: base {base} makes NaN or infinite values of it (stream {', '.join(bad)}, --dtype={dtype}"
+            "): look for damaged weights with --check_files, or compute and store with --config.dtype=float32 "
+            "--dtype=float32"
+        )
 
 
 def fingerprint(frames: stores.VideoStore) -> str:

@@ -6,7 +6,9 @@ python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=TE
 --data is a frame store of data_pipeline.prepare, with --benchmark=NAME there for a published set, or streams of
 redvillm_jax.encode. Writes DIR/answers.jsonl, a line per question in the store's order with all that a judge needs
 later (python -m redvillm_jax.judge), and DIR/summary.json: multiple choice, yes/no, exact match and token F1, with 95 %
-intervals. A stopped run continues; several processes share the videos and write into the same DIR.
+intervals. A stopped run continues; several processes share the videos and write into the same DIR. A question that
+cannot be answered gets "prediction": null and an "error" and is left out of all means; the exit code is then 1, and the
+same command tries it again.
 """
 
 import json
@@ -18,7 +20,17 @@ from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.answer_log import AnswerLog
-from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.answering import (
+    OPTIONS,
+    Row,
+    failures,
+    generation_of,
+    known_answers,
+    made_with,
+    sizes_of,
+    tell,
+    write_answers,
+)
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first
@@ -38,7 +50,8 @@ FLAGS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 1 if a question has no answer."""
     flags = parse(argv, __doc__, FLAGS)
     for name in ("model", "data", "out"):
         if not flags[name]:
@@ -51,9 +64,11 @@ def main(argv: list[str]) -> None:
     out = as_path(flags["out"])
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
-    if (summary := finished(out, settings)) is not None:
+    summary = finished(out, settings)
+    known = known_answers(out / "answers.jsonl", rows) if summary else {}
+    if summary and len(known) == len(rows):
         print(f"{out} is whole already\n{summary_table(summary)}")
-        return
+        return 0
 
     index = {video["video"]: i for i, video in enumerate(store.videos)}
 
@@ -64,9 +79,10 @@ def main(argv: list[str]) -> None:
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
-    log = AnswerLog(out / "answers.jsonl", settings, known={})
+    log = AnswerLog(out / "answers.jsonl", settings, known)
     write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
     answers = log.finish(len(rows))
+    failed = failures(answers)
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
         write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
@@ -74,6 +90,8 @@ def main(argv: list[str]) -> None:
         print(summary_table(summary))
         if summary["left_out"]:
             print(f"left out: {summary['left_out']} questions without a usable video, see {store.path}/report.json")
+        tell(failed, out / "answers.jsonl")
+    return 1 if failed else 0
 
 
 def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
@@ -95,7 +113,7 @@ def left_out(store: VideoStore) -> int:
 
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary in `out` if it came from the same model, data and settings, so that nothing need be done."""
+    """The summary in `out` if it came from the same model, data and settings."""
     path = out / "summary.json"
     if not path.is_file() or not (out / "answers.jsonl").is_file():
         return None

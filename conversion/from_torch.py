@@ -30,6 +30,7 @@ from conversion.names import (
 )
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.file_hashes import check_files, hash_files
+from data_pipeline.locks import locked
 from redvillm_jax.weights import (
     BASE_MARK,
     canonical_name,
@@ -44,8 +45,15 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
     """Writes a base folder and returns its base.json; a folder that is there already is left as it is.
 
     vision: the CLIP folder of a model that is published without its vision tower; by default config.json's
-    mm_vision_tower, when that names a folder. Raises UserError for everything that does not fit.
+    mm_vision_tower, when that names a folder. Raises UserError for everything that does not fit, and while another run
+    converts to `out`.
     """
+    with locked(out, beside=True):
+        return convert(family, source, out, vision)
+
+
+def convert(family: str, source: Path, out: Path, vision: Path | None) -> dict[str, Any]:
+    """`from_torch` for who alone may write `out`."""
     base = load_base_module(family)
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}

@@ -27,6 +27,7 @@ from conversion.names import (
 )
 from data_pipeline import file_hashes
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.locks import locked
 from redvillm_jax.weights import (
     BASE_MARK,
     EXPORT_MARK,
@@ -62,8 +63,14 @@ def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
 
     Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
     under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
-    neither a run nor a base, or `out` holds something else.
+    neither a run nor a base, or `out` holds something else, and while another run exports to `out`.
     """
+    with locked(out, beside=True):
+        return export(model, out, full)
+
+
+def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
+    """`to_torch` for who alone may write `out`."""
     base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)

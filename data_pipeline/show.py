@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.files import as_path, in_bucket, written_whole
 from data_pipeline.lettering import CJK, choose_font, escape, tidy, wrap
+from data_pipeline.locks import locked
 from data_pipeline.store import VideoStore, open_store
 
 HELP = """\
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
                 "fonts-noto-cjk, or put a .ttf or .otf file into ~/.local/share/fonts (the texts are in "
                 f"{store.path / 'instructions.jsonl'})"
             )
-    with written_whole(flags.out) as temporary:
+    with locked(flags.out, beside=True), written_whole(flags.out) as temporary:
         picture.save(temporary, "PNG")
     print(flags.out)
 

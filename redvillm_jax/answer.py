@@ -46,7 +46,7 @@ from redvillm_jax.answering import (
 )
 from redvillm_jax.assistant import Assistant, load
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first
+from redvillm_jax.distributed import command, is_first, locked
 from redvillm_jax.inference import Arrays, Generation
 from redvillm_jax.prompts import Prompt
 
@@ -79,9 +79,11 @@ def main(argv: list[str]) -> int:
     if not rows and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
     opening = {name: flags[name] for name in ("base", "config", "dtype")}
-    assistant = load(flags["model"], tensor=tensor, **opening)
     if rows:
-        return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+        with locked(flags["output"], beside=True):
+            assistant = load(flags["model"], tensor=tensor, **opening)
+            return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+    assistant = load(flags["model"], tensor=tensor, **opening)
     media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
     for question in flags["question"]:
         show_answer(assistant, media, question, generation)

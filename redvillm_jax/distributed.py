@@ -5,6 +5,7 @@ that is killed is missed after SILENCE_SECONDS. Either way each prints one line 
 """
 
 import atexit
+import contextlib
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from data_pipeline import locks
 from data_pipeline.errors import UserError, run
 
 PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
@@ -175,6 +177,11 @@ def me() -> str:
 def is_first() -> bool:
     """Whether this process writes what is written once: logs, configs, reports."""
     return jax.process_index() == 0
+
+
+def locked(path: str | Path, **how: bool) -> contextlib.AbstractContextManager[None]:
+    """`data_pipeline.locks.locked` in the first process of a run, nothing in the others."""
+    return locks.locked(path, **how) if is_first() else contextlib.nullcontext()
 
 
 def wait_for_all(what: str) -> None:

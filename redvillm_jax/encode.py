@@ -11,6 +11,7 @@ processes share the shards; the config's mesh is then that of one process.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,11 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import absolute
 from redvillm_jax.assemble import load_model
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first, wait_for_all
+from redvillm_jax.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.inputs import check_store, open_config_base, stream_settings
 from redvillm_jax.recipe import make_encode_step
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.weights import Base
 
 OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),
@@ -47,6 +49,13 @@ def main(argv: list[str]) -> None:
     if frames.meta["kind"] != "frames":
         raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
     check_store(frames, base, config)
+    with locked(flags["out"]):
+        encode_store(flags, base, frames)
+
+
+def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore) -> None:
+    """Writes the shards that are missing, and what describes them."""
+    config = flags["config"]
     mesh = make_mesh(config["mesh"], jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)

@@ -13,6 +13,7 @@ same command tries it again.
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
@@ -33,11 +34,11 @@ from redvillm_jax.answering import (
 )
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first
+from redvillm_jax.distributed import command, is_first, locked
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.tables import summary_table
-from redvillm_jax.inference import Arrays
-from redvillm_jax.inputs import check_store, needed_parts, open_model
+from redvillm_jax.inference import Arrays, Generation
+from redvillm_jax.inputs import OpenedModel, check_store, needed_parts, open_model
 from redvillm_jax.prompts import Prompt
 
 FLAGS = {
@@ -61,7 +62,21 @@ def main(argv: list[str]) -> int:
     store = open_store(flags["data"])
     check_store(store, opened.base, opened.config)
     rows = questions(store, flags["benchmark"], flags["language"])
-    out = as_path(flags["out"])
+    with locked(flags["out"]):
+        return answer_store(opened, store, rows, as_path(flags["out"]), flags, generation, sizes, tensor)
+
+
+def answer_store(
+    opened: OpenedModel,
+    store: VideoStore,
+    rows: list[Row],
+    out: Path,
+    flags: Mapping[str, Any],
+    generation: Generation,
+    sizes: Mapping[str, int],
+    tensor: int,
+) -> int:
+    """Answers what is open and scores all; returns the exit code."""
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
     summary = finished(out, settings)

@@ -55,7 +55,7 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     steps, rows_per_step = plan.steps, round_up(plan.bounds.rows_per_step, num_batch_shards(mesh))
     identity = {"base": base.fingerprint, "data": plan.fingerprint}
 
-    with jax.set_mesh(mesh):
+    with distributed.locked(workdir), jax.set_mesh(mesh):
         model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
         training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
 

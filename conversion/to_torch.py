@@ -1,7 +1,8 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
 The projector keeps the published names; the temporal module has the same names under `temporal_module.`, extra
-MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them.
+MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them, and has the hashes of
+all files.
 """
 
 import argparse
@@ -107,6 +108,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
                 write_shards(folder / "vision", tower, watch)
         else:
             write_safetensors(folder / PROJECTORS, tensors, watch)
+        meta["files"] = file_hashes.hash_files(folder)
         (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
@@ -156,7 +158,7 @@ def in_memory(array: np.ndarray) -> Tensor:
 
 
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """redvillm.json: how the projectors are used. A base that is itself an export keeps what it says."""
+    """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
     if config is None and (base.path / EXPORT_MARK).is_file():
         return read_json(base.path / EXPORT_MARK)
     return {

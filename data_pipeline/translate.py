@@ -219,7 +219,18 @@ def _check(flags: argparse.Namespace, report: Path) -> None:
         raise UserError(f"--out={flags.out}: is the --input")
     if flags.out.exists() and not report.exists():
         raise UserError(f"--out={flags.out}: exists, and not by this command ({report.name} is not there)")
+    if report.exists() and not _is_report(report):
+        raise UserError(f"{report}: was not written by this command; choose another --out, or move it away")
     check_endpoint(flags)
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is what this command reports."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"rows_written", "rows_left_out", "failures"} <= report.keys()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

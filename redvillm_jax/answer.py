@@ -31,7 +31,7 @@ from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import Record, read_records, show, text
-from redvillm_jax.answer_log import AnswerLog
+from redvillm_jax.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.answering import (
     OPTIONS,
     WRITTEN,
@@ -61,6 +61,9 @@ FLAGS = {
     "time_limit": ("120", "Seconds after which the process that reads a video is ended."),
     **OPTIONS,
 }
+
+
+REPORT = {"made_with", "answered", "failed"}  # what OUTPUT.report.json says
 
 
 def main(argv: list[str]) -> int:
@@ -108,10 +111,16 @@ def read_questions(path: Path, output: str) -> list[Row]:
         raise UserError(f"--output={output}: is the --input")
     if Path(output).is_dir():
         raise UserError(f"--output={output}: is a folder, expected the name of a file")
+    check_own(as_path(output), finished=read_made(report_of(as_path(output)), REPORT) is not None)
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
     return [check_question(record) for record in records]
+
+
+def report_of(output: Path) -> Path:
+    """The file that says what came of --output."""
+    return output.with_name(f"{output.name}.report.json")
 
 
 def check_question(record: Record) -> Row:
@@ -143,13 +152,10 @@ def answer_file(
 ) -> int:
     """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
-    report_file = output.with_name(f"{output.name}.report.json")
+    report_file = report_of(output)
     settings = made_with(assistant, rows, generation)
-    known = {}
-    if output.exists() and report_file.exists():
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-        if report["made_with"] == settings:
-            known = known_answers(output, rows)
+    report = read_made(report_file, REPORT)
+    known = known_answers(output, rows) if report and report["made_with"] == settings else {}
     if len(known) == len(rows):
         print(f"{output} is whole already")
         return 0

@@ -20,7 +20,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
 from data_pipeline.store import VideoStore, open_store
-from redvillm_jax.answer_log import AnswerLog
+from redvillm_jax.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.answering import (
     OPTIONS,
     Row,
@@ -51,6 +51,9 @@ FLAGS = {
 }
 
 
+SUMMARY = {"made_with", "benchmarks", "left_out"}  # what DIR/summary.json says
+
+
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no answer."""
     flags = parse(argv, __doc__, FLAGS)
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> int:
     store = open_store(flags["data"])
     check_store(store, opened.base, opened.config)
     rows = questions(store, flags["benchmark"], flags["language"])
+    made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
+    check_own(as_path(flags["out"]) / "answers.jsonl", finished=made is not None)
     with locked(flags["out"]):
         return answer_store(opened, store, rows, as_path(flags["out"]), flags, generation, sizes, tensor)
 
@@ -129,11 +134,9 @@ def left_out(store: VideoStore) -> int:
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary in `out` if it came from the same model, data and settings."""
-    path = out / "summary.json"
-    if not path.is_file() or not (out / "answers.jsonl").is_file():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary.get("made_with") == settings else None
+    summary = read_made(out / "summary.json", SUMMARY)
+    same = summary is not None and summary["made_with"] == settings
+    return summary if same and (out / "answers.jsonl").is_file() else None
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from redvillm_jax.speed import Speed
 from redvillm_jax.stopping import EXIT_CODE, deferred_sigterm
 from redvillm_jax.weights import Base
 
+WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run directory, beside its checkpoints
+
 
 def main(argv: list[str]) -> int:
     flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")})
@@ -160,6 +162,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
     make_folder(workdir)
+    refuse_foreign(workdir)
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
         return
@@ -171,6 +174,24 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{workdir} is a run with {key}={known.get(key)!r}, this command says {config.get(key)!r} "
             f"({', '.join(changed)} differ): continue with the same config, or use another --workdir"
+        )
+
+
+def refuse_foreign(workdir: Path) -> None:
+    """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
+    checkpoints = workdir / checkpoint.FOLDER
+    there = [name for name in WRITTEN if (workdir / name).exists()]
+    there += [checkpoint.FOLDER] if checkpoints.is_dir() and any(checkpoints.iterdir()) else []
+    if not there:
+        return
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not {"family", "base", "data"} <= config.keys():
+        raise UserError(
+            f"--workdir={workdir}: holds {there[0]}, and its config.json is not a run's: it would be replaced; choose "
+            "another folder"
         )
 
 

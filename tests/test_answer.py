@@ -260,6 +260,26 @@ def test_pictures_without_a_projector_are_told_beside_the_videos(bases, files, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_files_of_others_are_not_replaced(bases, files, tmp_path):
+    (files / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "What?"}) + "\n")
+    notes, report = tmp_path / "notes.jsonl", tmp_path / "notes.jsonl.report.json"
+    for file, text in ((notes, "my notes"), (report, "{}"), (report, "[")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"{file.name}: was not written by this command") as error:
+            answer.main(flags(bases, files, notes))
+        assert "\n" not in str(error.value) and file.read_text() == text
+        file.unlink()
+    theirs = [tmp_path / f"notes.jsonl.{end}" for end in ("partial", "part", "part-2")]
+    for file in theirs:
+        file.write_text("x")
+    assert answer.main(flags(bases, files, notes)) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([notes, report, *theirs])
+    (part := tmp_path / "notes.jsonl.part3").write_text("of the command split")
+    with pytest.raises(UserError, match=r"part3: is no part of notes\.jsonl: move it away"):
+        answer.main([*flags(bases, files, notes), "--seed=1"])
+    assert part.read_text() == "of the command split" and notes.exists()
+
+
 def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
     (files / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "What?"}) + "\n")
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0

@@ -143,6 +143,16 @@ def test_a_second_run_does_nothing(evaluated, capsys):
     assert (folder / "out" / "answers.jsonl").stat().st_mtime_ns == before
 
 
+def test_files_of_others_are_not_replaced(evaluated, tmp_path):
+    for name, text in (("answers.jsonl", "mine"), ("summary.json", '{"benchmarks": {}}'), ("summary.json", "[")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}: was not written by this command") as error:
+            evaluate.main([*evaluated[1], f"--out={tmp_path}"])
+        assert "\n" not in str(error.value)
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, text)]
+        (tmp_path / name).unlink()
+
+
 def test_a_base_alone_is_the_untrained_video_llm(bases, stores, tmp_path):
     arguments = [f"--model={bases['llava']}", f"--data={stores['llava']}", f"--out={tmp_path}", "--max_new_tokens=2"]
     with pytest.raises(UserError, match="give its switches with --config"):

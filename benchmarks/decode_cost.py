@@ -99,6 +99,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
             keys=array(random.shape, random.dtype),
             ids=array((rows, NEW_TOKENS), jnp.int32),
             current=array((rows,), jnp.int32),
+            finite=array((rows,), bool),
             step=array((), jnp.int32),
         )
         arguments = (inference.weights, state, Sampling(), inference.stop_ids, np.int32(NEW_TOKENS))

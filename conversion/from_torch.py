@@ -1,7 +1,7 @@
 """Makes a base folder from a published image LLM: safetensors or PyTorch's .bin files, one or many.
 
 A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files, beside
-config.json, the tokenizer's files and base.json, which says that the folder is whole.
+config.json, the tokenizer's files and base.json, which says that the folder is whole and has its files' hashes.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.file_hashes import check_files, hash_files
+from data_pipeline.locks import locked
 from redvillm_jax.weights import (
     BASE_MARK,
     canonical_name,
@@ -48,8 +50,14 @@ def from_torch(
 
     vision: the CLIP folder of a model that is published without its vision tower. tokenizer: whether the source
     must have the tokenizer that belongs to its weights; a base without one can neither train nor answer. Raises
-    UserError for everything that does not fit.
+    UserError for everything that does not fit, and while another run converts to `out`.
     """
+    with locked(out, beside=True):
+        return convert(family, source, out, vision, tokenizer)
+
+
+def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
+    """`from_torch` for who alone may write `out`."""
     base = load_base_module(family)
     check_folder(source, "--source takes the folder of a published model")
     refuse_delta(source)
@@ -58,6 +66,7 @@ def from_torch(
         meta = read_json(out / BASE_MARK)
         if any(meta.get(key) != value for key, value in asked.items()):
             raise UserError(f"{out}: holds a {meta['family']} base made from {meta['source']}; choose another --out")
+        check_files(out, meta.get("files"), "delete it to convert again")
         print(f"{out}: already whole, nothing to do (delete it to convert again)")
         return meta
     refuse_foreign(out)
@@ -100,6 +109,7 @@ def from_torch(
             write_shards(folder / "vision", tower, watch)
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
+        meta["files"] = hash_files(folder)
         (folder / BASE_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import glob
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +24,14 @@ import numpy as np
 from safetensors import safe_open
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import temporary_name
 from redvillm_jax.weights import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 KEPT_BYTES = 20_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+UNFINISHED = "redvillm_unfinished.txt"  # in a folder that nobody misses once its run is gone
 
 CODES = {  # safetensors' names of the dtypes
     "float64": "F64",
@@ -365,30 +369,43 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
-    """Yields the folder `<out>.partial`, which becomes `out` when the block ends without an error.
+    """Yields a new folder, which becomes `out` when the block ends without an error.
 
-    `out` is replaced; the caller has made sure that it may be. Raises UserError when the disk has less than
-    `num_bytes` free.
+    `out` is replaced; the caller holds its lock and has made sure that it may be. Until then all lies beside it in a
+    folder of its own name, with a mark: what a killed run left is known by that, and removed. Raises UserError when
+    the disk has less than `num_bytes` free.
     """
     out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp"):
+        if (left / UNFINISHED).is_file():
+            shutil.rmtree(left, ignore_errors=True)
+    name = temporary_name(out)
+    work = Path(tempfile.mkdtemp(prefix=f"{name.stem}.", suffix=name.suffix, dir=out.parent))
     try:
-        if (free := shutil.disk_usage(partial).free) < num_bytes:
+        (work / UNFINISHED).write_text(f"redvillm_jax writes {out} here; without a run that does, delete this folder\n")
+        if (free := shutil.disk_usage(work).free) < num_bytes:
             raise UserError(f"{out}: needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-        yield partial
+        (work / "new").mkdir()
+        yield work / "new"
         if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+            out.rename(work / "old")
+        (work / "new").rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def refuse_foreign(out: Path, mark: str | None = None) -> None:
-    """Raises UserError when `out` is not empty, unless it is an export, which has the file `mark`."""
+    """Raises UserError when `out` holds anything, unless that is an export, whose file `mark` lists all of it."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; --out must be a folder, new or empty")
-    ours = mark is not None and (out / mark).is_file() and not (out / BASE_MARK).is_file()
-    if out.is_dir() and any(out.iterdir()) and not ours:
+    there = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir() or not any(path.iterdir())}
+    if not there:
+        return
+    if mark is None or not (out / mark).is_file() or (out / BASE_MARK).is_file():
         raise UserError(f"{out}: not empty, and not written by this command; choose another --out")
+    if others := sorted(there - {mark, *(read_json(out / mark).get("files") or ())}):
+        raise UserError(
+            f"{out}: holds {others[0]} beside an earlier export, which is replaced as a whole; move that file away, or "
+            "choose another --out"
+        )

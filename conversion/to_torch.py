@@ -1,7 +1,8 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
 The projector keeps the published names; the temporal module has the same names under `temporal_module.`, extra
-MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them.
+MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them, and has the hashes of
+all files.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from conversion.names import (
     write_safetensors,
     write_shards,
 )
+from data_pipeline import file_hashes
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.locks import locked
 from redvillm_jax.weights import (
     BASE_MARK,
     EXPORT_MARK,
@@ -61,8 +64,14 @@ def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
 
     Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
     under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
-    neither a run nor a base, or `out` holds something else.
+    neither a run nor a base, or `out` holds something else, and while another run exports to `out`.
     """
+    with locked(out, beside=True):
+        return export(model, out, full)
+
+
+def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
+    """`to_torch` for who alone may write `out`."""
     base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)
@@ -99,6 +108,7 @@ def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
                 write_shards(folder / "vision", tower, watch)
         else:
             write_safetensors(folder / PROJECTORS, tensors, watch)
+        meta["files"] = file_hashes.hash_files(folder)
         (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
@@ -148,7 +158,7 @@ def in_memory(array: np.ndarray) -> Tensor:
 
 
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """redvillm.json: how the projectors are used. A base that is itself an export keeps what it says."""
+    """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
     if config is None and (base.path / EXPORT_MARK).is_file():
         return read_json(base.path / EXPORT_MARK)
     return {
@@ -177,7 +187,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, type=Path, help="a run (its --workdir) or a base folder")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write")
     parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
+    parser.add_argument(file_hashes.FLAG, action="store_true", help=file_hashes.HELP)
     args = parser.parse_args(argv)
+    file_hashes.always = args.check_files
     meta = to_torch(args.model, args.out, args.full)
     files = sorted(str(file.relative_to(args.out)) for file in args.out.rglob("*.safetensors"))
     what = "trained projectors" if meta["trained"] else "an untrained base"

@@ -12,9 +12,16 @@ from fsspec.callbacks import Callback
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import as_path, bucket_files, check_bucket, explained, in_bucket, temporary_name
+from data_pipeline.files import (
+    as_path,
+    bucket_files,
+    cache_folder,
+    check_bucket,
+    explained,
+    in_bucket,
+    temporary_name,
+)
 
-CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder than ~/.cache/redvillm_jax
 DOWNLOADS = 8  # at once
 
 
@@ -29,7 +36,7 @@ def local_copy(path: str | Path) -> Path:
         return as_path(path)
     check_bucket(path)
     name = str(path).removeprefix("gs://").rstrip("/")
-    cache = Path(os.environ.get(CACHE) or "~/.cache/redvillm_jax").expanduser().absolute()
+    cache = cache_folder()
     folder = cache / name
     with explained(path), locked(cache):
         objects = bucket_files().find(name, detail=True)

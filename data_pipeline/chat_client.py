@@ -69,6 +69,9 @@ class ReplyCache:
         self.path = path
         try:
             self._database = sqlite3.connect(path, timeout=1, isolation_level=None)
+            tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables - {"replies"}:
+                raise UserError(f"{path}: holds {min(tables)}, it is no cache of replies; choose another --out")
             self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")

@@ -12,6 +12,8 @@ from etils import epath
 
 from data_pipeline.errors import UserError, full_disk
 
+CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder than ~/.cache/redvillm_jax
+
 # A listing is never remembered: other hosts, and Orbax by its own client, write into the same folders.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 # gcsfs would ask by gRPC what kind of bucket it is, a minute each time where that is blocked; only zonal ones need it.
@@ -32,6 +34,13 @@ def absolute(path: str | Path) -> Path:
     """The path from anywhere; one in a bucket is that already."""
     path = as_path(path)
     return path if in_bucket(path) else path.absolute()
+
+
+def cache_folder() -> Path:
+    """Where this user's commands keep what can be had again: the environment variable CACHE, or ~/.cache's part."""
+    if folder := os.environ.get(CACHE):
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "redvillm_jax"
 
 
 def bucket_files() -> fsspec.AbstractFileSystem:

@@ -10,6 +10,7 @@ side to the other among shapes that stand still, or two to three shapes appear o
 one scene differ in colour *and* in form, so that either names them.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.locks import locked
 
 TICKS = 32  # frames of a video
 FRAMES_PER_SECOND = 8
@@ -327,6 +329,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other videos (%(default)s)")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     args = parser.parse_args(argv)
+    with locked(args.out):
+        make_sets(args)
+
+
+def make_sets(args: argparse.Namespace) -> None:
+    """Writes the sets that are missing."""
     languages = LANGUAGES if args.language == "both" else (args.language,)
     settings = {key: getattr(args, key) for key in (*SPLITS, "language", "seed")} | {"x264": X264}
     record = args.out / "settings.json"

@@ -18,6 +18,7 @@ from data_pipeline.eval_sets import BENCHMARKS, read_benchmark
 from data_pipeline.files import as_path
 from data_pipeline.formats import Row
 from data_pipeline.instructions import match_videos
+from data_pipeline.locks import locked
 from data_pipeline.mixture import read_mixture
 from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.processes import ordered_map
@@ -41,7 +42,8 @@ A video's id is its file name without extension. Videos are looked for in all su
 Questions are {"id", "video", "language", "question", "answer"}, VideoInstruct-100K's, or conversations as LLaVA and
 Qwen have them, in JSON, JSON Lines, CSV or Parquet (docs/data.md). A weight behind a file, zh.jsonl:0.5, says how often
 an epoch asks each of its questions. A question with "start" and "end" (seconds) is about that part of its video.
-FRAMES/report.json lists all that was left out, and why. A run that was stopped continues when it is started again."""
+FRAMES/report.json lists all that was left out, and why. A run that was stopped continues when it is started again; one
+run at a time writes a store, or one of each i/n with --shard."""
 
 
 def main(argv: list[str]) -> None:
@@ -57,6 +59,20 @@ def main(argv: list[str]) -> None:
             f"{', '.join(flags.instructions)}: no question is about a video of {flags.videos} (a question's video: "
             f"{questions[0]['video']!r}, a file's: {min(files.videos or files.others)!r})"
         )
+
+    with locked(flags.out, share=flags.shard):
+        write_store(flags, settings, files, sources, questions, mixture)
+
+
+def write_store(
+    flags: argparse.Namespace,
+    settings: dict[str, Any],
+    files: VideoFiles,
+    sources: list[store.Source],
+    questions: list[Row],
+    mixture: dict[str, Any],
+) -> None:
+    """Decodes what is missing, and finishes the store if nothing is then."""
 
     def encode(missing: list[store.Source]) -> Iterable[store.Result]:
         work = functools.partial(encode_video, root=str(files.root), settings=settings)

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.files import as_path, in_bucket, written_whole
 from data_pipeline.lettering import CJK, choose_font, escape, tidy, wrap
+from data_pipeline.locks import locked
 from data_pipeline.store import VideoStore, open_store
 
 HELP = """\
@@ -29,6 +31,7 @@ Draw what a store holds.
 Frames are shown as the model gets them, squares whatever the video's shape. Chinese needs an installed font that has
 it; without one its characters are drawn as \\uXXXX. --stats also reads a store of streams."""
 
+MADE_BY = "redvillm_jax: data_pipeline.show"  # in the pictures that it may replace
 COLUMNS, TILE, GAP, SIZE = 8, 176, 8, 16  # of a sheet: frames a row, pixels of a frame, between frames, of letters
 WIDTH = COLUMNS * (TILE + GAP) + GAP
 BLACK, GREY, BLUE = (0, 0, 0), (110, 110, 110), (0, 70, 170)
@@ -69,8 +72,10 @@ def main(argv: list[str]) -> None:
                 "fonts-noto-cjk, or put a .ttf or .otf file into ~/.local/share/fonts (the texts are in "
                 f"{store.path / 'instructions.jsonl'})"
             )
-    with written_whole(flags.out) as temporary:
-        picture.save(temporary, "PNG")
+    mark = PngInfo()
+    mark.add_text("Software", MADE_BY)
+    with locked(flags.out, beside=True), written_whole(flags.out) as temporary:
+        picture.save(temporary, "PNG", pnginfo=mark)
     print(flags.out)
 
 
@@ -231,6 +236,17 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out={out}: expected a name that ends in .png")
     if not in_bucket(out) and not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.parent}")
+    if out.exists() and not _is_own(out):
+        raise UserError(f"--out={out}: was not drawn by this command; choose another name, or move it away")
+
+
+def _is_own(out: Path) -> bool:
+    """Whether a file is a picture of this command."""
+    try:
+        with out.open("rb") as file, Image.open(file) as picture:
+            return picture.info.get("Software") == MADE_BY
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _strips(text: str) -> int:

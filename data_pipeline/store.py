@@ -32,6 +32,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, check_bucket, explained, in_bucket, make_folder, write_text, written_whole
+from data_pipeline.locks import is_lock
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
@@ -136,7 +137,7 @@ def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]
     if not path.exists():
         return
     if not (path / "parts" / "plan.json").is_file():
-        if path.is_dir() and _names(path) <= {"parts"}:
+        if path.is_dir() and {name for name in _names(path) if not is_lock(name)} <= {"parts"}:
             return  # empty, or another run is about to write its plan, the same as ours
         raise UserError(f"{path}: exists and is not a store of videos; choose another --out")
     made = _read_json(path / "parts" / "plan.json")

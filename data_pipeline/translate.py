@@ -1,6 +1,7 @@
 """Command: a question file, or the predictions in an answer file, in the other of English and Chinese."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, c
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.files import write_text
 from data_pipeline.instructions import read_instructions
+from data_pipeline.locks import locked
 from data_pipeline.review import decision, read_decisions, write_review
 from data_pipeline.suspicions import chinese_characters, suspicions
 
@@ -45,6 +47,12 @@ Row = dict[str, Any]
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if rows had to be left out. Raises UserError for whatever the user must change."""
     flags = _parse(argv)
+    with contextlib.nullcontext() if flags.dry_run else locked(flags.out, beside=True):
+        return translate(flags)
+
+
+def translate(flags: argparse.Namespace) -> int:
+    """What the flags say; returns the exit code."""
     files = {name: flags.out.with_suffix(suffix) for name, suffix in SUFFIXES.items()}
     _check(flags, files["report"])
     rows, skipped = to_translate(read_instructions(flags.input), flags)
@@ -211,7 +219,18 @@ def _check(flags: argparse.Namespace, report: Path) -> None:
         raise UserError(f"--out={flags.out}: is the --input")
     if flags.out.exists() and not report.exists():
         raise UserError(f"--out={flags.out}: exists, and not by this command ({report.name} is not there)")
+    if report.exists() and not _is_report(report):
+        raise UserError(f"{report}: was not written by this command; choose another --out, or move it away")
     check_endpoint(flags)
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is what this command reports."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and {"rows_written", "rows_left_out", "failures"} <= report.keys()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

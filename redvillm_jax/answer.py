@@ -11,8 +11,8 @@ terminal, as the words come; the video is read once.
 --input has a question a line: {"question": …, "video" or "picture": path from the file's folder}, with "start" and
 "end" in seconds for a part of a video, and any other fields. --output has the same lines in the same order with
 "prediction" and how it came about; a stopped run continues. Several processes share the videos. A question whose video
-cannot be read gets "prediction": null and an "error"; OUTPUT.report.json lists them, the exit code is then 1, and the
-same command tries those again.
+cannot be read, or for which the model computes numbers that are none, gets "prediction": null and an "error";
+OUTPUT.report.json lists them, the exit code is then 1, and the same command tries those again.
 """
 
 import dataclasses
@@ -31,13 +31,23 @@ from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import Record, read_records, show, text
-from redvillm_jax.answer_log import AnswerLog
-from redvillm_jax.answering import OPTIONS, WRITTEN, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.answer_log import AnswerLog, check_own, read_made
+from redvillm_jax.answering import (
+    OPTIONS,
+    WRITTEN,
+    Row,
+    failures,
+    generation_of,
+    known_answers,
+    made_with,
+    sizes_of,
+    tell,
+    write_answers,
+)
 from redvillm_jax.assistant import Assistant, load
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first
+from redvillm_jax.distributed import command, is_first, locked
 from redvillm_jax.inference import Arrays, Generation
-from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt
 from redvillm_jax.shared_folder import require_shared
 
@@ -52,6 +62,9 @@ FLAGS = {
     "time_limit": ("120", "Seconds after which the process that reads a video is ended."),
     **OPTIONS,
 }
+
+
+REPORT = {"made_with", "answered", "failed"}  # what OUTPUT.report.json says
 
 
 def main(argv: list[str]) -> int:
@@ -72,9 +85,11 @@ def main(argv: list[str]) -> int:
     if rows:
         require_shared("--output", as_path(flags["output"]).parent)
     opening = {name: flags[name] for name in ("base", "config", "dtype")}
-    assistant = load(flags["model"], tensor=tensor, **opening)
     if rows:
-        return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+        with locked(flags["output"], beside=True):
+            assistant = load(flags["model"], tensor=tensor, **opening)
+            return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+    assistant = load(flags["model"], tensor=tensor, **opening)
     media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
     for question in flags["question"]:
         show_answer(assistant, media, question, generation)
@@ -99,10 +114,16 @@ def read_questions(path: Path, output: str) -> list[Row]:
         raise UserError(f"--output={output}: is the --input")
     if Path(output).is_dir():
         raise UserError(f"--output={output}: is a folder, expected the name of a file")
+    check_own(as_path(output), finished=read_made(report_of(as_path(output)), REPORT) is not None)
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
     return [check_question(record) for record in records]
+
+
+def report_of(output: Path) -> Path:
+    """The file that says what came of --output."""
+    return output.with_name(f"{output.name}.report.json")
 
 
 def check_question(record: Record) -> Row:
@@ -134,15 +155,10 @@ def answer_file(
 ) -> int:
     """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
-    report_file = output.with_name(f"{output.name}.report.json")
+    report_file = report_of(output)
     settings = made_with(assistant, rows, generation)
-    known = {}
-    if output.exists() and report_file.exists():
-        report = json.loads(report_file.read_text(encoding="utf-8"))
-        if report["made_with"] == settings:
-            answers = enumerate(zip(read_lines(output), rows, strict=False))
-            same = {i: answer for i, (answer, row) in answers if answer | row == answer}  # nobody has edited the file
-            known = {i: answer for i, answer in same.items() if answer["prediction"] is not None}
+    report = read_made(report_file, REPORT)
+    known = known_answers(output, rows) if report and report["made_with"] == settings else {}
     if len(known) == len(rows):
         print(f"{output} is whole already")
         return 0
@@ -165,19 +181,14 @@ def answer_file(
     log = AnswerLog(output, settings, known)
     write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)
     answers = log.finish(len(rows))
-    failures = [
-        {"question": i + 1, "error": row["error"]} for i, row in enumerate(answers) if row["prediction"] is None
-    ]
+    failed = failures(answers)
     if is_first():
-        report = {"made_with": settings, "answered": len(rows) - len(failures), "failed": failures}
+        report = {"made_with": settings, "answered": len(rows) - len(failed), "failed": failed}
         write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         log.forget()
         print(f"{output}: {report['answered']} of {len(rows)} questions answered")
-        for failure in failures[:5]:
-            print(f"  question {failure['question']}: {failure['error']}")
-        if failures:
-            print(f"  all {len(failures)} that failed are in {report_file}")
-    return 1 if failures else 0
+        tell(failed, report_file)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
 
 import glob
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,17 @@ class AnswerLog:
         self.done: dict[int, Answer] = dict(known)
         own = self.path.with_name(f"{self.path.name}.part{jax.process_index()}")
         kept = as_lines(known) if is_first() else []
-        for part in self.parts():
-            header, *lines = read_lines(part) or [{"made_with": made_with}]
-            check_same(part, header.get("made_with", {}), made_with)
+        for part in parts_of(self.path):
+            header, *lines = read_lines(part) or [{}]
+            if "made_with" not in header:
+                raise UserError(
+                    f"{part}: is no part of {self.path.name}: move it away, or choose another name for that"
+                )
+            check_same(part, header["made_with"], made_with)
             self.done |= {line["number"]: line["answer"] for line in lines}
             kept += lines if part == own else []
         wait_for_all("answers are read")  # nobody writes while others read
         self.file: LineFile | LineObject = open_lines(own, [{"made_with": made_with}, *kept])
-
-    def parts(self) -> list[Path]:
-        """The parts that are there."""
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
 
     def write(self, answers: Mapping[int, Answer]) -> None:
         """Keeps answers by number of the question."""
@@ -52,7 +53,7 @@ class AnswerLog:
         """
         self.file.close()
         wait_for_all("answers are written")
-        done = {line["number"]: line["answer"] for part in self.parts() for line in read_lines(part)[1:]}
+        done = {line["number"]: line["answer"] for part in parts_of(self.path) for line in read_lines(part)[1:]}
         if missing := count - len(done):
             raise UserError(
                 f"{self.path}: {missing} of {count} answers are not in its folder: all processes must see the "
@@ -66,8 +67,37 @@ class AnswerLog:
 
     def forget(self) -> None:
         """Removes the parts; for one process, when all have finished."""
-        for part in self.parts():
+        for part in parts_of(self.path):
             part.unlink()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parts of a file that are there."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.part*")
+    return sorted(part for part in found if part.name.removeprefix(f"{path.name}.part").isdecimal())
+
+
+def check_own(path: Path, finished: bool) -> None:
+    """Raises UserError for a file that no run of this command has written: it is neither `finished` nor begun."""
+    if (
+        path.exists()
+        and not finished
+        and not any("made_with" in line for p in parts_of(path) for line in read_lines(p))
+    ):
+        raise UserError(f"{path}: was not written by this command; choose another name, or move it away")
+
+
+def read_made(path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """What a report of this command says, None if there is none. Raises UserError for a file that is something else."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or not keys <= found.keys():
+        raise UserError(f"{path}: was not written by this command; choose another output, or move it away")
+    return found
 
 
 def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:

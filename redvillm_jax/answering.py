@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +17,7 @@ from redvillm_jax.answer_log import AnswerLog
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import number, positive
 from redvillm_jax.inference import Arrays, Asked, Generation
+from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt, check_length, prompt_text
 
 T = TypeVar("T")
@@ -60,6 +62,26 @@ def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation)
     return {"model": assistant.identity, "generation": settings, "questions": questions}
 
 
+def known_answers(path: Path, rows: Sequence[Row]) -> dict[int, Row]:
+    """The answers of a file by number of the question, but for what failed and what is not about these rows."""
+    found = enumerate(zip(read_lines(path), rows, strict=False))
+    same = {i: answer for i, (answer, row) in found if answer | row == answer}  # nobody has edited the file
+    return {i: answer for i, answer in same.items() if answer.get("prediction") is not None}
+
+
+def failures(answers: Sequence[Row]) -> list[dict[str, Any]]:
+    """The questions without an answer, counted from 1, each with its "error"."""
+    return [{"question": i, "error": row["error"]} for i, row in enumerate(answers, 1) if row["prediction"] is None]
+
+
+def tell(failed: Sequence[Mapping[str, Any]], where: Path) -> None:
+    """Prints the first of the questions that failed; where: the file that has them all."""
+    for failure in failed[:5]:
+        print(f"  question {failure['question']}: {failure['error']}")
+    if failed:
+        print(f"  all {len(failed)} that failed are in {where}; the same command tries them again")
+
+
 def write_answers(
     log: AnswerLog,
     assistant: Assistant,
@@ -83,6 +105,9 @@ def write_answers(
     mine = kinds[jax.process_index() :: jax.process_count()]
     settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
 
+    def failed(row: Row, error: str) -> Row:
+        return row | {"prediction": None, "error": error, "model": assistant.identity}
+
     def asked() -> Iterator[Asked]:
         for video, arrays in zip(mine, ahead(read(mine), sizes["video_batch_size"]), strict=True):
             for i in by_video[video]:
@@ -92,7 +117,7 @@ def write_answers(
                     prompt = make_prompt(rows[i], arrays)
                     check_length(prompt, generation.max_new_tokens, assistant.base)
                 except UserError as error:
-                    log.write({i: rows[i] | {"prediction": None, "error": str(error), "model": assistant.identity}})
+                    log.write({i: failed(rows[i], str(error))})
                     progress.update()
                 else:
                     yield Asked(prompt, video, arrays, i)
@@ -103,6 +128,9 @@ def write_answers(
         for batch in assistant.inference.answers(asked(), generation, **sizes):
             answers = {}
             for one, answer in batch:
+                if not answer.finite:
+                    answers[one.number] = failed(rows[one.number], assistant.not_finite)
+                    continue
                 answers[one.number] = rows[one.number] | {
                     "prediction": assistant.text(answer.ids),
                     "finish": "stop" if answer.stopped else "length",

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.media import Clip, Picture, Reading, read_media
@@ -88,8 +87,10 @@ class Assistant:
             return []
         state = self._start(video, questions, settings)
         state = self.inference.decode(state, settings, settings.max_new_tokens)
-        ids = np.asarray(state.ids)[: len(questions), : int(state.step)].tolist()
-        texts = [self.text(self.inference.finished(row).ids) for row in ids]
+        answers = self.inference.finished(state, len(questions))
+        if not all(answer.finite for answer in answers):
+            raise UserError(self.not_finite)
+        texts = [self.text(answer.ids) for answer in answers]
         return texts[0] if isinstance(question, str) else texts
 
     def stream(self, video: str | Path | Clip | Picture, question: str, **generation: Any) -> Iterator[str]:
@@ -101,16 +102,26 @@ class Assistant:
             nonlocal state
             shown, ended = 0, False
             while not ended:
-                ids = np.asarray(state.ids)[0, shown : int(state.step)].tolist()
-                answer = self.inference.finished(ids)
+                (answer,) = self.inference.finished(state, 1, shown)
                 yield from answer.ids
-                shown += len(ids)
+                if not answer.finite:
+                    raise UserError(self.not_finite)
+                shown += len(answer.ids)
                 ended = answer.stopped or shown == settings.max_new_tokens
                 if not ended:
                     until = min(shown + TOKENS_AT_ONCE, settings.max_new_tokens)
                     state = self.inference.decode(state, settings, until)
 
         return pieces(self.tokenizer.decode, tokens())
+
+    @property
+    def not_finite(self) -> str:
+        """What to say of an answer whose logits are not finite."""
+        other = "; float16 overflows where bfloat16 does not: --dtype=bfloat16" if self.dtype == "float16" else ""
+        return (
+            f"{self.identity['name']} computes numbers that are none (logits NaN or infinite): look for damaged "
+            f"weights with --check_files, for a damaged run or store{other}"
+        )
 
     def text(self, ids: list[int]) -> str:
         """What an answer's ids say."""

@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipeline import file_hashes
 from data_pipeline.errors import UserError
 
 
@@ -17,12 +18,13 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | li
     repeated if that is a list, and is a string otherwise.
 
     Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
-    fields of the config, and exits. Every mistake is a UserError.
+    fields of the config, and exits. `--check_files` is told to `file_hashes`. Every mistake is a UserError.
     """
     argv = [arg if arg.startswith("--config") else underscored(arg) for arg in argv]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
+    options = {**options, file_hashes.FLAG.lstrip("-"): (False, file_hashes.HELP)}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_boolean, list: flags.DEFINE_multi_string}
         define = kinds.get(type(default), flags.DEFINE_string)
@@ -48,6 +50,7 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | li
         sys.exit(0)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
+    file_hashes.always = values.check_files
     return {"config": config, **{name: values[name].value for name in options}}
 
 

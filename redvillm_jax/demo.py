@@ -7,6 +7,7 @@ converts a tiny image LLM that the project carries, encodes the videos with it, 
 answers questions about videos that were held out, and exports the result. Killed, it continues where it was.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.locks import locked
 from redvillm_jax.evaluation.scoring import OWN
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, default=Path("demo"), help="folder for everything it makes (demo)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the training questions (0)")
     flags = parser.parse_args(argv)
+    with locked(flags.workdir / flags.base):
+        demonstrate(flags)
+
+
+def demonstrate(flags: argparse.Namespace) -> None:
+    """Runs every command, and prints and draws what came of it."""
     start, work = time.time(), flags.workdir / flags.base
     runs = work / f"seed-{flags.seed}"
     config = f"--config={os.path.relpath(ROOT / 'configs' / 'demo.py')}:{flags.base}"

@@ -5,6 +5,7 @@ that is killed is missed after SILENCE_SECONDS. Either way each prints one line 
 """
 
 import atexit
+import contextlib
 import math
 import os
 import socket
@@ -21,6 +22,7 @@ import jax
 from jax._src import distributed as jax_distributed  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
+from data_pipeline import locks
 from data_pipeline.errors import UserError, run
 from redvillm_jax import stopping
 
@@ -192,6 +194,11 @@ def me() -> str:
 def is_first() -> bool:
     """Whether this process writes what is written once: logs, configs, reports."""
     return jax.process_index() == 0
+
+
+def locked(path: str | Path, **how: bool) -> contextlib.AbstractContextManager[None]:
+    """`data_pipeline.locks.locked` in the first process of a run, nothing in the others."""
+    return locks.locked(path, **how) if is_first() else contextlib.nullcontext()
 
 
 def wait_for_all(what: str) -> None:

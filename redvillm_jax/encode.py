@@ -10,7 +10,8 @@ processes share the shards; the config's mesh is then that of one process.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,12 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import absolute
 from redvillm_jax.assemble import load_model
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first, wait_for_all
+from redvillm_jax.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.inputs import check_store, open_config_base, stream_settings
 from redvillm_jax.recipe import make_encode_step
 from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
 from redvillm_jax.shared_folder import require_shared
+from redvillm_jax.weights import Base
 
 OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),
@@ -49,6 +51,13 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
     check_store(frames, base, config)
     require_shared("--out", flags["out"])
+    with locked(flags["out"]):
+        encode_store(flags, base, frames)
+
+
+def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore) -> None:
+    """Writes the shards that are missing, and what describes them."""
+    config = flags["config"]
     mesh = make_mesh(config["mesh"], jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)
@@ -82,7 +91,9 @@ def main(argv: list[str]) -> None:
                 streams = pooled_streams(weights, **batch)
                 streams = {name: np.asarray(x.astype(flags["dtype"])) for name, x in streams.items()}
                 for i, video in enumerate(videos):
-                    yield {"line": frames.videos[video], "record": {name: x[i] for name, x in streams.items()}}
+                    record = {name: x[i] for name, x in streams.items()}
+                    check_finite(record, frames.videos[video]["video"], str(base.path), flags["dtype"])
+                    yield {"line": frames.videos[video], "record": record}
                 bar.update(len(videos))
             bar.close()
 
@@ -98,6 +109,16 @@ def main(argv: list[str]) -> None:
     values = sum(int(np.prod(shape)) for shape in settings["streams"].values())
     size = f"{values * jnp.dtype(flags['dtype']).itemsize:,} bytes each"
     print(f"{flags['out']}: {len(videos)} videos, {size}; train with --config.data={flags['out']}")
+
+
+def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype: str) -> None:
+    """Raises UserError unless all streams of a video are finite."""
+    if bad := sorted(name for name, stream in record.items() if not np.isfinite(stream).all()):
+        raise UserError(
+            f"video {video!r}: base {base} makes NaN or infinite values of it (stream {', '.join(bad)}, --dtype={dtype}"
+            "): look for damaged weights with --check_files, or compute and store with --config.dtype=float32 "
+            "--dtype=float32"
+        )
 
 
 def fingerprint(frames: stores.VideoStore) -> str:

@@ -6,26 +6,39 @@ python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=TE
 --data is a frame store of data_pipeline.prepare, with --benchmark=NAME there for a published set, or streams of
 redvillm_jax.encode. Writes DIR/answers.jsonl, a line per question in the store's order with all that a judge needs
 later (python -m redvillm_jax.judge), and DIR/summary.json: multiple choice, yes/no, exact match and token F1, with 95 %
-intervals. A stopped run continues; several processes share the videos and write into the same DIR.
+intervals. A stopped run continues; several processes share the videos and write into the same DIR. A question that
+cannot be answered gets "prediction": null and an "error" and is left out of all means; the exit code is then 1, and the
+same command tries it again.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
 from data_pipeline.store import VideoStore, open_store
-from redvillm_jax.answer_log import AnswerLog
-from redvillm_jax.answering import OPTIONS, Row, generation_of, made_with, sizes_of, write_answers
+from redvillm_jax.answer_log import AnswerLog, check_own, read_made
+from redvillm_jax.answering import (
+    OPTIONS,
+    Row,
+    failures,
+    generation_of,
+    known_answers,
+    made_with,
+    sizes_of,
+    tell,
+    write_answers,
+)
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first
+from redvillm_jax.distributed import command, is_first, locked
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.tables import summary_table
-from redvillm_jax.inference import Arrays
-from redvillm_jax.inputs import check_store, needed_parts, open_model
+from redvillm_jax.inference import Arrays, Generation
+from redvillm_jax.inputs import OpenedModel, check_store, needed_parts, open_model
 from redvillm_jax.prompts import Prompt
 from redvillm_jax.shared_folder import require_shared
 
@@ -39,7 +52,11 @@ FLAGS = {
 }
 
 
-def main(argv: list[str]) -> None:
+SUMMARY = {"made_with", "benchmarks", "left_out"}  # what DIR/summary.json says
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns 1 if a question has no answer."""
     flags = parse(argv, __doc__, FLAGS)
     for name in ("model", "data", "out"):
         if not flags[name]:
@@ -49,13 +66,31 @@ def main(argv: list[str]) -> None:
     store = open_store(flags["data"])
     check_store(store, opened.base, opened.config)
     rows = questions(store, flags["benchmark"], flags["language"])
-    out = as_path(flags["out"])
-    require_shared("--out", out)
+    require_shared("--out", as_path(flags["out"]))
+    made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
+    check_own(as_path(flags["out"]) / "answers.jsonl", finished=made is not None)
+    with locked(flags["out"]):
+        return answer_store(opened, store, rows, as_path(flags["out"]), flags, generation, sizes, tensor)
+
+
+def answer_store(
+    opened: OpenedModel,
+    store: VideoStore,
+    rows: list[Row],
+    out: Path,
+    flags: Mapping[str, Any],
+    generation: Generation,
+    sizes: Mapping[str, int],
+    tensor: int,
+) -> int:
+    """Answers what is open and scores all; returns the exit code."""
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
-    if (summary := finished(out, settings)) is not None:
+    summary = finished(out, settings)
+    known = known_answers(out / "answers.jsonl", rows) if summary else {}
+    if summary and len(known) == len(rows):
         print(f"{out} is whole already\n{summary_table(summary)}")
-        return
+        return 0
 
     index = {video["video"]: i for i, video in enumerate(store.videos)}
 
@@ -66,9 +101,10 @@ def main(argv: list[str]) -> None:
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
-    log = AnswerLog(out / "answers.jsonl", settings, known={})
+    log = AnswerLog(out / "answers.jsonl", settings, known)
     write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
     answers = log.finish(len(rows))
+    failed = failures(answers)
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
         write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
@@ -76,6 +112,8 @@ def main(argv: list[str]) -> None:
         print(summary_table(summary))
         if summary["left_out"]:
             print(f"left out: {summary['left_out']} questions without a usable video, see {store.path}/report.json")
+        tell(failed, out / "answers.jsonl")
+    return 1 if failed else 0
 
 
 def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
@@ -97,12 +135,10 @@ def left_out(store: VideoStore) -> int:
 
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary in `out` if it came from the same model, data and settings, so that nothing need be done."""
-    path = out / "summary.json"
-    if not path.is_file() or not (out / "answers.jsonl").is_file():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary.get("made_with") == settings else None
+    """The summary in `out` if it came from the same model, data and settings."""
+    summary = read_made(out / "summary.json", SUMMARY)
+    same = summary is not None and summary["made_with"] == settings
+    return summary if same and (out / "answers.jsonl").is_file() else None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
     bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last ids, which are not in the cache yet;
-    step: (), how many ids are chosen.
+    finite: (R,) bool, whether all logits were finite; step: (), how many ids are chosen.
     """
 
     cache: Cache
@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     keys: jax.Array
     ids: jax.Array
     current: jax.Array
+    finite: jax.Array
     step: jax.Array
 
 
@@ -111,15 +112,17 @@ def start(
     every_row = jnp.arange(rows)
     seen = jnp.zeros(logits.shape, bool).at[every_row[:, None], questions["text_ids"]].set(True, mode="drop")
     chosen = choose(logits, seen, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
-    current = jnp.where(length > 0, chosen, stop_ids[0])
+    finite = jnp.isfinite(logits).all(-1)
+    current = jnp.where((length > 0) & finite, chosen, stop_ids[0])
     ids = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(current)
-    return Rows(cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, jnp.int32(1))
+    return Rows(cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1))
 
 
 def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Rows:
     """Goes on until `until` ids are chosen or every row has met a stop token.
 
-    After a row's first stop token its ids repeat that token, up to the step that was reached.
+    After a row's first stop token its ids repeat that token, up to the step that was reached. Logits that are not
+    finite say nothing: their row stops.
     """
     num_slots, max_new_tokens = state.prompt.shape[1], state.ids.shape[1]
     slots, first = jnp.arange(num_slots), num_slots - max_new_tokens
@@ -140,13 +143,17 @@ def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array
             context_length=state.length,
         )
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-        chosen = choose(model.llm.logits(hidden)[:, 0], state.seen, sampling, keys)
-        current = jnp.where(jnp.isin(state.current, stop_ids), state.current, chosen)
+        logits = model.llm.logits(hidden)[:, 0]
+        chosen = choose(logits, state.seen, sampling, keys)
+        stopped = jnp.isin(state.current, stop_ids)
+        finite = stopped | jnp.isfinite(logits).all(-1)
+        current = jnp.where(stopped, state.current, jnp.where(finite, chosen, stop_ids[0]))
         return state._replace(
             cache=cache,
             seen=state.seen.at[every_row, current].set(True),
             ids=state.ids.at[:, state.step].set(current),
             current=current,
+            finite=state.finite & finite,
             step=state.step + 1,
         )
 

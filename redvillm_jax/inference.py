@@ -70,10 +70,11 @@ class Prefixes(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Token ids without the stop token; whether there was one."""
+    """Token ids without the stop token; whether there was one; whether all logits were finite: else ids say nothing."""
 
     ids: list[int]
     stopped: bool
+    finite: bool
 
 
 class Inference:
@@ -196,8 +197,7 @@ class Inference:
             prompts, numbers = [one.prompt for one in part], [one.number for one in part]
             state = self.start(prompts, keys, prefixes, generation, numbers, rows)
             state = self.decode(state, generation, generation.max_new_tokens)
-            ids = np.asarray(state.ids)[: len(part), : int(state.step)].tolist()
-            yield list(zip(part, map(self.finished, ids), strict=True))
+            yield list(zip(part, self.finished(state, len(part)), strict=True))
 
     def batches(self, asked: Iterable[Asked], rows: int, video_rows: int) -> Iterator[tuple[tuple, tuple, tuple]]:
         """Questions that are answered at once, with what `grouped` says of each: of pictures or of videos."""
@@ -219,10 +219,14 @@ class Inference:
             part.append((one, key))
         yield from ((*question, videos) for question in part)
 
-    def finished(self, ids: list[int]) -> Answer:
-        """An answer up to its stop token."""
-        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        return Answer(ids[:end], end < len(ids))
+    def finished(self, state: generate.Rows, rows: int, first: int = 0) -> list[Answer]:
+        """The answers of the first `rows` rows from token `first` on, each up to its stop token."""
+        ids, finite, step = jax.device_get((state.ids, state.finite, state.step))
+        answers = []
+        for row, sound in zip(ids[:rows, first:step].tolist(), finite.tolist(), strict=False):
+            end = next((i for i, token in enumerate(row) if token in self.stop_ids), len(row))
+            answers.append(Answer(row[:end], end < len(row), sound))
+        return answers
 
 
 def column(values: Sequence[int], rows: int, fill: int = 0) -> np.ndarray:

@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
+from data_pipeline.file_hashes import check_files
 from data_pipeline.files import as_path, check_bucket
 from data_pipeline.sampling import UNIFORM
 from data_pipeline.store import VideoStore
@@ -155,6 +156,8 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         opened = open_base_of_run(said, base)
     else:
         folder = local_copy(model)
+        if export and not (folder / BASE_MARK).is_file():
+            check_files(folder, export.get("files"), AGAIN)
         opened = open_base_of_folder(folder, export, base)
         said, trained = config if untrained else export["method"] | {"family": export["family"]}, None
     said = UNSAID | dict(said)

@@ -1,6 +1,7 @@
 """Command: answers judged through a chat model, or scored by rule where no judge is needed, with intervals."""
 
 import argparse
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,13 @@ from data_pipeline.chat_client import ReplyCache, Statistics, ask_all
 from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS
+from data_pipeline.locks import locked
 from redvillm_jax.evaluation.answer_rows import first, read_answers
 from redvillm_jax.evaluation.comparison import compare
 from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, prompt_hash
 from redvillm_jax.evaluation.judged_folder import check_folder, make_folder, remove_others, write_judged
 from redvillm_jax.evaluation.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
-from redvillm_jax.evaluation.scoring import OWN, Row, score
+from redvillm_jax.evaluation.scoring import OWN, Result, Row, score
 from redvillm_jax.evaluation.tables import comparison_table, summary_table
 
 HELP = """\
@@ -54,6 +56,15 @@ def main(argv: list[str]) -> int:
     to_ask = [question for _, question in asked if question]
     if to_ask and flags.model is None:
         raise UserError(f"--model is needed: {len(to_ask)} verdicts of {path} need a judge (see --help)")
+    with contextlib.nullcontext() if flags.dry_run else locked(flags.out):
+        return judge(path, rows, asked, flags)
+
+
+def judge(
+    path: Path, rows: Sequence[Row], asked: Sequence[tuple[Result, Question | None]], flags: argparse.Namespace
+) -> int:
+    """Judges what `questions` gave and writes the folder; returns the exit code."""
+    to_ask = [question for _, question in asked if question]
     made_with = _made_with(path, rows, to_ask, flags)
     check_folder(flags.out)
     judged, tokens = _judge(path, rows, to_ask, made_with, flags)

@@ -33,6 +33,8 @@ from redvillm_jax.speed import Speed
 from redvillm_jax.stopping import EXIT_CODE, deferred_sigterm
 from redvillm_jax.weights import Base
 
+WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run directory, beside its checkpoints
+
 
 def main(argv: list[str]) -> int:
     flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")})
@@ -57,7 +59,7 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     steps, rows_per_step = plan.steps, round_up(plan.bounds.rows_per_step, num_batch_shards(mesh))
     identity = {"base": base.fingerprint, "data": plan.fingerprint}
 
-    with jax.set_mesh(mesh):
+    with distributed.locked(workdir), jax.set_mesh(mesh):
         model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
         training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
 
@@ -154,6 +156,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
     make_folder(workdir)
+    refuse_foreign(workdir)
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
         return
@@ -165,6 +168,24 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{workdir} is a run with {key}={known.get(key)!r}, this command says {config.get(key)!r} "
             f"({', '.join(changed)} differ): continue with the same config, or use another --workdir"
+        )
+
+
+def refuse_foreign(workdir: Path) -> None:
+    """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
+    checkpoints = workdir / checkpoint.FOLDER
+    there = [name for name in WRITTEN if (workdir / name).exists()]
+    there += [checkpoint.FOLDER] if checkpoints.is_dir() and any(checkpoints.iterdir()) else []
+    if not there:
+        return
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not {"family", "base", "data"} <= config.keys():
+        raise UserError(
+            f"--workdir={workdir}: holds {there[0]}, and its config.json is not a run's: it would be replaced; choose "
+            "another folder"
         )
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
+from data_pipeline.file_hashes import check_files
 from redvillm_jax.layers import Stack
 from redvillm_jax.quantize import quantize, quantized_shapes
 
@@ -147,10 +148,11 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
-    """Opens a folder made by `conversion.from_torch`, from a bucket (gs://) as a local copy; reads no weights.
+    """Opens a folder made by `conversion.from_torch`, from a bucket (gs://) as a local copy.
 
-    Raises UserError when the folder is missing, is not a base folder, or, with `fingerprint`, is another base than
-    the one that a run was trained on.
+    Its files are compared with their hashes in base.json the first time (see `data_pipeline.file_hashes`). Raises
+    UserError when the folder is missing, is not a base folder or has changed, or, with `fingerprint`, is another base
+    than the one that a run was trained on.
     """
     path = local_copy(path)
     description = path / BASE_MARK
@@ -164,6 +166,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
         raise UserError(
             f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"
         )
+    check_files(path, meta.get("files"), REMEDY)
     return published_base(path, meta["family"], meta["fingerprint"])
 
 

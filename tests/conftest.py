@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU compiler that the tests
 CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="redvillm_jax-")
 if CACHE is not None:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    os.environ["REDVILLM_CACHE"] = f"{CACHE}/redvillm_jax"
 
 import jax  # noqa: E402
 

@@ -1,8 +1,9 @@
 """What several tests share: filling modules with published tensors, and tables of differences from references."""
 
 import functools
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from redvillm_jax import generate
 from redvillm_jax.model import VideoLLM
@@ -65,6 +67,20 @@ def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tupl
 
     ids, keys = run(llm, embeds)
     return np.asarray(ids), np.asarray(keys)
+
+
+def without_hashes(folder: Path) -> Path:
+    """Makes a base one of the time before hashes, so that a test may change its files; returns the folder."""
+    meta = json.loads((folder / "base.json").read_text())
+    del meta["files"]
+    (folder / "base.json").write_text(json.dumps(meta))
+    return folder
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes a tensor of a base's single safetensors file."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 class ParityTable:

@@ -1,6 +1,7 @@
 """Asking a model: from Python, on the command line, and in files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import NUM_FRAMES
+from helpers import change_tensor, without_hashes
 from PIL import Image
 
 import redvillm_jax
@@ -107,6 +109,49 @@ def test_a_seed_decides_what_is_drawn(model, files):
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][0] != drawn[0][1]
+
+
+def test_numbers_that_are_none_are_no_answer(bases, files, model, tmp_path, capsys):
+    """A word of one question has no numbers: that question fails, the others' answers are bit-equal."""
+    spoilt = without_hashes(shutil.copytree(bases["llava"], tmp_path / "spoilt"))
+    word = set(model.tokenizer.encode("circle")) - set(model.tokenizer.encode(QUESTIONS[0]))
+
+    def spoil(table: np.ndarray) -> np.ndarray:
+        table[list(word)] = np.nan
+        return table
+
+    change_tensor(spoilt, "language_model.model.embed_tokens.weight", spoil)
+    rows = [{"video": "a.mp4", "question": question} for question in QUESTIONS[:2]]
+    (files / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [argument for argument in flags(bases, files, tmp_path / "out.jsonl") if "--model" not in argument]
+    assert answer.main([f"--model={spoilt}", *arguments]) == 1
+    good, bad = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert good["prediction"] == model.ask(files / "a.mp4", QUESTIONS[0], max_new_tokens=6) != ""
+    assert bad["prediction"] is None and "spoilt computes numbers that are none" in bad["error"]
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["answered"] == 1 and report["failed"] == [{"question": 2, "error": bad["error"]}]
+    assert "1 of 2 questions answered" in capsys.readouterr().out
+
+    one = redvillm_jax.load(spoilt, config=model.config)
+    for ask in (one.ask, lambda *a, **kw: list(one.stream(*a, **kw))):
+        with pytest.raises(UserError, match="look for damaged weights with --check_files") as error:
+            ask(files / "a.mp4", QUESTIONS[1], max_new_tokens=6)
+        assert "\n" not in str(error.value)
+
+
+def test_a_base_whose_bytes_are_flipped_is_refused(bases, files, tmp_path):
+    base = shutil.copytree(bases["llava"], tmp_path / "base")
+    arguments = [f"--model={base}", *CONFIG, f"--video={files / 'a.mp4'}", "--question=What?", "--max_new_tokens=1"]
+    answer.main(arguments)
+    file = base / "model.safetensors"
+    status, data = file.stat(), bytearray(file.read_bytes())
+    data[-1000] ^= 0x40
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"model\.safetensors: is not as it was .*make the base folder again"):
+        answer.main(arguments)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it
+    with pytest.raises(UserError, match=r"model\.safetensors: is not as it was"):
+        answer.main([*arguments, "--check_files"])
 
 
 @pytest.mark.parametrize(
@@ -213,6 +258,26 @@ def test_pictures_without_a_projector_are_told_beside_the_videos(bases, files, t
     assert video["prediction"] and "error" not in video
     assert picture["prediction"] is None and "no projector for pictures" in picture["error"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_of_others_are_not_replaced(bases, files, tmp_path):
+    (files / "questions.jsonl").write_text(json.dumps({"video": "a.mp4", "question": "What?"}) + "\n")
+    notes, report = tmp_path / "notes.jsonl", tmp_path / "notes.jsonl.report.json"
+    for file, text in ((notes, "my notes"), (report, "{}"), (report, "[")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"{file.name}: was not written by this command") as error:
+            answer.main(flags(bases, files, notes))
+        assert "\n" not in str(error.value) and file.read_text() == text
+        file.unlink()
+    theirs = [tmp_path / f"notes.jsonl.{end}" for end in ("partial", "part", "part-2")]
+    for file in theirs:
+        file.write_text("x")
+    assert answer.main(flags(bases, files, notes)) == 0
+    assert sorted(tmp_path.iterdir()) == sorted([notes, report, *theirs])
+    (part := tmp_path / "notes.jsonl.part3").write_text("of the command split")
+    with pytest.raises(UserError, match=r"part3: is no part of notes\.jsonl: move it away"):
+        answer.main([*flags(bases, files, notes), "--seed=1"])
+    assert part.read_text() == "of the command split" and notes.exists()
 
 
 def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):

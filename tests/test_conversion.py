@@ -350,11 +350,17 @@ def test_a_rerun_does_nothing_and_an_interrupted_one_leaves_nothing(tmp_path, mo
         patch.setattr("conversion.from_torch.describe", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             from_torch("llava", source, out)
-    assert not out.exists() and not (tmp_path / "base.partial").exists()
-    (tmp_path / "base.partial").mkdir()  # what a killed process leaves
-    (tmp_path / "base.partial" / "junk").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    theirs = [tmp_path / name for name in ("base.partial", "base.mine.tmp", "base.tmp")]
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("x")
+    left = tmp_path / "base.host.7.tmp"  # of a killed process
+    (left / "new").mkdir(parents=True)
+    (left / names.UNFINISHED).write_text("x")
     meta = from_torch("llava", source, out)
-    assert not (out / "junk").exists() and not (tmp_path / "base.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["hf", "base", *(path.name for path in theirs)])
+    assert all((folder / "thesis.tex").read_text() == "x" for folder in theirs)
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     assert from_torch("llava", source, out) == meta
     assert "already whole" in capsys.readouterr().out
@@ -437,7 +443,9 @@ def test_projectors_of_a_run(tmp_path):
     assert again["tensors"] == len(load_published(tmp_path / "full"))
     to_torch(tmp_path / "again", tmp_path / "projectors_again")
     assert_same_bits(load_file(tmp_path / "projectors_again" / "projectors.safetensors"), rounded)
-    assert json.loads((tmp_path / "projectors_again" / "redvillm.json").read_text()) == json.loads(json.dumps(meta))
+    said = json.loads((tmp_path / "projectors_again" / "redvillm.json").read_text())
+    assert said.pop("files").keys() == meta.pop("files").keys() == {"projectors.safetensors"}
+    assert said == json.loads(json.dumps(meta))
 
 
 def test_an_export_says_every_switch_that_answering_needs():
@@ -464,6 +472,21 @@ def test_an_export_replaces_an_export_and_nothing_else(tmp_path):
     to_torch(tmp_path / "base", tmp_path / "export")
     to_torch(tmp_path / "base", tmp_path / "export", full=True)
     assert not (tmp_path / "export" / "projectors.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "export", "hf"]
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()}
+    for name in ("thesis.tex", "empty/"):
+        mine = tmp_path / "export" / name
+        mine.mkdir() if name.endswith("/") else mine.write_text("x")
+        with pytest.raises(UserError, match=f"export: holds {mine.name} beside an earlier export"):
+            to_torch(tmp_path / "base", tmp_path / "export")
+        assert mine.exists()
+        mine.rmdir() if name.endswith("/") else mine.unlink()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()} == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conversion.to_torch.write_safetensors", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to_torch(tmp_path / "base", tmp_path / "export")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "export").iterdir()} == whole
     for taken in (tmp_path / "hf", tmp_path / "base"):
         with pytest.raises(UserError, match="not empty, and not written by this command"):
             to_torch(tmp_path / "base", taken)
@@ -771,7 +794,7 @@ def test_mistakes_end_in_one_line(make, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         from_torch(**{"family": "llava", "out": tmp_path / "base"} | make(tmp_path))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "base.partial").exists()
+    assert not list(tmp_path.glob("*base.*"))
     assert not (Path(tempfile.gettempdir()) / "redvillm_jax_pickle_ran").exists()
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
+from helpers import change_tensor, without_hashes
 from test_train import losses, make_config
 
 from data_pipeline.errors import UserError
@@ -101,6 +102,26 @@ def test_a_killed_run_encodes_only_what_is_missing(bases, stores, streams, tmp_p
     for i in range(len(whole)):
         for name in ("temporal", "spatial"):
             np.testing.assert_allclose(again[i][name], whole[i][name], atol=1e-5)
+
+
+def test_streams_that_are_not_finite_are_refused(bases, stores, tmp_path, monkeypatch):
+    base = without_hashes(shutil.copytree(bases["llava"], tmp_path / "base"))
+    name = "vision_tower.encoder.layers.0.mlp.fc1.bias"
+    change_tensor(base, name, lambda bias: np.full_like(bias, np.nan))
+    first = open_store(stores["llava"]).videos[0]["video"]
+    message = f"video '{first}': base {base} makes NaN or infinite values of it"
+    with pytest.raises(UserError, match=f"{message} .stream .*temporal.*dtype=bfloat16") as error:
+        encode_store("llava", base, stores["llava"], tmp_path / "streams")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "streams").glob("streams-train*"))
+    with pytest.raises(UserError, match="is not finished"):
+        open_store(tmp_path / "streams")
+
+    # finite in fp32, too large for bfloat16's last step
+    record = {"temporal": np.full((2, 3), np.finfo(np.float32).max, np.float32)}
+    encode.check_finite(record, "v", "base", "float32")
+    with pytest.raises(UserError, match=r"video 'v'.*\(stream temporal, --dtype=bfloat16\)"):
+        encode.check_finite({"temporal": record["temporal"].astype("bfloat16")}, "v", "base", "bfloat16")
 
 
 @pytest.mark.parametrize(

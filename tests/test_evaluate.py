@@ -7,13 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_distributed import finish, launch
 from test_train import make_config
 
 from data_pipeline.errors import UserError
-from data_pipeline.store import open_store
-from redvillm_jax import evaluate, train
+from data_pipeline.store import VideoStore, open_store
+from redvillm_jax import encode, evaluate, train
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs" / "demo.py"
@@ -92,12 +93,64 @@ def test_answers_are_kept_until_they_are_scored(evaluated, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "summary.json"]
 
 
+def test_a_video_without_numbers_has_no_answers_and_counts_nowhere(bases, stores, tmp_path, monkeypatch, capsys):
+    streams = tmp_path / "streams"
+    config = [f"--config={DEMO}:llava", "--config.num_frames=4"]
+    encode.main([*config, f"--config.base={bases['llava']}", f"--data={stores['llava']}", f"--out={streams}"])
+    arguments = [f"--model={bases['llava']}", *config, f"--data={streams}", "--max_new_tokens=2"]
+    assert evaluate.main([*arguments, f"--out={tmp_path / 'good'}"]) == 0
+    read = VideoStore.__getitem__
+
+    def spoilt(store, index):
+        return {k: np.full_like(v, np.nan) if k != "video" and index == 3 else v for k, v in read(store, index).items()}
+
+    out = tmp_path / "spoilt"
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoStore, "__getitem__", spoilt)
+        assert evaluate.main([*arguments, f"--out={out}"]) == 1
+        assert "6 unanswered, left out" in capsys.readouterr().out
+    good, bad = (
+        [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "good", out)
+    )
+    lost = open_store(streams).videos[3]["video"]
+    assert sum(row["video"] == lost for row in good) == 6
+    for want, got in zip(good, bad, strict=True):
+        assert (
+            (got["prediction"] is None and "numbers that are none" in got["error"])
+            if got["video"] == lost
+            else got == want
+        )
+    summary = json.loads((out / "summary.json").read_text())["benchmarks"]["own questions"]
+    assert summary["statuses"] == {"scored": 66, "unanswered": 6}
+    assert summary["metrics"]["exact_match"]["all"]["questions"] == 66
+    hits = [row["prediction"].lower() == row["answer"].lower() for row in bad if row["video"] != lost]
+    assert summary["metrics"]["exact_match"]["all"]["mean"] == pytest.approx(sum(hits) / 66)
+
+    # the same command tries those again, and nothing else
+    written, write = [], evaluate.AnswerLog.write
+    monkeypatch.setattr(evaluate.AnswerLog, "write", lambda self, new: written.extend(new) or write(self, new))
+    assert evaluate.main([*arguments, f"--out={out}"]) == 0
+    assert sorted(written) == [i for i, row in enumerate(bad) if row["prediction"] is None]
+    assert (out / "answers.jsonl").read_text() == (tmp_path / "good" / "answers.jsonl").read_text()
+
+
 def test_a_second_run_does_nothing(evaluated, capsys):
     folder, arguments = evaluated
     before = (folder / "out" / "answers.jsonl").stat().st_mtime_ns
     evaluate.main(arguments)
     assert "is whole already" in capsys.readouterr().out
     assert (folder / "out" / "answers.jsonl").stat().st_mtime_ns == before
+
+
+def test_files_of_others_are_not_replaced(evaluated, tmp_path):
+    for name, text in (("answers.jsonl", "mine"), ("summary.json", '{"benchmarks": {}}'), ("summary.json", "[")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}: was not written by this command") as error:
+            evaluate.main([*evaluated[1], f"--out={tmp_path}"])
+        assert "\n" not in str(error.value)
+        assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, text)]
+        (tmp_path / name).unlink()
 
 
 def test_a_base_alone_is_the_untrained_video_llm(bases, stores, tmp_path):

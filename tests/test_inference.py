@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
 from flax import nnx
+from helpers import without_hashes
 from test_model import build
 
 from redvillm_jax.assemble import token_slots
@@ -105,6 +106,7 @@ def test_contexts_of_all_lengths_stand_side_by_side(bases, tmp_path):
     shortest = setup(bases["qwen_vl"], "qwen_vl")[3][0].length
     config = json.loads((folder / "config.json").read_text()) | {"seq_length": shortest}
     (folder / "config.json").write_text(json.dumps(config))
+    without_hashes(folder)
     _, model, inference, prompts, videos = setup(folder, "qwen_vl")
     classes = [model.llm.context_class(prompt.length) for prompt in prompts]
     assert classes[0] == classes[4] == 0 < classes[1] and classes[3] > 0  # of both classes about one video

@@ -1,9 +1,11 @@
 """The judge command against a real HTTP server: what is asked, what comes of it, and an endpoint that fails."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -352,7 +354,18 @@ def test_other_commands_files_are_not_touched(tmp_path):
         with pytest.raises(UserError, match=r"has a summary.json that is not of redvillm_jax.judge"):
             judge.main(flags(source, tmp_path, server))
         assert server.calls == []
+        (tmp_path / "j").mkdir()
+        (tmp_path / "j" / "verdicts.jsonl").write_text('{"court": "high"}\n')
+        with pytest.raises(UserError, match=r"has a verdicts.jsonl that is not of redvillm_jax.judge"):
+            judge.main(flags(source, tmp_path / "j", server))
+        (tmp_path / "c").mkdir()
+        with contextlib.closing(sqlite3.connect(tmp_path / "c" / "cache.sqlite")) as mine:
+            mine.execute("CREATE TABLE recipes (name TEXT)")
+        with pytest.raises(UserError, match=r"cache\.sqlite: holds recipes, it is no cache of replies"):
+            judge.main(flags(source, tmp_path / "c", server))
+        assert server.calls == []
     assert (tmp_path / "summary.json").read_text() == '{"exact_match": {}}'
+    assert (tmp_path / "j" / "verdicts.jsonl").read_text() == '{"court": "high"}\n'
 
 
 @pytest.mark.parametrize(

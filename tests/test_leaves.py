@@ -146,11 +146,11 @@ def test_a_tokenizer_without_the_bases_markers_is_refused(bases):
         base.module.Tokenizer(base.path).special("<im_start>")
 
 
-@pytest.mark.parametrize("file", ["base.json", "config.json"])
-def test_a_damaged_base_folder_is_refused(file, bases, tmp_path):
+@pytest.mark.parametrize(("file", "problem"), [("base.json", "cannot be read"), ("config.json", "is not as it was")])
+def test_a_damaged_base_folder_is_refused(file, problem, bases, tmp_path):
     shutil.copytree(bases["llava"], tmp_path / "base")
     (tmp_path / "base" / file).write_text("{")
-    with pytest.raises(UserError, match=f"{file}: cannot be read"):
+    with pytest.raises(UserError, match=f"{file}: {problem}"):
         open_base(tmp_path / "base")
 
 

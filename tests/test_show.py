@@ -266,6 +266,19 @@ def test_mistakes_end_in_one_line(frames, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_pictures_of_others_are_not_replaced(frames, tmp_path):
+    mine = tmp_path / "holiday.png"
+    for write in (lambda: Image.new("RGB", (3, 3)).save(mine), lambda: mine.write_text("no picture")):
+        write()
+        before = mine.read_bytes()
+        with pytest.raises(UserError, match=r"holiday\.png: was not drawn by this command"):
+            show.main([str(frames), "--random=1", f"--out={mine}"])
+        assert mine.read_bytes() == before
+    for _ in range(2):
+        show.main([str(frames), "--random=1", f"--out={tmp_path / 'sheet.png'}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["holiday.png", "sheet.png"]
+
+
 def test_a_store_in_a_bucket_is_drawn_alike(frames, tmp_path):
     opened = store.open_store(frames)
     with fake_gcs.serve("bucket") as server:

@@ -168,6 +168,14 @@ def test_what_is_refused_in_one_line(tmp_path, runs, bases, stores):
     refused(good | {"learning_rate": 1e-3}, runs["llava"], "learning_rate=0.004, this command says 0.001")
     (tmp_path / "file").touch()
     refused(good, tmp_path / "file", "is a file")
+    other = shutil.copytree(bases["llava"], tmp_path / "base")
+    before = (other / "config.json").read_bytes()
+    refused(good, other, "holds config.json, and its config.json is not a run's")
+    assert (other / "config.json").read_bytes() == before
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.jsonl").write_text("mine")
+    refused(good, tmp_path / "logs", "holds metrics.jsonl, and its config.json is not a run's")
+    assert (tmp_path / "logs" / "metrics.jsonl").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

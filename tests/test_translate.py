@@ -454,6 +454,11 @@ def test_two_runs_do_not_share_a_cache(three, tmp_path):
     with ReplyCache(tmp_path / "zh.cache.sqlite"), FakeOpenAI(chinese) as server:
         with pytest.raises(UserError, match="is in use by another run"):
             translate.main(arguments(three, tmp_path / "zh.jsonl", server))
+    (tmp_path / "zh.report.json").write_text('{"sales": 3}')
+    with FakeOpenAI(chinese) as server, pytest.raises(UserError, match=r"zh\.report\.json: was not written by this"):
+        translate.main(arguments(three, tmp_path / "zh.jsonl", server))
+    assert (tmp_path / "zh.report.json").read_text() == '{"sales": 3}'
+    (tmp_path / "zh.report.json").unlink()
     (tmp_path / "zh.cache.sqlite").write_bytes(b"not a database, but long enough to be taken for one" * 20)
     with FakeOpenAI(chinese) as server, pytest.raises(UserError, match="cannot be used as a cache"):
         translate.main(arguments(three, tmp_path / "zh.jsonl", server))

@@ -18,6 +18,10 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out={out}: holds answers.jsonl and what was made with it; choose another folder")
     if (out / "summary.json").exists() and "verdicts_sha256" not in _summary(out):
         raise UserError(f"--out={out}: has a summary.json that is not of redvillm_jax.judge; choose another folder")
+    if (out / "verdicts.jsonl").exists() and not all(
+        {"id", "status", "values"} <= line.keys() for line in _verdicts(out)
+    ):
+        raise UserError(f"--out={out}: has a verdicts.jsonl that is not of redvillm_jax.judge; choose another folder")
 
 
 def make_folder(out: Path) -> None:
@@ -79,6 +83,15 @@ def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
     if not same:
         raise UserError(f"{out}: verdicts.jsonl is not the one that summary.json is about; judge again")
     return judge, results
+
+
+def _verdicts(out: Path) -> list[dict[str, Any]]:
+    """The lines of verdicts.jsonl, {} for what is none of this project's."""
+    try:
+        lines = [json.loads(line) for line in (out / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return [{}]
+    return [line if isinstance(line, dict) else {} for line in lines]
 
 
 def _summary(out: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.media import Clip, Picture, Reading, read_media
-from data_pipeline.sampling import UNIFORM
 from redvillm_jax.assemble import load_model, num_picture_tokens, put_trained, token_slots
 from redvillm_jax.inference import Arrays, Generation, Inference, Prefixes
 from redvillm_jax.inputs import OpenedModel, open_model
@@ -71,7 +70,7 @@ class Assistant:
             self.config["num_frames"],
             self.base.config.image_size,
             self.base.module.RESIZE,
-            self.config.get("sampling", UNIFORM),
+            self.config["sampling"],
             self.base.module.picture_fit(self.base.config),
         )
         self._known: dict[tuple, Arrays] = {}

@@ -122,7 +122,7 @@ def check_folder(workdir: epath.Path) -> str:
 def check_data_order() -> str:
     """All processes plan the same rows, and their slices of a step are the step."""
     plan = plan_random_rows(range(12), batch_questions=16 * jax.device_count(), num_steps=4)
-    same_everywhere("a plan of rows with hash", plan.fingerprint[:12])
+    same_everywhere("a plan of rows with hash", plan.fingerprint(1)[:12])
     mesh, count = make_mesh(ALL_FSDP), jax.process_count()
     rows = -(-plan.bounds.rows_per_step // mesh.size) * mesh.size
     read = {"store": RandomStreams(2, {"spatial": (4, 8)}), "rows_per_step": rows}
@@ -136,7 +136,7 @@ def check_data_order() -> str:
     ids = np.asarray(multihost_utils.process_allgather(to_global(mine, mesh)["token_ids"], tiled=True))
     if sorted(map(bytes, ids)) != sorted(map(bytes, whole["token_ids"])):
         raise Failed("the rows on the devices are not the rows of the step")
-    return f"{len(plan.steps)} steps of {rows} rows, hash {plan.fingerprint[:12]}: the slices of all make the whole"
+    return f"{len(plan.steps)} steps of {rows} rows, hash {plan.fingerprint(1)[:12]}: the slices of all make the whole"
 
 
 def digest(array: np.ndarray) -> str:

@@ -3,7 +3,6 @@
 A base and a video representation state the values of their own fields (`assemble.config_fields`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,11 +21,11 @@ def whole(least: int, most: int) -> Bound:
 
 
 def number(least: float, most: float, *, above: bool = False) -> Bound:
-    """A finite number, both bounds included, or more than the lower one."""
+    """A number, both bounds included, or more than the lower one."""
     expected = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
 
     def bound(value: Any) -> str:
-        fits = type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+        fits = type(value) in (int, float) and least <= value <= most  # nan is not
         return "" if fits and not (above and value == least) else expected
 
     return bound
@@ -101,25 +100,25 @@ FIELDS: Fields = {
 }
 
 
-def check_fields(config: Mapping[str, Any], fields: Fields) -> None:
+def check_fields(config: Mapping[str, Any], fields: Fields, whose: str = "this config") -> None:
     """Raises UserError unless the config has these fields and no others, each within its bounds."""
-    found = next(wrong(config, fields, "config"), None)
+    found = next(wrong(config, fields, whose, "config"), None)
     if found is not None:
         raise UserError(found)
 
 
-def wrong(config: Mapping[str, Any], fields: Fields, path: str) -> Iterator[str]:
+def wrong(config: Mapping[str, Any], fields: Fields, whose: str, path: str) -> Iterator[str]:
     """What is wrong with a config, in words."""
-    for name in sorted(config.keys() - fields.keys()):
-        yield f"{path}.{name} is no field of this config{did_you_mean(name, fields)}; take it out"
+    for name in sorted(config.keys() - fields.keys(), key=str):
+        yield f"{path}.{name} is no field of {whose}{did_you_mean(str(name), fields) or '; take it out'}"
     for name, bound in fields.items():
         where, value = f"{path}.{name}", config.get(name)
         if name not in config:
-            yield f"{where} is missing; a config has all fields of configs/common.py and those of its family"
+            yield f"{where} is missing, which {whose} has; start from a file of configs/"
         elif isinstance(bound, Mapping):
             if isinstance(value, Mapping):
-                yield from wrong(value, bound, where)
+                yield from wrong(value, bound, whose, where)
             else:
-                yield f"{where} is {value!r}, expected values for {', '.join(bound)}"
+                yield f"{where} is {value!r:.80}, expected values for {', '.join(bound)}"
         elif expected := bound(value):
-            yield f"{where} is {value!r:.200}, expected {expected}"
+            yield f"{where} is {value!r:.80}, expected {expected}"

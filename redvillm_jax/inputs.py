@@ -19,7 +19,7 @@ from data_pipeline.files import as_path, check_bucket
 from data_pipeline.sampling import UNIFORM
 from data_pipeline.store import VideoStore
 from redvillm_jax.assemble import config_fields, make_video
-from redvillm_jax.bounds import FIELDS, Fields, check_fields
+from redvillm_jax.bounds import FIELDS, check_fields
 from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.model import ExtraMLP
 from redvillm_jax.run_config import ADDED_TO_EXPORTS, as_trained
@@ -45,18 +45,14 @@ AGAIN = "export the model again with conversion.to_torch"
 
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises UserError for a field that is missing, unknown or out of bounds, and for a config that trains nothing."""
-    check_fields(config, fields_of(config))
+    for name in ("family", "video"):
+        if name not in config:
+            raise UserError(f"config.{name} is missing: start from a file of configs/")
+    family = config["family"]
+    check_fields(config, config_fields(family, config["video"]), f"a config of the family {family}")
     temporal_trains = config["temporal_module"] and config["streams"] != "spatial"
     if not (config["train_spatial"] or temporal_trains or config["extra_mlp"]):
         raise UserError("config.train_spatial=False leaves nothing to train without a temporal module; leave it out")
-
-
-def fields_of(config: Mapping[str, Any]) -> Fields:
-    """All fields that a config of this family and video representation has."""
-    for name in ("family", "video"):
-        if name not in config:
-            raise UserError(f"config.{name} is missing: start from configs/llava.py or configs/qwen.py")
-    return config_fields(config["family"], config["video"])
 
 
 def open_config_base(config: Mapping[str, Any]) -> Base:

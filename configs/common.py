@@ -1,4 +1,7 @@
-"""Every default once: the paper's recipe (section 4.1) and what Video-ChatGPT's code adds to it."""
+"""Every default once: the paper's recipe (section 4.1) and what Video-ChatGPT's code adds to it.
+
+A new field needs its bounds (redvillm_jax/bounds.py) and what runs without it were trained with (run_config.py).
+"""
 
 from ml_collections import ConfigDict
 
@@ -30,7 +33,7 @@ def get_common() -> ConfigDict:
             pack=True,  # several questions behind one video prefix; False: one question per row
             row_length=0,  # slots per row; 0: the longest question, or 2048 when packed
             # The recipe.
-            num_epochs=3,
+            num_epochs=3,  # another number for a run that goes on: the schedule is then that of the new total
             batch_questions=32,
             learning_rate=2e-5,
             learning_rate_scale=dict(spatial=1.0, temporal=1.0, extra_mlp=1.0),

@@ -29,6 +29,7 @@ from conversion.names import (
 from data_pipeline import file_hashes
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
+from redvillm_jax.run_config import as_trained
 from redvillm_jax.weights import (
     BASE_MARK,
     EXPORT_MARK,
@@ -124,7 +125,8 @@ def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any
         )
     from redvillm_jax.checkpoint import load_trainables  # Orbax takes seconds to import, and only runs need it
 
-    config, trained = load_trainables(model)
+    said, trained = load_trainables(model)
+    config = as_trained(said, model / "config.json")
     base = open_base(config["base"], config["base_fingerprint"])
     return base, config, trained
 

@@ -1,11 +1,12 @@
 """How every command reports a user's mistake: one line, exit code 2, no traceback."""
 
 import argparse
+import difflib
 import errno
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -18,6 +19,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name that asks for the known one most like it; "" where none is.
+
+    Initials count as the name: lr is learning_rate.
+    """
+
+    def likeness(other: str) -> float:
+        forms = other, "".join(word[:1] for word in other.split("_")), *other.split("_")
+        return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
+
+    nearest = max(known, key=likeness, default=None)
+    return f"; did you mean {nearest}?" if nearest is not None and likeness(nearest) > 0.6 else ""
 
 
 def full_disk(error: BaseException | None) -> str | None:

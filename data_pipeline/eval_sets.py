@@ -33,6 +33,7 @@ from data_pipeline.records import (
     value,
     video_name,
 )
+from data_pipeline.sampling import checked_part
 
 ASK_LETTER = "Answer with the option's letter from the given choices directly."  # Video-MME and VNBench ask so
 ACTIVITYNET_KINDS = (
@@ -297,6 +298,9 @@ def _multiple_choice(record: Record, options: str, answer: str) -> Row:
 def _span(record: Record) -> dict[str, float]:
     """Which seconds of the video a question is about."""
     start, end = (value(record, field) for field in ("start", "end"))
-    if not all(type(x) in (int, float) for x in (start, end)) or not 0 <= start < end < 1e9:
-        raise UserError(f"{record.where}: is about {show(start)} to {show(end)} seconds, expected a part of a video")
-    return {"start": float(start), "end": float(end)}
+    try:
+        return dict(zip(("start", "end"), checked_part((start, end)), strict=True))
+    except ValueError:
+        raise UserError(
+            f"{record.where}: is about {show(start)} to {show(end)} seconds, expected a part of a video"
+        ) from None

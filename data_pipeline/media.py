@@ -1,6 +1,7 @@
 """What is asked about, a part of a video or a picture, and the arrays that a model takes of it."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,21 +9,40 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.pictures import read_picture
-from data_pipeline.sampling import Part
+from data_pipeline.sampling import Part, checked_part
 from data_pipeline.videos import read_video
 
 
-class Clip(NamedTuple):
-    """The path of a video, and the seconds of it that a question is about."""
+@dataclass(frozen=True)
+class Clip:
+    """The path of a video, and the seconds of it that a question is about. Raises UserError for what is neither."""
 
     path: str | Path
     part: Part | None = None
 
+    def __post_init__(self):
+        check_path(self.path, "a video")
+        if self.part is not None:
+            try:
+                object.__setattr__(self, "part", checked_part(self.part))
+            except ValueError as error:
+                raise UserError(f"{self.path}: {error}") from None
 
-class Picture(NamedTuple):
-    """The path of a picture."""
+
+@dataclass(frozen=True)
+class Picture:
+    """The path of a picture. Raises UserError for what is none."""
 
     path: str | Path
+
+    def __post_init__(self):
+        check_path(self.path, "a picture")
+
+
+def check_path(path: str | Path, what: str) -> None:
+    """Raises UserError unless `path` can be the path of a file."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise UserError(f"{path!r:.200}: expected the path of {what}")
 
 
 class Reading(NamedTuple):

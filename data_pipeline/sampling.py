@@ -1,12 +1,21 @@
 """Which frames of a video are kept, by their places in the order in which they are shown."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 UNIFORM = "uniform"
 MICROSECOND = 1e-6  # times that are closer are the same
 Part = tuple[float, float]  # seconds from a video's first frame: from the first, up to and without the second
+
+
+def checked_part(part: Any) -> Part:
+    """A part of a video as two floats. Raises ValueError unless it is two numbers, 0 <= start < end < 1e9."""
+    pair = part if isinstance(part, tuple | list) and len(part) == 2 else (None, None)
+    if not all(type(x) in (int, float) for x in pair) or not 0 <= pair[0] < pair[1] < 1e9:
+        raise ValueError(f"{part!r:.80} is no part of a video, expected (start, end) in seconds, 0 <= start < end")
+    return float(pair[0]), float(pair[1])
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:

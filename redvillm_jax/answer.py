@@ -31,6 +31,7 @@ from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import Record, read_records, show, text
+from data_pipeline.sampling import checked_part
 from redvillm_jax.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.answering import (
     OPTIONS,
@@ -135,8 +136,11 @@ def check_question(record: Record) -> Row:
     text(record, named[0])
     part = [record.fields.get(name) for name in ("start", "end")]
     if part != [None, None]:
-        if named != ["video"] or not all(type(x) in (int, float) for x in part) or not 0 <= part[0] < part[1]:
-            raise UserError(f"{record.where}: is about {show(part[0])} to {show(part[1])} seconds, expected a part")
+        try:
+            checked_part(part if named == ["video"] else None)
+        except ValueError:
+            said = f"{record.where}: is about {show(part[0])} to {show(part[1])} seconds, expected a part"
+            raise UserError(said) from None
     try:
         json.dumps(record.fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -166,7 +170,7 @@ def answer_file(
     def source(row: Row) -> Clip | Picture:
         if "picture" in row:
             return Picture(str(folder / row["picture"]))
-        part = (float(row["start"]), float(row["end"])) if row.get("start") is not None else None
+        part = (row["start"], row["end"]) if row.get("start") is not None else None
         return Clip(str(folder / row["video"]), part)
 
     def read(media: list[Clip | Picture]) -> Iterator[Arrays | UserError]:

@@ -1,6 +1,5 @@
 """From a base folder and a run's switches to a video LLM on the devices."""
 
-import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +12,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.errors import UserError
+from redvillm_jax.bounds import FIELDS, Fields, one_of
 from redvillm_jax.model import ExtraMLP, VideoLLM
 from redvillm_jax.sharding import weight_sharding
-from redvillm_jax.weights import PARTS, Base, abstract_part, load_part
+from redvillm_jax.weights import PARTS, Base, abstract_part, load_base_module, load_part
+
+
+def known_videos() -> list[str]:
+    """The video representations there are: the files of `redvillm_jax.video`."""
+    return sorted(p.stem for p in (Path(__file__).parent / "video").glob("*.py") if p.stem != "__init__")
+
+
+def load_video_module(name: str) -> ModuleType:
+    """Imports `redvillm_jax.video.<name>`; an unknown one is a UserError that lists the known ones."""
+    known = known_videos()
+    if name not in known:
+        raise UserError(f"config.video is {name!r}, expected one of {', '.join(known)}")
+    return importlib.import_module(f"redvillm_jax.video.{name}")
 
 
 def make_video(config: Mapping[str, Any]) -> Any:
     """The video representation `config["video"]` of redvillm_jax.video with the config's switches."""
-    known = sorted(p.stem for p in (Path(__file__).parent / "video").glob("*.py") if p.stem != "__init__")
-    if config["video"] not in known:
-        raise UserError(f"config.video is {config['video']!r}, expected one of {', '.join(known)}")
-    module = importlib.import_module(f"redvillm_jax.video.{config['video']}")
-    try:
-        return module.Video(**{field.name: config[field.name] for field in dataclasses.fields(module.Video)})
-    except ValueError as error:
-        raise UserError(f"config.{error}") from None
+    module = load_video_module(config["video"])
+    return module.Video(**{name: config[name] for name in module.OPTIONS})
+
+
+def config_fields(family: str, video: str) -> Fields:
+    """All fields of a config with their bounds: the common ones, its representation's and its base's."""
+    options = load_video_module(video).OPTIONS | load_base_module(family).PROJECTOR_OPTIONS
+    return FIELDS | {name: one_of(*values) for name, values in options.items()}
 
 
 def projector_options(base: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:

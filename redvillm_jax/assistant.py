@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from data_pipeline.errors import UserError
 from data_pipeline.media import Clip, Picture, Reading, read_media
-from data_pipeline.sampling import UNIFORM
 from redvillm_jax.assemble import load_model, num_picture_tokens, put_trained, token_slots
+from redvillm_jax.bounds import whole
 from redvillm_jax.inference import Arrays, Generation, Inference, Prefixes
 from redvillm_jax.inputs import OpenedModel, open_model
 from redvillm_jax.prompts import Prompt, bucket, check_length, make_prompt
@@ -20,6 +21,7 @@ from redvillm_jax.streaming import pieces
 from redvillm_jax.weights import PARTS
 
 DTYPES = ("bfloat16", "float16", "float32")
+DEVICES = whole(1, 2**20)
 TOKENS_AT_ONCE = 4  # while streaming: each call costs some milliseconds beside its tokens
 REMEMBERED = 4  # videos whose keys and values are kept for further questions
 
@@ -38,7 +40,8 @@ def load(
     frozen weights and of all computing, bfloat16, float16 or float32; the config's by default. tensor: how many devices
     hold one copy of the model together; the others hold further copies. Raises UserError.
     """
-    config = dict(config) if config is not None else None
+    if config is not None:
+        config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
 
 
@@ -55,6 +58,8 @@ class Assistant:
         self.dtype = dtype or self.config["dtype"]
         if self.dtype not in DTYPES:
             raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if expected := DEVICES(tensor):
+            raise UserError(f"tensor is {tensor!r}, expected {expected}")
         mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices())
         with jax.set_mesh(mesh):
             model = load_model(self.base, self.config, mesh, dtype=jnp.dtype(self.dtype), parts=parts)
@@ -70,7 +75,7 @@ class Assistant:
             self.config["num_frames"],
             self.base.config.image_size,
             self.base.module.RESIZE,
-            self.config.get("sampling", UNIFORM),
+            self.config["sampling"],
             self.base.module.picture_fit(self.base.config),
         )
         self._known: dict[tuple, Arrays] = {}
@@ -140,6 +145,8 @@ class Assistant:
         return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
 
     def _start(self, video: str | Path | Clip | Picture, questions: list[str], settings: Generation) -> Any:
+        for question in questions:
+            check_question(question)
         media = video if isinstance(video, Clip | Picture) else Clip(video)
         where, arrays = self._read(media)
         if isinstance(media, Picture):
@@ -166,10 +173,22 @@ class Assistant:
             status = os.stat(media.path)
         except OSError as error:
             raise UserError(f"{media.path}: {error.strerror}") from None
+        except ValueError as error:  # a zero byte, or half a character
+            raise UserError(f"{str(media.path)!r}: no file is called that ({error})") from None
         key = media, status.st_mtime_ns, status.st_size
         if key not in self._known:
             remember(self._known, key, read_media(self.reading, media))
         return key, self._known[key]
+
+
+def check_question(question: str) -> None:
+    """Raises UserError for what is no text, or a text that cannot be asked."""
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"the question is {question!r:.80}, expected a text")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the question {question!r:.80} has half a character: write it in UTF-8") from None
 
 
 def remember(known: dict, key: Any, value: Any) -> None:

@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,12 @@ def saved_steps(run: str | Path) -> list[int]:
     )
 
 
-def restore(run: str | Path, state: Mapping[str, Any], *, identity: Mapping[str, str]) -> tuple[int, Mapping[str, Any]]:
+def restore(
+    run: str | Path, state: Mapping[str, Any], *, identity: Callable[[Mapping[str, Any]], Mapping[str, str]]
+) -> tuple[int, Mapping[str, Any]]:
     """The newest whole checkpoint as (step, state), shapes and shardings those of `state`; (0, state) without one.
 
+    identity(config): the fingerprints that this run would have had with the config that a checkpoint was saved with.
     One that fits but is damaged is renamed to `<step>.corrupt`, with a line, and the one before is read. Every process
     must call this. Raises UserError when a checkpoint belongs to another base, to other questions or videos, or to
     other trainable weights, and when a whole one cannot be read.
@@ -140,14 +143,17 @@ def newest(checkpoints: ocp.training.Checkpointer) -> str:
     return str(checkpoints.latest.path) if checkpoints.latest else "none"
 
 
-def check_fits(where: epath.Path, wanted: Mapping[str, Any], identity: Mapping[str, str]) -> None:
+def check_fits(
+    where: epath.Path, wanted: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Mapping[str, str]]
+) -> None:
     """Raises UserError unless what a checkpoint says of itself fits this run; `wanted` is the run's manifest."""
     saved = read_description(where)
+    ours = identity(saved["config"])
     for name, meaning in (("base", "base"), ("data", "data (questions, videos or their order)")):
-        if saved["identity"][name] != identity[name]:
+        if saved["identity"][name] != ours[name]:
             raise UserError(
                 f"{where} was trained on {meaning} {saved['identity'][name][:12]}, this command's is "
-                f"{identity[name][:12]}; use that {name}, or another --workdir"
+                f"{ours[name][:12]}; use that {name}, or another --workdir"
             )
     if other := differing(saved["manifest"], wanted):
         raise UserError(

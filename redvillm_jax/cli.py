@@ -62,8 +62,8 @@ def underscored(arg: str) -> str:
 
 def positive(flags: Mapping[str, str], name: str) -> int:
     """A flag as a positive integer."""
-    if not flags[name].isdecimal() or int(flags[name]) < 1:
-        raise UserError(f"--{name} is {flags[name]!r}, expected a positive integer")
+    if not flags[name].isdecimal() or len(flags[name]) > 9 or int(flags[name]) < 1:
+        raise UserError(f"--{name} is {flags[name]!r:.80}, expected a positive integer of at most 9 digits")
     return int(flags[name])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,11 @@ class Generation:
     seed: int = 0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), Integral if field.type is int else Real
+            if isinstance(value, bool) or not isinstance(value, kind):
+                expected = "a whole number" if kind is Integral else "a number"
+                raise UserError(f"{field.name} is {value!r:.80}, expected {expected}")
         for name, fits, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < 100, "0 (the most likely token) or more, less than 100"),

@@ -19,11 +19,11 @@ from data_pipeline.file_hashes import check_files
 from data_pipeline.files import as_path, check_bucket
 from data_pipeline.sampling import UNIFORM
 from data_pipeline.store import VideoStore
-from redvillm_jax.assemble import make_video
-from redvillm_jax.attention import KERNELS
+from redvillm_jax.assemble import config_fields, make_video
+from redvillm_jax.bounds import FIELDS, check_fields
 from redvillm_jax.checkpoint import load_trainables
-from redvillm_jax.layers import KEPT
 from redvillm_jax.model import ExtraMLP
+from redvillm_jax.run_config import ADDED_TO_EXPORTS, as_trained
 from redvillm_jax.weights import (
     BASE_MARK,
     EXPORT_MARK,
@@ -40,51 +40,17 @@ from redvillm_jax.weights import (
     read_json,
 )
 
-LEAST = {
-    "num_epochs": 1,
-    "batch_questions": 1,
-    "num_frames": 1,
-    "log_every": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "num_workers": 0,
-    "row_length": 0,
-    "seed": 0,
-}
-POSITIVE = ("learning_rate", "clip_norm")
-CHOICES = {
-    "dtype": ("bfloat16", "float32"),
-    "labels": ("answer", "finetune"),
-    "temporal_init": ("copy", "random"),
-    "attention": KERNELS,
-}
-
-UNSAID = {  # what models made before a switch lack
-    "sampling": UNIFORM,
-    "dtype": "bfloat16",
-    "int8": False,
-    "seed": 0,
-    "attention": "auto",
-}
+ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "attention", "seed")
 AGAIN = "export the model again with conversion.to_torch"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a value that cannot be trained with."""
-    base = load_base_module(config["family"])
-    for name, least in LEAST.items():
-        if config[name] < least:
-            raise UserError(f"config.{name} is {config[name]}, expected {least} or more")
-    for name in POSITIVE:
-        if not config[name] > 0:
-            raise UserError(f"config.{name} is {config[name]}, expected more than 0")
-    for name, allowed in (CHOICES | base.PROJECTOR_OPTIONS).items():
-        if config[name] not in allowed:
-            raise UserError(f"config.{name} is {config[name]!r}, expected one of {', '.join(allowed)}")
-    if config["remat"] not in ("none", "full") and (wrong := set(config["remat"].split(",")) - set(KEPT)):
-        raise UserError(
-            f"config.remat names {min(wrong)!r}, expected none, full, or names out of {','.join(KEPT)} to be kept"
-        )
+    """Raises UserError for a field that is missing, unknown or out of bounds, and for a config that trains nothing."""
+    for name in ("family", "video"):
+        if name not in config:
+            raise UserError(f"config.{name} is missing: start from a file of configs/")
+    family = config["family"]
+    check_fields(config, config_fields(family, config["video"]), f"a config of the family {family}")
     temporal_trains = config["temporal_module"] and config["streams"] != "spatial"
     if not (config["train_spatial"] or temporal_trains or config["extra_mlp"]):
         raise UserError("config.train_spatial=False leaves nothing to train without a temporal module; leave it out")
@@ -153,24 +119,36 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         raise UserError(f"--config is for what is untrained, {model} brings its own config: leave it out")
     if is_run:
         said, trained = load_trainables(model)
+        said = as_trained(said, there / "config.json")
         opened = open_base_of_run(said, base)
     else:
         folder = local_copy(model)
         if export and not (folder / BASE_MARK).is_file():
             check_files(folder, export.get("files"), AGAIN)
         opened = open_base_of_folder(folder, export, base)
-        said, trained = config if untrained else export["method"] | {"family": export["family"]}, None
-    said = UNSAID | dict(said)
-    try:
-        if untrained:
-            check_config(said)
-            check_base(opened, said)
-        elif not is_run:
-            trained = read_trained(folder, opened, said)
-        digest = model_fingerprint(opened, said, trained)
-    except KeyError as error:
-        raise UserError(f"{model}: its config does not say {error.args[0]}; complete it") from None
+        method = {} if untrained else export["method"] | {"family": export["family"]}
+        said, trained = config if untrained else as_trained(method, folder / EXPORT_MARK, ADDED_TO_EXPORTS), None
+    if untrained:
+        check_config(said)
+        check_base(opened, said)
+    else:
+        check_answering(said, model)
+    if not (untrained or is_run):
+        trained = read_trained(folder, opened, said)
+    digest = model_fingerprint(opened, said, trained)
     return OpenedModel(said, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
+
+
+def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
+    """Raises UserError unless the config of what is trained says rightly all that its answers depend on."""
+    try:
+        fields = config_fields(config["family"], config["video"])
+        names = [name for name in fields if name in ANSWERING or name not in FIELDS]
+        check_fields({name: config[name] for name in names}, {name: fields[name] for name in names})
+    except KeyError as error:
+        raise UserError(f"{model}: its config does not say {error.args[0]}; is it damaged?") from None
+    except UserError as error:
+        raise UserError(f"{model}: {error}") from None
 
 
 def check_run(folder: Path) -> None:
@@ -273,7 +251,7 @@ def check_store(store: VideoStore, base: Base, config: Mapping[str, Any]) -> Non
     if not store.instructions:
         raise UserError(f"{store.path}: has no questions; prepare it with --instructions=FILE")
     wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": config["num_frames"]}
-    wanted["sampling"] = config.get("sampling", UNIFORM)
+    wanted["sampling"] = config["sampling"]
     if wanted["sampling"] != UNIFORM and config["short_video"] != "mask":
         raise UserError(
             f"config.sampling={wanted['sampling']} gives videos of different lengths, config.short_video="

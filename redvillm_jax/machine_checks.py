@@ -84,7 +84,7 @@ def check_exact(name: str, result: jax.Array, want: np.ndarray) -> None:
 def check_data_order() -> str:
     """All processes plan the same rows, and what they read of a step is, on every mesh, the step on the devices."""
     plan = plan_random_rows(range(12), batch_questions=16 * jax.device_count(), num_steps=4)
-    same_everywhere("a plan of rows with hash", plan.fingerprint[:12])
+    same_everywhere("a plan of rows with hash", plan.fingerprint(1)[:12])
     read = functools.partial(batches, plan.steps, plan.row_fn, RandomStreams(2, {"spatial": (4, 8)}))
     made = meshes()
     for name, mesh in made.items():
@@ -95,7 +95,7 @@ def check_data_order() -> str:
         ids = multihost_utils.process_allgather(to_global(got, mesh)["token_ids"], tiled=True)
         together(functools.partial(check_rows, f"mesh {name}", whole, mine, got, ids))
     where = " and on ".join(made)
-    return f"{len(plan.steps)} steps, hash {plan.fingerprint[:12]}: what all processes read is the step on {where}"
+    return f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}: what all processes read is the step on {where}"
 
 
 def check_rows(

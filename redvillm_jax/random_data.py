@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from data_pipeline.packing import Question, plan_epoch
-from redvillm_jax.rows import RowPlan, lay_out, make_prefix
+from redvillm_jax.rows import RowPlan, digest, lay_out, make_prefix
 from redvillm_jax.weights import Base, TensorFolder, expected_tensors, sized_base
 
 ROW_LENGTH = 120
@@ -55,7 +55,8 @@ def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: i
         seed=0,
         epoch=0,
     )
-    return lay_out(steps, prefixes, questions, [], len(slots), (steps, [q.ids.tolist() for q in questions]))
+    fingerprint = digest((steps, [q.ids.tolist() for q in questions]))
+    return lay_out(steps, prefixes, questions, [], len(slots), lambda _: fingerprint)
 
 
 def random_base(family: str, folder: Path) -> Base:

@@ -32,14 +32,17 @@ def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Pre
 
 
 class RowPlan(NamedTuple):
-    """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it."""
+    """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it.
+
+    fingerprint(num_epochs): 64 hexadecimal digits of this plan with so many epochs, which may be fewer or more.
+    """
 
     instructions: list[dict[str, Any]]
     steps: list[Step]
     row_fn: Callable[[Row], dict[str, np.ndarray]]
     bounds: RowBounds
     slots_per_row: int
-    fingerprint: str
+    fingerprint: Callable[[int], str]
 
 
 def plan_rows(
@@ -63,9 +66,10 @@ def plan_rows(
             f"the longest question takes {longest} tokens with its video, the base knows "
             f"{base.config.max_position_embeddings} positions: use fewer frames or spatial_pool=2, or drop it"
         )
-    steps = []
-    for epoch in range(config["num_epochs"]):
-        steps += plan_epoch(
+
+    @functools.cache
+    def epoch_steps(epoch: int) -> list[Step]:
+        return plan_epoch(
             videos,
             prefix_lengths,
             lengths,
@@ -75,12 +79,17 @@ def plan_rows(
             seed=config["seed"],
             epoch=epoch,
         )
-    identity = (
-        steps,
-        [(row["id"], row["question"], row["answer"]) for row in instructions],
-        [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos],
-    )
-    return lay_out(steps, prefixes, questions, instructions, len(slots(config["num_frames"])), identity)
+
+    def all_steps(num_epochs: int) -> list[Step]:
+        return list(itertools.chain.from_iterable(map(epoch_steps, range(num_epochs))))
+
+    def fingerprint(num_epochs: int) -> str:
+        texts = [(row["id"], row["question"], row["answer"]) for row in instructions]
+        files = [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos]
+        return digest((all_steps(num_epochs), texts, files))
+
+    steps = all_steps(config["num_epochs"])
+    return lay_out(steps, prefixes, questions, instructions, len(slots(config["num_frames"])), fingerprint)
 
 
 def lay_out(
@@ -89,9 +98,9 @@ def lay_out(
     questions: Sequence[Question],
     instructions: list[dict[str, Any]],
     tokens_per_video: int,
-    identity: Any,
+    fingerprint: Callable[[int], str],
 ) -> RowPlan:
-    """The plan of rows that holds these steps; `identity` is all that its fingerprint depends on."""
+    """The plan of rows that holds these steps."""
     bounds = row_bounds(steps, prefixes, questions)
     slots_per_row = pad_row(bounds.slots_per_row)
     row_fn = functools.partial(
@@ -103,7 +112,6 @@ def lay_out(
         max_targets=bounds.targets_per_row,
         tokens_per_video=tokens_per_video,
     )
-    fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
     return RowPlan(instructions, steps, row_fn, bounds, slots_per_row, fingerprint)
 
 
@@ -118,6 +126,11 @@ def supervised_tokens(plan: RowPlan) -> list[int]:
         sum(len(asked) * prefixes[video] + sum(questions[q] for q in asked) for row in step for video, asked in row)
         for step in plan.steps
     ]
+
+
+def digest(identity: Any) -> str:
+    """64 hexadecimal digits of what a plan depends on."""
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
 
 
 def in_language(store: VideoStore, language: str) -> list[dict[str, Any]]:

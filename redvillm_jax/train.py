@@ -18,7 +18,7 @@ from data_pipeline.files import absolute, as_path, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import checkpoint, distributed
-from redvillm_jax.assemble import load_model, make_video, token_slots
+from redvillm_jax.assemble import load_model, token_slots
 from redvillm_jax.blame import check_steps, in_words
 from redvillm_jax.cli import parse
 from redvillm_jax.flops import matrix_sizes
@@ -27,6 +27,7 @@ from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows, supervised_tokens
+from redvillm_jax.run_config import as_trained, check_continues
 from redvillm_jax.sharding import local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.shared_folder import require_shared
 from redvillm_jax.speed import Speed
@@ -50,26 +51,36 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     """
     base, store = open_inputs(config)
     mesh = make_mesh(config["mesh"], devices)
-    open_workdir(workdir, config)
+    epochs_before = open_workdir(workdir, config)
     require_shared("--workdir", workdir)
 
     # Rows of all epochs, from token lengths alone.
     tokenizer = base.module.Tokenizer(base.path)
     plan = plan_rows(config, base, store, tokenizer, token_slots(base, config))
     steps, rows_per_step = plan.steps, round_up(plan.bounds.rows_per_step, num_batch_shards(mesh))
-    identity = {"base": base.fingerprint, "data": plan.fingerprint}
 
+    def identity_of(config: Mapping[str, Any]) -> dict[str, str]:
+        return {"base": base.fingerprint, "data": plan.fingerprint(config["num_epochs"])}
+
+    identity = identity_of(config)
     with distributed.locked(workdir), jax.set_mesh(mesh):
         model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
         training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
 
         # From the newest checkpoint, if there is one.
-        start, state = checkpoint.restore(workdir, training.state, identity=identity)
+        start, state = checkpoint.restore(workdir, training.state, identity=identity_of)
+        if start > len(steps):
+            raise UserError(
+                f"{workdir} has done {start} steps, config.num_epochs={config['num_epochs']} has {len(steps)}: "
+                "num_epochs may grow, and shrink to what is not yet done; any checkpoint answers as it is"
+            )
         checkpoints = checkpoint.open_checkpoints(workdir, keep=config["keep_checkpoints"])
         first = distributed.is_first()
         if first:
             write_config(workdir, config)
             describe(config, store, plan, rows_per_step, training.labels, state["trainable"], mesh, start)
+            if start and config["num_epochs"] != epochs_before:
+                print(other_epochs(config, epochs_before, len(steps), start))
         train_step, frozen = training.step, training.frozen
         speed = Speed(matrix_sizes(model.llm), mesh)
         del model, training  # they would keep the untrained projectors alive
@@ -140,7 +151,6 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
 def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
     """Opens the base and the store of a config and checks that they belong together."""
     base = open_config_base(config)
-    make_video(config)
     if not config["data"]:
         raise UserError(
             "config.data is not set: run python -m data_pipeline.prepare --videos=DIR --instructions=FILE "
@@ -151,24 +161,21 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
     return base, store
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the run directory; one with checkpoints may only be continued with what decides its weights."""
+def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
+    """Makes the run directory; one with checkpoints may only be continued with what decides its weights.
+
+    Returns the number of epochs that the run was to have so far.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
     make_folder(workdir)
     refuse_foreign(workdir)
     path = workdir / "config.json"
     if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
-        return
-    machine = {"mesh", "attention", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "base", "data"}
-    known = json.loads(path.read_text())
-    changed = sorted(k for k in known.keys() | config if known.get(k) != config.get(k) and k not in machine)
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{workdir} is a run with {key}={known.get(key)!r}, this command says {config.get(key)!r} "
-            f"({', '.join(changed)} differ): continue with the same config, or use another --workdir"
-        )
+        return config["num_epochs"]
+    known = as_trained(json.loads(path.read_text()), path)
+    check_continues(workdir, known, config)
+    return known.get("num_epochs", config["num_epochs"])
 
 
 def refuse_foreign(workdir: Path) -> None:
@@ -227,6 +234,15 @@ def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start)
             f"note: {empty} of {rows_per_step} rows are always empty, the mesh splits a batch into more parts than it "
             "has rows: use tensor parallelism or fewer chips, or more questions a step, no longer the paper's recipe"
         )
+
+
+def other_epochs(config: Mapping[str, Any], before: int, num_steps: int, start: int) -> str:
+    """What another number of epochs does to a run that continues after step `start`."""
+    rate = float(warmup_cosine(config["learning_rate"], num_steps, config["warmup_ratio"])(start))
+    return (
+        f"note: num_epochs is {config['num_epochs']}, was {before}: from step {start + 1} on the learning rate follows "
+        f"the schedule of all {num_steps} steps and starts at {rate:.3g}; the steps done keep the rates they had"
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def at(step: int) -> dict:
 
 
 def restore(run, state=STATE, identity=IDENTITY):
-    found = checkpoint.restore(run, jax.tree.map(jnp.zeros_like, state), identity=identity)
+    found = checkpoint.restore(run, jax.tree.map(jnp.zeros_like, state), identity=lambda _: identity)
     checkpoint.open_checkpoints(run, keep=2).close()  # takes what is left
     return found
 

@@ -433,7 +433,8 @@ def test_projectors_of_a_run(tmp_path):
                 want[f"{prefix}{torch_layer}.{leaf}"] = array
     want = {name: torch.from_numpy(array) for name, array in want.items()}
     assert_same_bits(load_file(tmp_path / "export" / "projectors.safetensors"), want)
-    assert meta["method"] == {"num_frames": 9, "streams": "both"} and meta["trained"]
+    younger = {"sampling": "uniform", "int8": False}  # than this run: said as it was trained
+    assert meta["method"] == {"num_frames": 9, "streams": "both", **younger} and meta["trained"]
     assert json.loads((tmp_path / "export" / "redvillm.json").read_text())["family"] == "llava"
 
     to_torch(run, tmp_path / "full", full=True)
@@ -451,8 +452,8 @@ def test_projectors_of_a_run(tmp_path):
 def test_an_export_says_every_switch_that_answering_needs():
     bases = [load_base_module(family) for family in known_families()]
     needed = {field.name for field in dataclasses.fields(red_villm.Video)}
-    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(inputs.UNSAID) - {"seed"}
-    assert needed | {"video", "num_frames", "extra_mlp", "temporal_init"} <= set(METHOD)
+    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(inputs.ANSWERING) - {"seed"}
+    assert needed <= set(METHOD)
 
 
 def test_what_a_run_did_not_train_is_the_base_s(tmp_path):

@@ -32,7 +32,7 @@ def test_only_questions_in_the_language_are_planned(bases, stores):
         assert 0 < len(expected) and plans[language].instructions == expected
         assert asked(plans[language]) == list(range(len(expected)))
     assert len(plans["zh"].instructions) + len(plans["en"].instructions) == len(plans[""].instructions)
-    assert len({found.fingerprint for found in plans.values()}) == 3
+    assert len({found.fingerprint(1) for found in plans.values()}) == 3
     tokens = [question.ids.tolist() for question in plans[""].row_fn.keywords["questions"]]
     chinese = [i for i, row in enumerate(plans[""].instructions) if row["language"] == "zh"]
     assert [q.ids.tolist() for q in plans["zh"].row_fn.keywords["questions"]] == [tokens[i] for i in chinese]

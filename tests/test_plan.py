@@ -150,7 +150,10 @@ def test_names_count_what_users_count():
         (["--config=configs/llava.py", "--topology=v5e-5"], "--topology=v5e-5: unknown, expected one of v4-8"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"], "--rows_per_chip is '0'"),
-        (["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"], "config.remat names 'gates'"),
+        (
+            ["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"],
+            "config.remat is 'gates', expected none, full, or",
+        ),
         (["--config=configs/llava.py", "--topology=v5e-4", "--config.attention=flash"], "config.attention is 'flash'"),
     ],
 )

@@ -88,8 +88,3 @@ def test_token_slots_leave_out_what_a_short_video_lacks():
     assert Video(stream_order="spatial_first").token_slots(PerToken(), (2, 2), 3, 2) == [0, 1, 2, 3, 4, 5]
     assert Video(spatial_pool=2).token_slots(PerToken(), (2, 2), 3, 3) == [0, 1, 2, 3]
     assert video.token_slots(Resampler(), (2, 2), 3, 1) == list(range(14))
-
-
-def test_unknown_values_are_refused():
-    with pytest.raises(ValueError, match="streams is 'all'"):
-        Video(streams="all")

@@ -15,6 +15,15 @@ from einops import reduce
 Stream = tuple[jax.Array, jax.Array, tuple[int, ...]]  # features (B, M, D), mask (B, M) bool, layout
 
 
+OPTIONS = {  # the method's switches and their values
+    "streams": ("both", "spatial", "temporal"),
+    "stream_order": ("temporal_first", "spatial_first"),
+    "temporal_module": (True, False),
+    "spatial_pool": (1, 2),
+    "short_video": ("mask", "zero"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Video:
     """The method's switches; the defaults are the paper's.
@@ -32,17 +41,6 @@ class Video:
     short_video: str = "mask"
 
     POOLED: ClassVar[tuple[str, ...]] = ("temporal", "spatial")
-
-    def __post_init__(self):
-        choices = {
-            "streams": ("both", "spatial", "temporal"),
-            "stream_order": ("temporal_first", "spatial_first"),
-            "spatial_pool": (1, 2),
-            "short_video": ("mask", "zero"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
 
     def order(self) -> tuple[tuple[str, str], ...]:
         """(stream, projector) in token order; a projector is "spatial" (the image LLM's) or "temporal"."""

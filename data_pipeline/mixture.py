@@ -15,7 +15,7 @@ from data_pipeline.records import show
 
 
 def read_mixture(
-    files: Sequence[str], read: Callable[[str], list[Row]] = read_instructions
+    files: Sequence[str], read: Callable[[str, list[str]], list[Row]] = read_instructions
 ) -> tuple[list[Row], dict[str, Any]]:
     """Reads "file" or "file:weight", e.g. "a.json:0.5": how often an epoch asks each of its questions.
 
@@ -23,11 +23,15 @@ def read_mixture(
     same rows each time, and those of a smaller share are among those of a larger one. Repeats have ids "x#2", "x#3", ….
     Files that have an id in common get their name without extension before all their ids, "a/x".
 
-    Returns the rows and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "questions_repeated":
-    [{"id", "same_as"}], questions that the files themselves have more than once}. Raises UserError.
+    read: gives the rows of a file, and adds to a list the reasons of those that it leaves out.
+
+    Returns the rows and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "rows_left_out": their
+    reasons, "questions_repeated": [{"id", "same_as"}], questions that the files themselves have more than once}.
+    Raises UserError.
     """
     paths, weights = zip(*map(split_weight, files), strict=True)
-    parts = [read(path) for path in paths]
+    left_out: list[str] = []
+    parts = [read(path, left_out) for path in paths]
     count = Counter(row["id"] for part in parts for row in part)
     mixture: list[Row] = []
     originals: list[Row] = []
@@ -50,7 +54,11 @@ def read_mixture(
             f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} do): "
             "give each file once, and files that share ids different names"
         )
-    return mixture, {"files": report, "questions_repeated": repeated_questions(originals)}
+    return mixture, {
+        "files": report,
+        "rows_left_out": left_out,
+        "questions_repeated": repeated_questions(originals),
+    }
 
 
 def split_weight(file: str) -> tuple[str, float]:

@@ -17,12 +17,11 @@ from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS, read_benchmark
 from data_pipeline.files import as_path
 from data_pipeline.formats import Row
-from data_pipeline.instructions import match_videos
 from data_pipeline.locks import locked
 from data_pipeline.mixture import read_mixture
 from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.processes import ordered_map
-from data_pipeline.records import show
+from data_pipeline.records import VIDEO_EXTENSIONS, show
 from data_pipeline.sampling import UNIFORM, sampling_name
 from data_pipeline.video_files import VideoFiles, find_videos
 from data_pipeline.videos import RESIZE, VideoError, read_video
@@ -37,8 +36,9 @@ Decode every video once and store its frames for training and evaluation.
   python -m data_pipeline.prepare --videos=VIDEOS --benchmark=activitynet_qa --instructions=test_q.json --out=TEST
   python -m data_pipeline.prepare --videos=list.txt --instructions=questions.jsonl --out=FRAMES --shard=1/4
 
-A video's id is its file name without extension. Videos are looked for in all subfolders (.mp4 .avi .mov .mkv
-.webm .gif; another file that a question names is tried as well); those that no question is about are left out.
+A video's id is its file name without extension; a question may also name it with its extension or its folder.
+Videos are looked for in all subfolders (.mp4 .avi .mov .mkv .webm .gif; another file that a question names is tried
+as well); those that no question is about are left out.
 Questions are {"id", "video", "language", "question", "answer"}, VideoInstruct-100K's, or conversations as LLaVA and
 Qwen have them, in JSON, JSON Lines, CSV or Parquet (docs/data.md). A weight behind a file, zh.jsonl:0.5, says how often
 an epoch asks each of its questions. A question with "start" and "end" (seconds) is about that part of its video.
@@ -52,7 +52,6 @@ def main(argv: list[str]) -> None:
     settings = _settings(flags)
     questions, mixture = _questions(flags)
     files = find_videos(flags.videos)
-    questions = match_videos(questions, files.names())
     questions, sources = find_sources(questions, files)
     if not sources:
         raise UserError(
@@ -105,17 +104,21 @@ def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], li
     stay as they are and have no source. Raises UserError for a part that is none.
     """
     named, sources = [], {}
+    find = functools.cache(files.file)
     for question in questions:
         part = _part(question)
         suffix = "" if part is None else "#{:.15g}-{:.15g}".format(*part)
-        video = question["video"]
-        if video not in files.names():  # a store's own question, such as a translated one, names the part already
+        video, file = question["video"], find(question["video"])
+        if file is None:  # a store's own question, such as a translated one, names the part already
             video = video.removesuffix(suffix)
+            file = find(video)
+        if file is not None and Path(file).suffix.lower() in VIDEO_EXTENSIONS:
+            video = files.id(file)
         record = video + suffix
         if part is not None and record in files.names():
             raise UserError(f"{record}: is the name of a file and of a part of {video}: rename the file")
         named.append(question | {"video": record})
-        if record not in sources and (file := files.file(video)) is not None:
+        if record not in sources and file is not None:
             span = {} if part is None else {"start": part[0], "end": part[1]}
             sources[record] = {"video": record, "source": file, "bytes": _size(files.root / file), **span}
     return named, [sources[record] for record in sorted(sources)]
@@ -168,7 +171,7 @@ def _questions(flags: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """The questions that the command names, and what `read_mixture` reports of them."""
     if flags.benchmark is None:
         return read_mixture(flags.instructions)
-    return read_mixture(flags.instructions, functools.partial(read_benchmark, flags.benchmark))
+    return read_mixture(flags.instructions, lambda path, left_out: read_benchmark(flags.benchmark, path))
 
 
 def _part(question: Row) -> tuple[float, float] | None:

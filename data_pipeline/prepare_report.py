@@ -12,7 +12,7 @@ from data_pipeline.video_files import VideoFiles
 def make_report(
     files: VideoFiles, sources: Sequence[Source], shards: Shards, questions: Sequence[Row], mixture: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns report.json: every file and every question is counted as used or listed as left out.
+    """Returns report.json: every file, row and question is counted as used or listed as left out.
 
     sources, shards: of the whole store. questions: all, with the ids of records as "video". mixture: what
     `read_mixture` reports.
@@ -25,9 +25,10 @@ def make_report(
         "videos_used": len({line["source"] for line in shards.videos}),
         "videos_left_out": shards.left_out,
         "videos_cut_short": shards.notes,
-        "videos_without_question": sorted(id for id, paths in files.videos.items() if not asked.intersection(paths)),
+        "videos_without_question": sorted(map(files.id, set().union(*files.videos.values()) - asked)),
         "records": len(shards.videos),
         "instructions": mixture["files"],
+        "rows_left_out": mixture["rows_left_out"],
         "questions_found": len(questions),
         "questions_used": len(questions) - len(orphans),
         "questions_without_video": [{"id": question["id"], "video": question["video"]} for question in orphans],
@@ -39,6 +40,7 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     """Returns the few lines that say what is in the store and what is not."""
     left_out, unasked = report["videos_left_out"], report["videos_without_question"]
     orphans, repeated = report["questions_without_video"], report["questions_repeated"]
+    rows = report["rows_left_out"]
     short, parts = report["videos_cut_short"], report["records"] != report["videos_used"]
     lines = [
         f"{out}: {report['videos_used']} of {report['videos_found']} videos"
@@ -56,10 +58,13 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     if left_out:
         lines.append(f"left out: {len(left_out)} videos that gave no frames:")
         lines += [f"  {video['reason']}" for video in left_out[:10]]
+    if rows:
+        lines.append(f"left out: {len(rows)} rows that are no question on a video:")
+        lines += [f"  {reason}" for reason in rows[:10]]
     if orphans:
         missing = sorted({question["video"] for question in orphans})
         lines.append(f"left out: {len(orphans)} questions on {len(missing)} videos not in the store ({_some(missing)})")
-    if left_out or short or unasked or orphans or repeated:
+    if left_out or short or unasked or rows or orphans or repeated:
         lines.append(f"the complete lists are in {out / 'report.json'}")
     return "\n".join(lines)
 

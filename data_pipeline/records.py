@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,14 +88,20 @@ def texts(record: Record, field: str) -> list[str]:
 
 def video_name(record: Record, field: str, path: str) -> str:
     """A video's id from a path or file name: the last part without a video's extension. Raises UserError."""
-    last = path.replace("\\", "/").rsplit("/", 1)[-1].strip()
-    for extension in (*VIDEO_EXTENSIONS, ".pkl"):  # .pkl: features that Video-ChatGPT's converter names
-        if last.lower().endswith(extension):
-            last = last[: -len(extension)]
-            break
-    if not last:
+    last = video_path(record, field, path).rsplit("/", 1)[-1]
+    extension = next((extension for extension in VIDEO_EXTENSIONS if last.lower().endswith(extension)), "")
+    return last.removesuffix(last[len(last) - len(extension) :])
+
+
+def video_path(record: Record, field: str, path: str) -> str:
+    """A video's path or file name as a question has it. Raises UserError for one without a name.
+
+    `.pkl`, of the features that Video-ChatGPT's converter names, is taken off.
+    """
+    path = path.replace("\\", "/").strip().removesuffix(".pkl")
+    if os.path.splitext(f"_{path.rsplit('/', 1)[-1]}")[0] == "_":
         raise UserError(f"{record.where}: field {field!r} is {show(path)}, expected the name of a video")
-    return last
+    return path
 
 
 def check_object(where: str, value: Any) -> dict[str, Any]:

@@ -20,8 +20,8 @@ FIRST_BYTES = (  # (offset, bytes) of the containers that people have
 class VideoFiles(NamedTuple):
     """The files of --videos, as paths from `root`.
 
-    videos: by id, the file name without extension. others: files without a known video's extension, by their names
-    with and without extension.
+    videos: by file name without extension. others: files without a known video's extension, by their names with and
+    without extension.
     """
 
     root: Path
@@ -29,21 +29,50 @@ class VideoFiles(NamedTuple):
     others: dict[str, list[str]]
 
     def names(self) -> set[str]:
-        """All that a question's video may be called."""
+        """All file names, with and without extension."""
         return self.videos.keys() | self.others.keys()
 
     def file(self, video: str) -> str | None:
-        """The file of a video, None if there is none. Raises UserError if two could be meant.
+        """The file that a question's video names, None if there is none. Raises UserError if two could be meant.
 
-        Where no file has a known extension the contents decide: one of a container's first bytes before others.
+        The name may have the file's extension, and folders before it; a leading `v_` may be missing on either side.
+        Of several files the one whose last folders are the name's is meant. Where no file has a known extension the
+        contents decide: one of a container's first bytes before others.
         """
-        files = self.videos.get(video) or self.others.get(video, [])
-        if video not in self.videos and len(files) > 1:
+        *folders, name = video.replace("\\", "/").split("/")
+        files = self._called(name) or self._called(name[2:] if name.startswith("v_") else f"v_{name}")
+        for count in range(len(folders), 0, -1):
+            if inside := [file for file in files if Path(file).parent.parts[-count:] == tuple(folders[-count:])]:
+                files = inside
+                break
+        if len(files) > 1 and not folders and Path(name).suffix.lower() in VIDEO_EXTENSIONS and name in files:
+            files = [name]  # its path from the root
+        if len(files) > 1 and Path(files[0]).suffix.lower() not in VIDEO_EXTENSIONS:
             files = [file for file in files if looks_like_video(self.root / file)] or files[:1]
         if len(files) > 1:
-            first, second = (self.root / file for file in files[:2])
-            raise UserError(f"{second}: has the same video id as {first}: rename or move one of them")
+            paths = " and ".join(files[:2])
+            raise UserError(
+                f"video {video!r} may be {paths} of {self.root}: write its path into the question's 'video'"
+            )
         return files[0] if files else None
+
+    def _called(self, name: str) -> list[str]:
+        """The files with a name, or with a name without extension."""
+        stem, extension = os.path.splitext(name)
+        if extension.lower() not in VIDEO_EXTENSIONS:
+            return self.videos.get(name) or self.others.get(name, [])
+        named = [file for file in self.videos.get(stem, []) if Path(file).name == name]
+        return named or self.videos.get(name) or self.videos.get(stem) or self.others.get(name, [])
+
+    def id(self, file: str) -> str:
+        """The video id of a file with a known extension: its name without it, with its folders where two share one."""
+        path = Path(file)
+        alike = self.videos.get(path.stem, [])
+        if len(alike) < 2:
+            return path.stem
+        without = path.with_suffix("").as_posix()
+        twice = sum(Path(other).with_suffix("").as_posix() == without for other in alike) > 1
+        return path.as_posix() if twice or "/" not in without else without
 
 
 def find_videos(videos: Path) -> VideoFiles:

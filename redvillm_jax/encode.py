@@ -5,14 +5,16 @@ python -m redvillm_jax.encode --config=configs/qwen.py --config.base=BASE --data
 The encoder is frozen and the pooling has no parameters, so a video's streams are the same for every question and
 epoch. Train with --config.data=STREAMS; the encoder's weights are then not even loaded. A run that was stopped
 continues with the missing shards; new questions in FRAMES are taken over without encoding anything again. Several
-processes share the shards; the config's mesh is then that of one process.
+processes share the shards. Each device has the whole encoder and encodes videos of its own, whatever config.mesh says.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.inputs import check_store, open_config_base, stream_settings
 from redvillm_jax.recipe import make_encode_step
-from redvillm_jax.sharding import make_mesh, num_batch_shards, to_global
+from redvillm_jax.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
 from redvillm_jax.shared_folder import require_shared
 from redvillm_jax.weights import Base
 
@@ -34,8 +36,9 @@ OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),
     "out": (None, "Folder for the streams."),
     "dtype": ("bfloat16", "Of the stored streams, bfloat16 or float32."),
-    "batch_size": ("8", "Videos encoded at once."),
+    "batch_size": ("8", "Videos that a process encodes at once."),
 }
+READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 
 
 def main(argv: list[str]) -> None:
@@ -58,7 +61,7 @@ def main(argv: list[str]) -> None:
 def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore) -> None:
     """Writes the shards that are missing, and what describes them."""
     config = flags["config"]
-    mesh = make_mesh(config["mesh"], jax.local_devices())
+    mesh = make_mesh(DATA_PARALLEL, jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
@@ -85,10 +88,11 @@ def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore
         def encode(missing: list[stores.Source]) -> Iterator[stores.Result]:
             hidden = not missing or not is_first()
             bar = tqdm(total=len(missing), unit="video", disable=hidden, dynamic_ncols=True)
-            for start in range(0, len(missing), batch_size):
-                videos = [index[source["video"]] for source in missing[start : start + batch_size]]
-                batch = to_global(frames.padded([*videos, *[-1] * (batch_size - len(videos))]), mesh)
-                streams = pooled_streams(weights, **batch)
+            computed = (
+                (videos, pooled_streams(weights, **to_global(batch, mesh)))
+                for videos, batch in read_ahead(frames, [index[source["video"]] for source in missing], batch_size)
+            )
+            for videos, streams in one_behind(computed):
                 streams = {name: np.asarray(x.astype(flags["dtype"])) for name, x in streams.items()}
                 for i, video in enumerate(videos):
                     record = {name: x[i] for name, x in streams.items()}
@@ -119,6 +123,34 @@ def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype:
             "): look for damaged weights with --check_files, or compute and store with --config.dtype=float32 "
             "--dtype=float32"
         )
+
+
+def read_ahead(
+    frames: stores.VideoStore, videos: Sequence[int], batch_size: int
+) -> Iterator[tuple[list[int], Mapping[str, np.ndarray]]]:
+    """Batches of videos, by their indices, with `frames.padded` of each; threads read while the caller computes.
+
+    The last batch is filled up with empty videos.
+    """
+
+    def read(number: int) -> tuple[list[int], Mapping[str, np.ndarray]]:
+        batch = list(videos[number * batch_size : (number + 1) * batch_size])
+        return batch, frames.padded([*batch, *[-1] * (batch_size - len(batch))])
+
+    size = frames.meta["num_frames"] * frames.meta["image_size"] ** 2 * 3 * batch_size
+    threads = max(1, min(os.cpu_count() or 1, READ_AHEAD // size))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    batches = -(-len(videos) // batch_size)
+    return iter(grain.MapDataset.range(batches).map(read).to_iter_dataset(options))
+
+
+def one_behind(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each after the next one was asked for: devices work on that while the caller fetches this one."""
+    waiting = next(items, None)
+    while waiting is not None:
+        following = next(items, None)
+        yield waiting
+        waiting = following
 
 
 def fingerprint(frames: stores.VideoStore) -> str:

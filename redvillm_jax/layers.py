@@ -1,5 +1,6 @@
 """Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ def pin_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *[None] * (x.ndim - 1)))
+
+
+def num_batch_parts() -> int:
+    """Into how many parts the current mesh splits axis 0 of an activation; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def keep(x: jax.Array, name: str) -> jax.Array:

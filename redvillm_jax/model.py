@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.attention import row_attention
-from redvillm_jax.layers import BATCH_AXES, Linear, gelu, normalize, pin_batch
+from redvillm_jax.layers import BATCH_AXES, Linear, gelu, normalize, num_batch_parts, pin_batch
 
-IMAGES_AT_ONCE = 256  # bounds the encoder's activations; frames beyond are encoded one chunk after another
+IMAGES_PER_DEVICE = 10  # encoded at once: bounds activations, and more of them are not faster (docs/performance.md)
 
 
 class ExtraMLP(nnx.Module):
@@ -54,14 +54,16 @@ class VideoLLM(nnx.Module):
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
         b, t = frames.shape[:2]
-        chunk = max(c for c in range(1, t + 1) if t % c == 0 and (c == 1 or b * c <= IMAGES_AT_ONCE))
+        chunks = -(-t // max(1, IMAGES_PER_DEVICE * num_batch_parts() // b))
+        chunk = -(-t // chunks)
+        frames = jnp.pad(frames, ((0, 0), (0, chunks * chunk - t), *[(0, 0)] * 3))
 
         def encode_chunk(frames: jax.Array) -> jax.Array:
             pixels = normalize(rearrange(frames, "c b ... -> (b c) ..."), self.mean, self.std, dtype)
             return rearrange(self.encoder(pin_batch(pixels)), "(b c) n d -> c b n d", b=b)
 
         features = jax.lax.map(encode_chunk, rearrange(frames, "b (k c) ... -> k c b ...", c=chunk))
-        return pin_batch(rearrange(features, "k c b n d -> b (k c) n d"))
+        return pin_batch(rearrange(features, "k c b n d -> b (k c) n d")[:, :t])
 
     def project(self, streams: Mapping[str, tuple]) -> jax.Array:
         """Pooled streams -> visual tokens (B, V, K) in the representation's token order.

@@ -35,7 +35,7 @@ OPTIONS = {
     "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
     "size": (None, "A named size of the family instead of --config.base, such as v1-7b (its first)."),
     "rows_per_chip": ("1", "Rows of a step on each chip, for the second line."),
-    "videos_per_chip": ("1", "Videos that each chip encodes at once."),
+    "batch_size": ("8", "Videos that a host encodes at once, the flag of redvillm_jax.encode."),
     "dump": (None, "Folder for the optimized HLO, the memory analysis and the arithmetic."),
     "all": (False, "Compares all slices."),
 }
@@ -58,11 +58,11 @@ def main(argv: list[str]) -> None:
     base, lengths, total = open_workload(config, flags["size"])
     dump = Path(flags["dump"]) if flags["dump"] else None
     videos = int(lengths[0].max()) + 1 if config["data"] else VIDEOS
+    rows_per_chip, batch_size = positive(flags, "rows_per_chip"), positive(flags, "batch_size")
     if flags["all"]:
-        compare(config, base, lengths, total, videos, dump)
+        compare(config, base, lengths, total, videos, batch_size, dump)
         return
-    rows_per_chip, videos_per_chip = positive(flags, "rows_per_chip"), positive(flags, "videos_per_chip")
-    plan_one(config, base, flags["topology"], lengths, total, videos, rows_per_chip, videos_per_chip, dump)
+    plan_one(config, base, flags["topology"], lengths, total, videos, rows_per_chip, batch_size, dump)
 
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
@@ -91,7 +91,7 @@ def shapes_only(base: Base) -> Base:
     return dataclasses.replace(base, path=None, tensors=None, published={})
 
 
-def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, videos_per_chip, dump) -> None:
+def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batch_size, dump) -> None:
     """Prints the plan of one slice."""
     chip, grid = parse_topology(topology)
     devices = tpu_devices(topology)
@@ -102,11 +102,15 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, vide
     rows = {"row_length": config["row_length"] or 2048, "pack": config["pack"], "total_questions": total}
     paper = measure(*lengths, batch_questions=config["batch_questions"], shards=shards, **rows)
     filled = fill_rows(*lengths, rows=rows_per_chip * shards, **rows)
-    encode = compile_encode(config, base, mesh, chip, videos_per_chip, folder(dump, topology, "encode"))
-    encode_hours = videos / (videos_per_chip * shards) * encode.seconds / 3600 if encode.known else math.nan
+    encode, videos_per_second = plan_encode(config, base, chip, devices, batch_size, folder(dump, topology, "encode"))
+    encode_hours = videos / videos_per_second / 3600
     print_memory("encode", encode, chip, config, rows_per_chip)
     if encode.known:
-        print(f"  {videos:,} videos once, {videos_per_chip} per chip: {encode_hours:.2f} h")
+        hosts = len({device.process_index for device in devices})
+        print(
+            f"  {videos:,} videos once, {batch_size} at once on a host: {encode_hours:.2f} h, in which each host reads "
+            f"{videos_per_second * config['num_frames'] / hosts:,.0f} frames a second"
+        )
     cached: dict[tuple[int, ...], Program] = {}
     for title, work in (
         (f"{paper.questions} questions a step{', the paper’s' if paper.questions == PAPER_BATCH else ''}", paper),
@@ -126,6 +130,15 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, vide
             f"note: {1 - paper.tokens / (paper.rows * paper.row_length):.0%} of the slots are empty at "
             f"{paper.questions} questions a step: use fewer chips or --config.mesh.tensor, or more questions a step"
         )
+
+
+def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Program, float]:
+    """The encode step of one host, and how many videos a second all hosts encode; NaN where its time is not known."""
+    hosts = len({device.process_index for device in devices})
+    local = [device for device in devices if device.process_index == devices[0].process_index]
+    at_once = -(-batch_size // len(local)) * len(local)
+    program = compile_encode(config, base, local, chip, at_once, dump)
+    return program, hosts * at_once / program.seconds if program.known else math.nan
 
 
 def folder(dump: Path | None, topology: str, name: str) -> Path | None:
@@ -184,7 +197,7 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
     )
 
 
-def compare(config, base: Base, lengths, total: int, videos: int, dump: Path | None) -> None:
+def compare(config, base: Base, lengths, total: int, videos: int, batch_size: int, dump: Path | None) -> None:
     """The table of all slices, and its picture."""
     print("slice     settings                     GiB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
     lines = []
@@ -202,13 +215,15 @@ def compare(config, base: Base, lengths, total: int, videos: int, dump: Path | N
             total_questions=total,
         )
         train = compile_train(settings, base, mesh, chip, work, folder(dump, topology, "train"))
-        encode = compile_encode(settings, base, mesh, chip, 1, folder(dump, topology, "encode"))
+        encode, videos_per_second = plan_encode(
+            settings, base, chip, devices, batch_size, folder(dump, topology, "encode")
+        )
         said = f"{'int8' if best['int8'] else 'bf16'}, {best['rows_per_chip']} rows per chip"
         if not (train.known and encode.known and train.peak <= chip.hbm):
             print(f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or 'does not fit'}", flush=True)
             continue
         bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
-        hours = (3 * work.steps * train.seconds + videos / len(devices) * encode.seconds) / 3600
+        hours = (3 * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
         print(
             f"{topology:<9} {said:<29} {gb(train.peak):>7}  {bound:>9.3f}  {work.questions:>14}  "

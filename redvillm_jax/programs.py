@@ -18,7 +18,7 @@ from redvillm_jax.assemble import load_model, make_video, token_slots
 from redvillm_jax.flops import kernel_flops, matrix_sizes, step_flops
 from redvillm_jax.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.recipe import make_encode_step, make_training
-from redvillm_jax.sharding import batch_sharding, num_batch_shards
+from redvillm_jax.sharding import DATA_PARALLEL, batch_sharding, make_mesh, num_batch_shards
 from redvillm_jax.topologies import Chip
 from redvillm_jax.weights import Base
 from redvillm_jax.workload import Workload, empty_row
@@ -70,14 +70,15 @@ def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Pa
     )
 
 
-def compile_encode(config, base: Base, mesh, chip: Chip, videos_per_chip: int, dump: Path | None) -> Program:
-    """Compiles the step of `redvillm_jax.encode`."""
-    dtype = jnp.dtype(config["dtype"])
-    step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
+def compile_encode(config, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None) -> Program:
+    """Compiles the step with which `redvillm_jax.encode` encodes `batch_size` videos on the devices of one host."""
+    mesh = make_mesh(DATA_PARALLEL, devices)
+    with jax.set_mesh(mesh):
+        dtype = jnp.dtype(config["dtype"])
+        step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
     side, at = base.config.image_size, batch_sharding(mesh)
-    b = videos_per_chip * num_batch_shards(mesh)
-    frames = jax.ShapeDtypeStruct((b, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
-    num_frames = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=at)
+    frames = jax.ShapeDtypeStruct((batch_size, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
+    num_frames = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=at)
     return compile_program(
         lambda: step.lower(weights, frames, num_frames), mesh, chip, {}, weights=weights, state=(), dump=dump
     )

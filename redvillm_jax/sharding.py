@@ -12,6 +12,7 @@ from data_pipeline.errors import UserError
 from redvillm_jax.layers import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
+DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1}  # all weights on every device
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
@@ -14,6 +16,8 @@ from test_train import losses, make_config
 from data_pipeline.errors import UserError
 from data_pipeline.store import open_store
 from redvillm_jax import assemble, encode, train
+from redvillm_jax.model import IMAGES_PER_DEVICE, VideoLLM
+from redvillm_jax.sharding import make_mesh
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 ONE = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
@@ -122,6 +126,47 @@ def test_streams_that_are_not_finite_are_refused(bases, stores, tmp_path, monkey
     encode.check_finite(record, "v", "base", "float32")
     with pytest.raises(UserError, match=r"video 'v'.*\(stream temporal, --dtype=bfloat16\)"):
         encode.check_finite({"temporal": record["temporal"].astype("bfloat16")}, "v", "base", "bfloat16")
+
+
+@pytest.mark.parametrize(("devices", "frames"), [(1, 4), (1, 101), (4, 40), (4, 101)])
+def test_each_device_encodes_as_many_pictures_at_once_as_it_may(devices, frames):
+    """A prime number of frames, too, and on many devices as on one."""
+    seen = []
+
+    def encoder(pixels):
+        seen.append(pixels.shape[0])
+        return pixels.mean((1, 2))[:, None]
+
+    base = SimpleNamespace(MEAN=(0.5, 0.5, 0.5), STD=(0.5, 0.25, 0.125))
+    model = VideoLLM(base, None, None, encoder=encoder, projectors={}, llm=None)
+    pictures = np.random.default_rng(0).integers(0, 256, (8, frames, 2, 2, 3), np.uint8)
+    with jax.set_mesh(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])):
+        features = jax.jit(lambda frames: model.encode(frames, jnp.float32))(pictures)
+    want = (pictures / 255 - np.array(base.MEAN)) / np.array(base.STD)
+    np.testing.assert_allclose(features[:, :, 0], want.mean((2, 3)), atol=1e-6)
+    per_device, videos = seen[0] // devices, 8 // devices
+    most = min(frames, max(1, IMAGES_PER_DEVICE // videos))
+    assert per_device <= max(IMAGES_PER_DEVICE, videos)
+    assert -(-frames // (per_device // videos)) == -(-frames // most), "no more steps than the bound asks for"
+
+
+def test_reading_computing_and_fetching_overlap(stores):
+    frames = open_store(stores["llava"])
+    batches = list(encode.read_ahead(frames, [3, 0, 2, 1, 4], 2))
+    assert [videos for videos, _ in batches] == [[3, 0], [2, 1], [4]]
+    for (_, got), want in zip(batches, ([3, 0], [2, 1], [4, -1]), strict=True):
+        want = frames.padded(want)
+        assert all(np.array_equal(got[name], want[name]) for name in want)
+    events = []
+
+    def computed():
+        for i in range(3):
+            events.append(f"ask for {i}")
+            yield i
+
+    for i in encode.one_behind(computed()):
+        events.append(f"fetch {i}")
+    assert events == ["ask for 0", "ask for 1", "fetch 0", "ask for 2", "fetch 1", "fetch 2"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
 from data_pipeline.formats import FIELDS, guess_language
-from data_pipeline.instructions import match_videos, read_instructions
+from data_pipeline.instructions import read_instructions
 from data_pipeline.mixture import read_mixture, split_weight
+from data_pipeline.video_files import find_videos
 from redvillm_jax.bases.qwen_vl import SPECIAL_TOKENS
 from redvillm_jax.pretrain_demo import write_text_files
 from redvillm_jax.rows import check_round_trip
@@ -110,8 +111,8 @@ def test_a_bad_field_is_named(tmp_path, change, message):
 
 
 def test_a_missing_field_is_named(tmp_path):
-    incomplete = {name: value for name, value in ROW.items() if name != "language"}
-    expected = "row 1: field 'language' is missing, the row has id, video, question, answer"
+    incomplete = {name: value for name, value in ROW.items() if name != "answer"}
+    expected = "row 1: field 'answer' is missing, the row has id, video, language, question"
     assert error(write(tmp_path / "q.jsonl", [incomplete])) == expected
     rows = [{"q": "Who?", "a": "A man.", "video_id": "v_1"}, {"q": "Who?", "a": "A man."}]
     assert error(write_json(tmp_path / "q.json", rows)) == "row 2: field 'video_id' is missing, the row has q, a"
@@ -166,9 +167,9 @@ def test_llava_conversations(tmp_path):
     ]
     expected = [
         ("v_1/0", "v_1", "en", "What is this?", "A cat."),
-        ("v_1/1", "v_1", "en", "Who?", "A man."),
-        ("v_1/2", "v_1", "en", "Why <video>?", "…"),
-        ("7/0", "a.b", "en", "What does </s> mean?", "It is <|im_end|>."),
+        ("v_1/1", "clips/v_1.mp4", "en", "Who?", "A man."),
+        ("v_1/2", "clips/v_1.mp4", "en", "Why <video>?", "…"),
+        ("7/0", "a.b.MP4", "en", "What does </s> mean?", "It is <|im_end|>."),
         ("x/0", "v", "fr", "Qui ?", "Un homme."),
     ]
     expected = [dict(zip(FIELDS, row, strict=True)) for row in expected]
@@ -187,8 +188,14 @@ def test_qwen_conversations(tmp_path):
         {"id": "identity_1", "video": "clip", "conversations": turns("你好", "你好！", roles=roles)},
     ]
     assert read_instructions(write_json(tmp_path / "q.json", rows)) == [
-        {"id": "identity_0/0", "video": "片段", "language": "zh", "question": "视频里有什么？", "answer": "一只猫。"},
-        {"id": "identity_0/1", "video": "片段", "language": "zh", "question": said[2], "answer": "睡觉。"},
+        {
+            "id": "identity_0/0",
+            "video": "videos/片段.mp4",
+            "language": "zh",
+            "question": "视频里有什么？",
+            "answer": "一只猫。",
+        },
+        {"id": "identity_0/1", "video": "videos/片段.mp4", "language": "zh", "question": said[2], "answer": "睡觉。"},
         {"id": "identity_1/0", "video": "clip", "language": "zh", "question": "你好", "answer": "你好！"},
     ]
 
@@ -225,6 +232,42 @@ def test_a_conversation_needs_one_video(tmp_path):
     two = "Picture 1: <img>a</img>\nPicture 2: <img>b</img>\nQ"
     path = write(tmp_path / "q", [{"id": "1", "conversations": turns(two, "A")}])
     assert error(path) == "row 1: shows several pictures, expected one video"
+
+
+def test_odd_rows_are_left_out_with_their_reasons(tmp_path):
+    system = [{"from": "system", "value": "Be brief."}, *turns("Q", "A")]
+    rows = [
+        {"id": "1", "video": "v", "conversations": turns("Q", "A")},
+        {"id": "2", "image": "p.jpg", "conversations": turns("<image>\nQ", "A")},
+        {"id": "3", "video": "v", "conversations": system},
+        {"id": "4", "video": "v", "conversations": turns("Q", "A", "Q 2", "A 2")},
+    ]
+    left_out = []
+    kept = read_instructions(write_json(tmp_path / "q.json", rows), left_out)
+    assert [row["id"] for row in kept] == ["1/0", "4/0", "4/1"]
+    assert [reason.removeprefix(f"{tmp_path / 'q.json'}: ") for reason in left_out] == [
+        "row 2: has no video: expected a field 'video', or <img>path</img> in the text",
+        "row 3: turn 1: field 'from' is \"system\", expected human or user",
+    ]
+    own = [ROW, {**ROW, "id": "2", "answer": ""}, {**ROW, "id": "3", "answer": "\ud83d"}, {**ROW, "id": "1"}]
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(map(json.dumps, own[:3])))
+    left_out = []
+    assert read_instructions(path, left_out) == [ROW]
+    assert len(left_out) == 2
+    path.write_text("\n".join(map(json.dumps, own[1:2])))
+    with pytest.raises(UserError, match=r"holds no questions; the first row: .*row 1: field 'answer' is empty"):
+        read_instructions(path, [])
+    path.write_text("\n".join(map(json.dumps, own)))
+    with pytest.raises(UserError, match='row 4: id "1" is already that of row 1'):  # which one is meant?
+        read_instructions(path, [])
+
+
+def test_a_missing_language_is_guessed(tmp_path):
+    rows = [{name: row[name] for name in FIELDS if name != "language"} for row in (ROW, {**ROW, "id": "2"})]
+    rows[1] |= {"question": "Which colour is first?", "answer": "红"}
+    read = read_instructions(write(tmp_path / "q.jsonl", rows))
+    assert [row["language"] for row in read] == ["zh", "en"]
 
 
 def test_languages_are_guessed_by_what_is_more():
@@ -287,10 +330,48 @@ def test_weights_are_split_off():
     assert split_weight("a.json:half") == ("a.json:half", 1.0)
 
 
-def test_videos_match_with_and_without_v():
-    asked = [{"video": video} for video in ("v_a", "b", "c", "v_c", "absent")]
-    matched = match_videos(asked, {"a", "v_b", "c", "v_c"})
-    assert [row["video"] for row in matched] == ["a", "v_b", "c", "v_c", "absent"]
+# ---- a question's video
+
+
+def found(tmp_path, files, video):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    return find_videos(tmp_path).file(video)
+
+
+@pytest.mark.parametrize(
+    ("video", "file"),
+    [
+        *(("a", "v_a.mp4"), ("v_b", "b.mp4"), ("c", "c.mp4"), ("v_c", "v_c.mp4"), ("absent", None)),
+        *(("c.mp4", "c.mp4"), ("v_b.mp4", "b.mp4"), ("C:\\old\\c.mp4", "c.mp4"), ("elsewhere/c", "c.mp4")),
+        *(("x/d", "x/d.mp4"), ("y/d.mp4", "y/d.mp4"), ("data/y/d", "y/d.mp4"), ("d.webm", "y/d.webm")),
+        *(("e.mp4", "e.mp4"), ("z/e", "z/e.mp4"), ("f.part", "f.part.mp4"), ("f.part.mp4", "f.part.mp4")),
+    ],
+)
+def test_a_video_may_be_named_by_its_path_and_with_its_extension(tmp_path, video, file):
+    files = ["v_a.mp4", "b.mp4", "c.mp4", "v_c.mp4", "x/d.mp4", "y/d.mp4", "y/d.webm", "e.mp4", "z/e.mp4", "f.part.mp4"]
+    if video == "y/d.mp4" or not video.endswith("y/d"):
+        assert found(tmp_path, files, video) == file
+    else:
+        assert found(tmp_path, [name for name in files if name != "y/d.webm"], video) == file
+
+
+def test_a_name_of_two_files_is_a_mistake_of_the_question_that_means_them(tmp_path):
+    files = ["x/d.mp4", "y/d.mp4", "c.mp4"]
+    assert found(tmp_path, files, "c") == "c.mp4"
+    for video in ("d", "d.mp4", "z/d"):
+        with pytest.raises(UserError, match=r"may be x/d.mp4 and y/d.mp4 of .*: write its path into the question"):
+            found(tmp_path, files, video)
+
+
+def test_ids_of_videos_find_their_files_again(tmp_path):
+    files = ["c.mp4", "x/d.mp4", "y/d.mp4", "d.mp4", "e/f.mp4", "e/f.webm"]
+    assert found(tmp_path, files, "c") == "c.mp4"
+    videos = find_videos(tmp_path)
+    ids = {file: videos.id(file) for file in files}
+    assert ids == dict(zip(files, ("c", "x/d", "y/d", "d.mp4", "e/f.mp4", "e/f.webm"), strict=True))
+    assert {videos.file(id): id for id in ids.values()} == ids
 
 
 # ---- special strings are text

@@ -82,7 +82,7 @@ def test_a_base_and_a_store_of_ones_own_are_planned(bases, stores, capsys):
     )
     said = capsys.readouterr().out
     assert "\n8 questions a step: 4 rows of 96 slots, 1 per chip" in said
-    assert "  12 videos once, 1 per chip" in said
+    assert "  12 videos once, 8 at once on a host: " in said
 
 
 def test_the_packed_kernel_compiles_for_a_tpu():

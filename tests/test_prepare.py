@@ -92,6 +92,7 @@ def test_prepare_stores_what_can_be_used_and_tells_the_rest(data, tmp_path, caps
                 "prefix": "",
             }
         ],
+        "rows_left_out": [],
         "questions_found": 5,
         "questions_used": 3,
         "questions_without_video": [{"id": "2", "video": "broken"}, {"id": "3", "video": "absent"}],
@@ -187,7 +188,7 @@ def test_mistakes_end_in_one_line(data, tmp_path):
     assert "no.jsonl: cannot be read" in error([*flags, "--instructions=no.jsonl"])
     write_video(tmp_path / "twice" / "x" / "c.mp4", 0, 1)
     write_video(tmp_path / "twice" / "y" / "c.mkv", 0, 1)
-    assert "has the same video id as" in error([*flags, f"--videos={tmp_path / 'twice'}"])
+    assert "may be x/c.mp4 and y/c.mkv of" in error([*flags, f"--videos={tmp_path / 'twice'}"])
     write_video(tmp_path / "other" / "z.mp4", 0, 1)
     message = error([*flags, f"--videos={tmp_path / 'other'}"])
     assert "no question is about a video" in message and "'c'" in message and "'z'" in message

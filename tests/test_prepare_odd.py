@@ -122,7 +122,7 @@ def test_videos_may_be_a_list_and_have_any_extension(tmp_path, capsys):
     assert report_of(tmp_path / "found")["videos_found"] == 4
     assert all(np.array_equal(found[i]["frames"], listed[i]["frames"]) for i in range(3))
     shutil.copy(tmp_path / "far" / "c.mp4", tmp_path / "far" / "d.film")
-    assert "d.film: has the same video id as" in error(
+    assert "video 'd' may be d.clip and d.film of" in error(
         arguments(tmp_path, tmp_path / "x", f"--videos={tmp_path / 'far'}")
     )
     assert "no such folder, nor a list" in error([*flags, "--videos=nowhere"])
@@ -134,8 +134,33 @@ def test_two_files_with_one_id_matter_only_if_they_are_asked_for(tmp_path):
         write_video(tmp_path / "videos" / name, 0, 2)
     write_questions(tmp_path, ["d"])
     prepare.main(arguments(tmp_path, tmp_path / "s"))
-    assert report_of(tmp_path / "s")["videos_without_question"] == ["c"]
+    assert report_of(tmp_path / "s")["videos_without_question"] == ["x/c", "y/c"]
     assert report_of(tmp_path / "s")["videos_found"] == 3
+    write_questions(tmp_path, ["d.mp4", "y/c", "x/c.mp4", "d"])
+    prepare.main(arguments(tmp_path, tmp_path / "paths"))
+    paths = store.open_store(tmp_path / "paths")
+    assert [line["video"] for line in paths.videos] == ["d", "x/c", "y/c"]
+    assert [row["video"] for row in paths.instructions] == ["d", "y/c", "x/c", "d"]
+    again = arguments(tmp_path, tmp_path / "again", f"--instructions={tmp_path / 'paths' / 'instructions.jsonl'}")
+    prepare.main([flag for flag in again if "questions.jsonl" not in flag])
+    assert store.open_store(tmp_path / "again").instructions == paths.instructions
+
+
+def test_odd_rows_are_left_out_with_their_reasons(tmp_path, capsys):
+    write_video(tmp_path / "videos" / "c.mp4", 0, 2)
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A man."}]
+    rows = [
+        {"id": "1", "video": "videos/c.mp4", "conversations": turns},
+        {"id": "2", "image": "p.jpg", "conversations": turns},
+    ]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare.main(arguments(tmp_path, tmp_path / "s"))
+    reason = (
+        f"{tmp_path / 'questions.jsonl'}: row 2: has no video: expected a field 'video', or <img>path</img> in the text"
+    )
+    assert report_of(tmp_path / "s")["rows_left_out"] == [reason]
+    printed = capsys.readouterr().out
+    assert f"left out: 1 rows that are no question on a video:\n  {reason}\n" in printed
 
 
 def test_a_decoder_that_hangs_costs_its_own_video(tmp_path, capsys):
@@ -146,9 +171,7 @@ def test_a_decoder_that_hangs_costs_its_own_video(tmp_path, capsys):
     (tmp_path / "videos" / "v4.mp4").unlink()
     os.mkfifo(tmp_path / "videos" / "v4.mp4")
     write_questions(tmp_path, names)
-    start = time.monotonic()
     prepare.main(arguments(tmp_path, tmp_path / "s", "--num_workers=2", "--time_limit=2"))
-    assert time.monotonic() - start < 20
     assert [line["video"] for line in store.open_store(tmp_path / "s").videos] == [
         name for name in names if name != "v4"
     ]

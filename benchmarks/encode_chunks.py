@@ -1,0 +1,37 @@
+"""What a chip's encoding of a video costs, by the compiler's estimate, with how many pictures at a time.
+
+python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [--size=v1-7b] [--pictures=5,10,25,50,100]
+"""
+
+from data_pipeline.errors import run
+from redvillm_jax import model
+from redvillm_jax.cli import parse
+from redvillm_jax.plan import shapes_only
+from redvillm_jax.programs import compile_encode
+from redvillm_jax.topologies import parse_topology, tpu_devices
+from redvillm_jax.weights import load_base_module, sized_base
+
+OPTIONS = {
+    "topology": ("v5e-16", "The slice; the step is that of one of its hosts."),
+    "size": (None, "A named size of the family (its first)."),
+    "pictures": ("5,10,25,50,100", "How many at a time."),
+}
+
+
+def main(argv: list[str]) -> None:
+    flags = parse(argv, __doc__, OPTIONS)
+    config = flags["config"]
+    size = flags["size"] or next(iter(load_base_module(config["family"]).SIZES))
+    base = shapes_only(sized_base(config["family"], size))
+    chip, _ = parse_topology(flags["topology"])
+    devices = tpu_devices(flags["topology"])
+    host = [device for device in devices if device.process_index == devices[0].process_index]
+    print("pictures at a time  seconds a video and chip  GiB of temporaries")
+    for pictures in map(int, flags["pictures"].split(",")):
+        model.IMAGES_PER_DEVICE = pictures
+        program = compile_encode(config, base, host, chip, len(host), None)
+        print(f"{pictures:>18}  {program.seconds:>24.3f}  {program.temporaries / 2**30:>18.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,6 +1,6 @@
 """What a chip's encoding of a video costs, by the compiler's estimate, with how many pictures at a time.
 
-python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [--size=v1-7b] [--pictures=5,10,25,50,100]
+python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [--pictures=5,10,25,50,100]
 """
 
 from data_pipeline.errors import run

@@ -25,7 +25,8 @@ again. A preempted node is deleted and created again. The exit code is the comma
     --stop           instead of a command: stop what runs on the node
     --dry-run        print the commands instead of running them, as if there were no such node
 
-LAUNCH_TPU_POLL=15 is the number of seconds between two looks at the node's state.
+LAUNCH_TPU_POLL=15 is the number of seconds between two looks at the node's state, LAUNCH_TPU_PATIENCE=3600 the number
+after which a state that does not change ends the launch; waiting in line, and for room in a zone, may take any time.
 HELP
 }
 
@@ -45,7 +46,8 @@ quoted() { # the words as one line for a shell, with quotes only where they are 
 
 # --- The command line ---
 
-name="" zone="" type="" project="" version="" spot="" queued="" delete="" stop="" dry_run="" poll=${LAUNCH_TPU_POLL:-15}
+name="" zone="" type="" project="" version="" spot="" queued="" delete="" stop="" dry_run=""
+poll=${LAUNCH_TPU_POLL:-15} patience=${LAUNCH_TPU_PATIENCE:-3600}
 while (($#)); do
   case $1 in
     -h | --help) help && exit ;;
@@ -63,12 +65,14 @@ while (($#)); do
   esac
   shift
 done
+[[ $poll =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "LAUNCH_TPU_POLL=$poll: expected a number of seconds, e.g. 15"
+[[ $patience =~ ^[0-9]+$ ]] || fail "LAUNCH_TPU_PATIENCE=$patience: expected a whole number of seconds, e.g. 3600"
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
   fail "--name=$name: expected lower-case letters, digits and dashes, starting with a letter, e.g. --name=red"
 [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: expected a zone such as --zone=us-west4-a"
 [[ $dry_run ]] || command -v gcloud > /dev/null || fail "no gcloud on PATH: https://cloud.google.com/sdk/docs/install"
 where=("--zone=$zone" ${project:+"--project=$project"})
-cd "$(dirname "$0")"
+cd "$(dirname "$(readlink -f "$0")")"
 if [[ ! $stop ]]; then
   [[ $type =~ ^v[0-9]+[a-z]*-[0-9]+$ ]] || fail "--type=$type: expected a slice such as --type=v5litepod-16"
   case $type in
@@ -129,7 +133,7 @@ create() {
   echo "$error" >&2
   [[ $error == *[Cc]apacity* ]] || retry
   note "$zone has no room for $type: trying again (--queued waits in line)"
-  sleep "$poll"
+  since=$SECONDS # of get_ready
 }
 
 delete() {
@@ -144,16 +148,24 @@ delete() {
 retry() { ((attempt)) && note "trying again" && sleep "$poll" || exit 1; }
 
 get_ready() { # brings the node to READY, whatever it is now
-  local before=""
+  local before="" since=$SECONDS
   while look && [[ $state != READY ]]; do
-    [[ $state == "$before" ]] || note "$name: $state"
-    before=$state
+    if [[ $state != "$before" ]]; then
+      note "$name: $state"
+      before=$state since=$SECONDS
+    else
+      sleep "$poll"
+      if [[ ! $state =~ ^(ACCEPTED|WAITING_FOR_RESOURCES|UNKNOWN)$ ]] && ((SECONDS - since >= patience)); then
+        note "$name has been $state for $patience s: see what is wrong with gcloud, or delete it, then launch again"
+        exit 1
+      fi
+    fi
     case $state in
       NONE) create ;;
       PREEMPTED | TERMINATED | SUSPENDED) delete || retry ;;
       UNKNOWN) retry ;;
       STOPPED | FAILED) note "start $name or delete it with gcloud, then launch again" && exit 1 ;;
-      *) sleep "$poll" ;;
+      *) ;; # on its way
     esac
     [[ ! $dry_run ]] || return 0
   done

@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import errno
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -47,26 +49,60 @@ def full_disk(error: BaseException | None) -> str | None:
     return None
 
 
+PACKAGES = ("data_pipeline", "redvillm_jax", "conversion", "configs", "bases", "video", "evaluation")  # our folders
+FILE_REMEDIES = {
+    errno.EACCES: "change its permissions, or choose another",
+    errno.EPERM: "change its permissions, or choose another",
+    errno.EROFS: "choose a folder on a disk that may be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "give a folder",
+    errno.ELOOP: "its links lead to one another; remove them",
+}
+
+
+def file_problem(error: BaseException) -> str | None:
+    """What to say if `error` is about a file that cannot be used, None otherwise."""
+    if not (isinstance(error, OSError) and error.filename is not None and error.errno in FILE_REMEDIES):
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
+    name = name if len(str(name)) <= 100 else f"{name[:60]}…{name[-30:]}"
+    return f"{name}: {error.strerror.lower()}: {FILE_REMEDIES[error.errno]}"
+
+
+def unexpected(error: BaseException) -> str:
+    """What to say of an error that nobody has thought of: its kind and where it happened."""
+    said = " ".join(str(error).split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).parent.name in PACKAGES]
+    where = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in (own or frames)[-1:])
+    return (
+        f"{type(error).__name__}{where}{': ' if said else ''}{said}: the command does not expect this; --debug shows "
+        "the whole traceback, please report it with the command"
+    )
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs `main(argv)` as a command and exits with its code.
 
-    A `UserError` or a full disk becomes one line on stderr and exit code 2; `--debug` anywhere on the command line
-    shows its traceback as well.
+    A mistake, a full disk or a file that cannot be used becomes one line on stderr and exit code 2, any other error one
+    line and exit code 1. `--debug` anywhere on the command line shows the traceback as well.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [arg for arg in argv if arg != "--debug"]
     try:
         code = main(argv)
-    except Exception as error:
-        line = str(error) if isinstance(error, UserError) else full_disk(error)
-        if line is None:
-            raise
-        if debug:
-            traceback.print_exc()
-        print(f"error: {line}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = str(error) if isinstance(error, UserError) else full_disk(error) or file_problem(error)
+        if known is None and isinstance(error, MemoryError):
+            known = "this machine has too little memory for that: ask for less at once (see --help)"
+        print(f"error: {known or unexpected(error)}", file=sys.stderr)
+        code = 2 if known else 1
     sys.exit(code or 0)

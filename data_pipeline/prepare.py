@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +221,15 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
-    return value
+def _whole(most: int) -> Callable[[str], int]:
+    """A number from 1 to `most`."""
+
+    def number(text: str) -> int:
+        if not (text.isdecimal() and 1 <= int(text[:12]) <= most):
+            raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, got {text}")
+        return int(text)
+
+    return number
 
 
 def _sampling(text: str) -> str:
@@ -265,9 +269,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=as_path, required=True, help="folder of the frame store")
     parser.add_argument("--base", type=Path, help="base folder: take its image size and resize rule")
-    parser.add_argument("--image_size", type=_positive, help="width and height of a frame (default 224)")
+    parser.add_argument("--image_size", type=_whole(4096), help="width and height of a frame (default 224)")
     parser.add_argument("--resize", choices=RESIZE, help="nearest: LLaVA (default), bicubic: Qwen-VL")
-    parser.add_argument("--num_frames", type=_positive, default=100, help="at most so many a video (default 100)")
+    parser.add_argument("--num_frames", type=_whole(10_000), default=100, help="at most so many a video (default 100)")
     parser.add_argument(
         "--sampling", type=_sampling, default=UNIFORM, metavar="RULE", help="uniform (default), fps=F or every=N"
     )
@@ -275,7 +279,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quality", type=int, choices=range(1, 101), metavar="1..100", default=95, help="of JPEG (default 95)"
     )
-    parser.add_argument("--num_workers", type=_positive, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument(
+        "--num_workers", type=_whole(1024), default=os.cpu_count(), help="processes (default: all cores)"
+    )
     parser.add_argument("--time_limit", type=_seconds, default=600, help="seconds for a video (default 600)")
     parser.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/n", help="one of n runs that share --out: 1/n … n/n"

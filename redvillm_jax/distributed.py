@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,11 +59,6 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
     except SystemExit as end:
         if reason:
             leave(end.code, reason)
-        raise
-    except BaseException:
-        if reason:
-            traceback.print_exc()
-            leave(1, reason)
         raise
 
 

@@ -201,6 +201,33 @@ def test_a_mistake_ends_in_one_line(launcher, arguments, message):
     assert not launcher.cloud.exists()
 
 
+@pytest.mark.parametrize("name, value", [("POLL", "abc"), ("POLL", "-1"), ("PATIENCE", "1.5")])
+def test_a_wrong_setting_ends_in_one_line(launcher, name, value):
+    code, output = launcher(*NODE, "--", "job", "0", **{f"LAUNCH_TPU_{name}": value})
+    assert code == 2 and output.startswith(f"error: LAUNCH_TPU_{name}={value}: expected a ") and output.count("\n") == 1
+
+
+def test_a_state_that_does_not_change_ends_the_launch(launcher):
+    node = launcher.cloud / "nodes" / "red"
+    node.mkdir(parents=True)
+    (node / "state").write_text("REPAIRING")
+    code, output = launcher(*NODE, "--", "job", "0", LAUNCH_TPU_PATIENCE="1")
+    assert code == 1
+    assert output.splitlines() == [
+        "launch_tpu: red: REPAIRING",
+        "launch_tpu: red has been REPAIRING for 1 s: see what is wrong with gcloud, or delete it, then launch again",
+    ]
+
+
+def test_it_may_be_called_by_a_link(launcher, tmp_path):
+    link = tmp_path / "links" / "launch"
+    link.parent.mkdir()
+    link.symlink_to(launcher.checkout / "launch_tpu.sh")
+    done = subprocess.run([link, *NODE, "--dry-run", "--", "job", "0"], env=launcher.environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"git archive" in done.stdout
+
+
 def test_help_explains():
     text = subprocess.run([ROOT / "launch_tpu.sh", "--help"], check=True, stdout=subprocess.PIPE, text=True).stdout
     assert "redvillm_jax.train" in text and "--spot" in text

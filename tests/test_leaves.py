@@ -1,7 +1,9 @@
 """Small parts by hand: the mask, meshes and placements, checkpoints, metrics, token rows."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -165,11 +167,40 @@ def test_rows_are_shown_with_counts_and_marks():
     assert show_rows(Lossy(), batch, 1) == "row 0: 6 tokens, 2 of them supervised\nH[2 visual tokens]?⟦AB⟧\n"
 
 
+def ended(main, capsys, *argv):
+    """The exit code of a command, and what it printed on stderr."""
+    with pytest.raises(SystemExit) as exit:
+        run(main, list(argv))
+    return exit.value.code, capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_line_and_code_two(capsys):
     def main(argv):
         raise UserError("x.mp4: no frames, expected one or more; remove it")
 
-    with pytest.raises(SystemExit) as exit:
-        run(main, [])
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == "error: x.mp4: no frames, expected one or more; remove it\n"
+    assert ended(main, capsys) == (2, "error: x.mp4: no frames, expected one or more; remove it\n")
+
+
+def test_a_file_that_cannot_be_used_is_one_line_and_code_two(capsys, tmp_path):
+    def main(argv):
+        Path(argv[0]).read_text()
+
+    assert ended(main, capsys, str(tmp_path)) == (2, f"error: {tmp_path}: is a directory: give a file\n")
+    code, said = ended(main, capsys, str(tmp_path / ("x" * 300)))
+    assert (code, said.count("\n")) == (2, 1) and said.endswith("x: file name too long: choose a shorter name\n")
+
+
+def test_what_nobody_thought_of_is_one_line_with_its_kind_and_place(capsys):
+    def main(argv):
+        return check_round_trip(None, "", "")
+
+    code, said = ended(main, capsys)
+    assert code == 1 and said.count("\n") == 1
+    assert re.match(r"error: AttributeError at rows\.py:\d+: .*--debug shows the whole traceback", said)
+    assert "Traceback (most recent call last)" in ended(main, capsys, "--debug")[1]
+
+    def greedy(argv):
+        raise MemoryError
+
+    code, said = ended(greedy, capsys)
+    assert (code, said.count("\n")) == (2, 1) and "too little memory" in said

@@ -19,7 +19,7 @@ def require_shared(flag: str, folder: str | Path) -> None:
     try:
         check_folder(epath.Path(folder))
     except Failed as error:
-        raise UserError(f"{flag}: {error}; give a gs:// path, or a folder on a disk that all machines mount") from None
+        raise UserError(f"{flag}: {error}") from None
 
 
 def check_folder(workdir: epath.Path) -> str:
@@ -38,7 +38,8 @@ def check_folder(workdir: epath.Path) -> str:
         for process in range(count):
             if f"{process}.txt" not in listed:
                 raise Failed(
-                    f"{workdir} lacks what process {process} wrote: it must be one folder that all processes see"
+                    f"{workdir} lacks what process {process} wrote: it must be one folder that all processes see, "
+                    "in a bucket (gs://) or on a disk that all machines mount"
                 )
             if (folder / f"{process}.txt").read_text() != f"{folder.name} {process}":
                 raise Failed(f"{folder}/{process}.txt reads back differently")

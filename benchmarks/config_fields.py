@@ -5,7 +5,7 @@ python -m benchmarks.config_fields
 
 from pathlib import Path
 
-from redvillm_jax.config_fields import FIXED, NOTHING, READ, Fields
+from redvillm_jax.config_fields import COMMON, FIXED, NOTHING, READ, Fields
 from redvillm_jax.weights import known_families, load_base_module
 
 FILE = Path(__file__).parents[1] / "docs" / "config_fields.md"
@@ -25,7 +25,7 @@ folder is opened. A field that a file omits has the value of transformers' class
 
 def table(title: str, fields: Fields) -> str:
     """One table: a row per field that matters, and one line of those that change nothing."""
-    rows = [f"### {title[0].upper()}{title[1:]}", "", "| field | | value |", "|---|---|---|"]
+    rows = [f"### {title}", "", "| field | | value |", "|---|---|---|"]
     for effect in (READ, FIXED):
         found = {name: field for name, field in fields.items() if field.effect == effect}
         rows += [f"| `{name}` | {effect} | {field.values} |" for name, field in found.items()]
@@ -35,11 +35,13 @@ def table(title: str, fields: Fields) -> str:
 
 
 def tables() -> str:
-    """All tables of all bases."""
-    parts = []
+    """The table of what every file may hold, then each base's own."""
+    parts = [table("In every file that transformers writes", COMMON)]
     for family in known_families():
         parts.append(f"## --family={family}")
-        parts += [table(title, fields) for title, fields in load_base_module(family).FIELDS.items()]
+        for title, fields in load_base_module(family).FIELDS.items():
+            own = {name: field for name, field in fields.items() if COMMON.get(name) != field}
+            parts.append(table(title, own))
     return "\n\n".join(parts) + "\n"
 
 

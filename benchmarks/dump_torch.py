@@ -62,7 +62,7 @@ def load_llava(source: Path, vision: Path | None) -> tuple[nn.Module, nn.Module,
     if "text_config" in config:
         model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
         return model.model.vision_tower, model.model.multi_modal_projector, model, model.config.image_token_id
-    tower = CLIPVisionModel.from_pretrained(vision or source / config["mm_vision_tower"], dtype=torch.float32)
+    tower = CLIPVisionModel.from_pretrained(vision or source / "vision", dtype=torch.float32)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")  # wrong in old files, and of no use here
     llama = LlamaConfig(**{key: value for key, value in config.items() if key not in (*ids, "model_type")})
     llm, report = LlamaForCausalLM.from_pretrained(source, config=llama, dtype=torch.float32, output_loading_info=True)

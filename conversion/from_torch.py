@@ -20,7 +20,6 @@ from tqdm import tqdm
 from conversion.names import (
     FLOATS,
     Tensors,
-    check_file,
     check_folder,
     check_tensors,
     copy_small_files,
@@ -171,7 +170,7 @@ def find_vision(source: Path, vision: Path | None) -> Path | None:
         vision = source / "vision"
     if vision is not None:
         check_folder(vision, "--vision takes the folder of the model's own CLIP")
-        check_file(vision / "config.json")
+        read_json(vision / "config.json")
     return vision
 
 
@@ -184,7 +183,7 @@ def parse_config(base: ModuleType, family: str, source: Path, vision: Path | Non
         raise UserError(
             f"{source}: not a {family} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
         )
-    return read_config(base, source, vision)
+    return read_config(base, source, vision, "copy it again")
 
 
 def check_tokenizer(base: ModuleType, config: Any, source: Path) -> None:

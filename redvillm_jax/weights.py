@@ -185,18 +185,19 @@ def sized_base(family: str, size: str) -> Base:
     return Base(None, family, module, module.SIZES[size], "", None, {})
 
 
-def read_config(base: ModuleType, folder: Path, vision: Path | None = None) -> Any:
+def read_config(base: ModuleType, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
     """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
 
-    Raises UserError for a field, there or in the image processors' files, that the base does not compute.
+    remedy: what to do about a file that cannot be read. Raises UserError for a field, there or in the image
+    processors' files, that the base does not compute.
     """
     vision = vision or folder / "vision"
     files = folder / "config.json", vision / "config.json"
-    vision_config = read_json(files[1], REMEDY) if files[1].is_file() else None
-    config = base.Config.from_published(read_json(files[0], REMEDY), vision_config, *map(str, files))
+    vision_config = read_json(files[1], remedy) if files[1].is_file() else None
+    config = base.Config.from_published(read_json(files[0], remedy), vision_config, *map(str, files))
     for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
         if file.is_file():
-            base.check_image_processor(config, read_json(file, REMEDY), str(file))
+            base.check_image_processor(config, read_json(file, remedy), str(file))
     return config
 
 

@@ -76,6 +76,7 @@ REFUSED = [
     ("text_config.rope_theta", "10000"),
     ("text_config.rope_theta", 500.0),
     ("text_config.partial_rotary_factor", 0.5),
+    ("text_config.partial_rotary_factor", True),
     ("text_config.hidden_act", "gelu"),
     ("text_config.attention_bias", True),
     ("text_config.mlp_bias", True),
@@ -492,6 +493,11 @@ def test_a_folder_s_transform_is_looked_at(published, tmp_path):
         with pytest.raises(UserError, match=f"{name}: image_mean is .0.5, 0.5, 0.5., supported: "):
             from_torch("llava", source, tmp_path / "base", tokenizer=False)
         (source / name).write_text(json.dumps(own))
+    for text in ("[]", "{"):
+        (source / "preprocessor_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json: .*; copy it again"):
+            from_torch("llava", source, tmp_path / "base", tokenizer=False)
+    (source / "preprocessor_config.json").write_text(json.dumps(own))
     from_torch("llava", source, tmp_path / "base", tokenizer=False)
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(own | {"resample": 0}))
     with pytest.raises(UserError, match="resample is 0, supported: 3"):

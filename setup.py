@@ -26,6 +26,7 @@ setup(
         "flax>=0.12.8,<0.12.13",
         "fsspec>=2026.9",
         "grain==0.2.18",
+        "httpx2>=2.12,<3",
         "jax>=0.10.2,<0.12",
         "matplotlib>=3.10,<4",
         "ml-collections==1.1.*",

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
 from tqdm import tqdm
 
 from data_pipeline.errors import UserError
 
 GIVE_UP_AFTER = 20  # failures of the endpoint (not of a request) in a row
+MOST_TOKENS = 10**9  # of a request or a reply; an endpoint that counts more is not counting
 
 Key = TypeVar("Key")
 Request = dict[str, Any]  # the body of POST /chat/completions: "model", "messages", and what else decides the reply
@@ -85,9 +87,15 @@ class ReplyCache:
             raise UserError(f"{path}: cannot be used as a cache of replies: {error}") from None
 
     def get(self, request: Request) -> Reply | None:
-        """The reply to just this request, if there was one."""
+        """The reply to just this request, if there was one. Raises UserError for a damaged file."""
         query = "SELECT text, model, prompt_tokens, completion_tokens FROM replies WHERE request = ?"
-        row = self._database.execute(query, (_digest(request),)).fetchone()
+        remedy = "delete it, and all is asked again"
+        try:
+            row = self._database.execute(query, (_digest(request),)).fetchone()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be used as a cache of replies: {error}; {remedy}") from None
+        if row and [type(value) for value in row] != [str, str, int, int]:
+            raise UserError(f"{self.path}: holds {str(row)[:80]} where a reply is expected; {remedy}")
         return Reply(*row) if row else None
 
     def put(self, request: Request, reply: Reply) -> None:
@@ -120,9 +128,9 @@ def ask_all(
     """Asks `request(key)` for every key that the cache has no reply to.
 
     base_url: of the endpoint; None is OPENAI_BASE_URL's or OpenAI's. The API key is OPENAI_API_KEY's.
-    timeout: seconds without a byte. max_retries: the openai client's own, with back-off, after 408, 409, 429
-    (it waits as Retry-After says), 5xx, a timeout or a lost connection. stop: looks at the statistics before each
-    request and may return why nothing more is to be asked; so do a refused key, an unknown model, and an endpoint
+    timeout: seconds for an answer, to its last byte. max_retries: the openai client's own, with back-off, after 408,
+    409, 429 (it waits as Retry-After says), 5xx, a timeout or a lost connection. stop: looks at the statistics before
+    each request and may return why nothing more is to be asked; so do a refused key, an unknown model, and an endpoint
     that fails GIVE_UP_AFTER times in a row. Returns replies and failures by key, none for keys that were not
     asked. Failures are never cached. Raises UserError for a key or address that cannot work.
     """
@@ -169,8 +177,8 @@ def ask_all(
             progress.update()
 
     async def run() -> None:
-        client = openai.AsyncOpenAI(api_key=api_key, base_url=base_url, timeout=timeout, max_retries=max_retries)
-        async with client:
+        options = {"api_key": api_key, "base_url": base_url, "timeout": timeout, "max_retries": max_retries}
+        async with openai.AsyncOpenAI(http_client=_Deadline(timeout=timeout), **options) as client:
             with tqdm(total=len(keys), initial=statistics.cached, unit=unit) as progress:
                 await asyncio.gather(*(work(client, progress) for _ in range(min(concurrency, len(missing)))))
 
@@ -188,6 +196,35 @@ def is_dated(model: str) -> bool:
     return False
 
 
+def check_address(base_url: str | None) -> str | None:
+    """Returns the address of the endpoint, OPENAI_BASE_URL's without one. Raises UserError if it cannot be one."""
+    url = base_url or os.environ.get("OPENAI_BASE_URL")
+    if not url:
+        return None
+    try:
+        parts = urlsplit(url)
+        secret = parts.username or parts.password or parts.query
+        fits = parts.scheme in ("http", "https") and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):  # a port or a host that is none, half of an IPv6 address
+        secret, fits = "@" in url, False
+    if secret:
+        raise UserError("--base_url: holds a user, a password or a query; the key belongs into OPENAI_API_KEY")
+    if not fits or not url.isprintable() or " " in url:
+        raise UserError(f"--base_url={' '.join(url.split())}: expected an address such as http://127.0.0.1:8000/v1")
+    return url
+
+
+class _Deadline(openai.DefaultAsyncHttpxClient):
+    """Ends a request that is not answered whole in time: the client's own timeout begins again with each byte."""
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        try:
+            async with asyncio.timeout(self.timeout.read):
+                return await super().send(request, **options)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("no whole answer in time", request=request) from None
+
+
 class _NoReply(Exception):
     """The endpoint answered, but not with a text."""
 
@@ -202,10 +239,12 @@ async def _ask(client: openai.AsyncOpenAI, request: Request, statistics: Statist
         text, end = choice["message"].get("content"), choice.get("finish_reason")
         refusal = choice["message"].get("refusal")
         usage = body.get("usage") or {}
-        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        model = str(body.get("model") or request["model"])
-    except (ValueError, LookupError, TypeError, AttributeError):
+        tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+        model = body.get("model") or request["model"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _NoReply(f"the endpoint answered with something else than a chat completion: {response.text}") from None
+    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in tokens) or not isinstance(model, str):
+        raise _NoReply(f"the endpoint's token counts or model name are none: {str([*tokens, model])[:120]}")
     statistics.prompt_tokens += tokens[0]
     statistics.completion_tokens += tokens[1]
     if refusal or end == "content_filter":
@@ -240,13 +279,7 @@ def _reason(error: Exception, timeout: float, api_key: str) -> str:
 
 def _api_key(base_url: str | None) -> str:
     """OPENAI_API_KEY; a stand-in for servers that need none."""
-    url = base_url or os.environ.get("OPENAI_BASE_URL")
-    if url:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--base_url={url}: expected an address such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query:
-            raise UserError("--base_url: holds a user, a password or a query; the key belongs into OPENAI_API_KEY")
+    url = check_address(base_url)
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key and not url:
         raise UserError("OPENAI_API_KEY is not set; for a server that needs no key give its --base_url")

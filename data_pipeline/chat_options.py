@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from data_pipeline.chat_client import Statistics, is_dated
+from data_pipeline.chat_client import Statistics, check_address, is_dated
 from data_pipeline.errors import UserError
 
 
@@ -19,7 +19,7 @@ def add_endpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> N
     parser.add_argument("--price_out", type=positive(float), help="price of a million reply tokens")
     parser.add_argument("--max_cost", type=positive(float), help="refuse to start above it, stop when it is spent")
     parser.add_argument("--concurrency", type=positive(int), default=16, help="requests at once (default 16)")
-    parser.add_argument("--timeout", type=positive(float), default=120, help="seconds without an answer (default 120)")
+    parser.add_argument("--timeout", type=positive(float), default=120, help="seconds for an answer (default 120)")
     parser.add_argument(
         "--max_retries", type=int, choices=range(21), metavar="0..20", default=5, help="of a request (default 5)"
     )
@@ -29,7 +29,10 @@ def add_endpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> N
 
 
 def check_endpoint(flags: argparse.Namespace) -> None:
-    """Raises UserError for options of `add_endpoint` that do not go together, or a model without a date."""
+    """Raises UserError for options of `add_endpoint` that do not go together, an address that none can be, or a model
+    without a date."""
+    if flags.model is not None:
+        check_address(flags.base_url)
     if (flags.price_in is None) != (flags.price_out is None):
         raise UserError("--price_in and --price_out: give both or none")
     if flags.max_cost is not None and flags.price_in is None:
@@ -83,6 +86,9 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def _temperature(text: str) -> float | None:
     try:
-        return None if text == "none" else float(text)
+        value = None if text == "none" else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number or none, got {text!r}") from None
+        value = math.nan
+    if value is not None and not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"expected none or a number from 0, less than 100, got {text!r}")
+    return value

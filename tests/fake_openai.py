@@ -37,14 +37,17 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A completion whose only choice is changed: finish_reason, or fields of its message."""
+    """A completion whose only choice is changed: finish_reason, or fields of its message; usage and model, too."""
 
     finish_reason: str = "stop"
     message: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    usage: Any = None
+    model: Any = None
 
 
 STALL = "STALL"  # no byte until the client goes away or the server is closed
 CUT = "CUT"  # the connection ends before a byte of the answer
+DRIP = "DRIP"  # a byte every tenth of a second until the client goes away or the server is closed
 CUT_MIDWAY = "CUT_MIDWAY"  # half of the answer, then the connection ends
 GARBAGE = Body(b"<html>Bad gateway</html>", "text/html")
 INVALID_JSON = Body(b'{"choices": [')
@@ -135,6 +138,10 @@ class FakeOpenAI:
         for name, value in {"Content-Type": content_type, "Content-Length": len(content), **headers}.items():
             handler.send_header(name, str(value))
         handler.end_headers()
+        if behaviour == DRIP:
+            while not self._closed.wait(0.1):
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
         if behaviour == CUT_MIDWAY:
             handler.wfile.write(content[: len(content) // 2])
             handler.close_connection = True
@@ -153,9 +160,9 @@ def _completion(body: dict[str, Any], behaviour: str | Choice) -> dict[str, Any]
         "id": "chatcmpl-0",
         "object": "chat.completion",
         "created": 0,
-        "model": body["model"],
+        "model": choice.model or body["model"],
         "choices": [{"index": 0, "message": message, "finish_reason": choice.finish_reason}],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply},
+        "usage": choice.usage or {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": prompt + reply},
     }
 
 

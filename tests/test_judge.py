@@ -16,7 +16,7 @@ import pytest
 
 from data_pipeline.errors import UserError
 from redvillm_jax import judge
-from tests.fake_openai import CUT, CUT_MIDWAY, EMPTY, INVALID_JSON, STALL, Choice, FakeOpenAI, Status
+from tests.fake_openai import CUT, CUT_MIDWAY, DRIP, EMPTY, INVALID_JSON, STALL, Body, Choice, FakeOpenAI, Status
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-test-0123456789abcdef"
@@ -253,25 +253,27 @@ def test_everything_that_can_be_retried_is(tmp_path):
 
 def test_what_fails_is_left_out_and_tried_again_alone(tmp_path, capsys):
     broken = {1: INVALID_JSON, 2: Choice(message={"refusal": "No.", "content": None}), 3: EMPTY, 4: Choice("length")}
-    broken |= {5: Status(400, "bad {authorization}"), 6: Status(500, "boom"), 7: STALL}
-    source, out = answers(tmp_path / "a", [row(i, "x", kind=f"k{i % 2}") for i in range(9)]), tmp_path / "j"
+    broken |= {5: Status(400, "bad {authorization}"), 6: Status(500, "boom"), 7: STALL, 9: Body(b"[" * 200_000)}
+    broken |= {10: Choice(usage={"prompt_tokens": float("inf")}), 11: Choice(usage={"completion_tokens": 10**30})}
+    broken[12] = DRIP
+    source, out = answers(tmp_path / "a", [row(i, "x", kind=f"k{i % 2}") for i in range(13)]), tmp_path / "j"
     with FakeOpenAI(lambda messages: broken.get(number(messages[-1]["content"]), always(messages))) as server:
         more = flags(source, out, server, "--timeout=2", "--max_retries=0")
         assert judge.main(more) == 1
         statuses = {line["id"]: (line["status"], line.get("reason", "")) for line in lines(out)}
         assert [id for id, (status, _) in statuses.items() if status == "failed"] == [str(i) for i in broken]
         assert statuses["2"][1] == "refused: No." and statuses["5"][1] == "HTTP 400: bad Bearer [API key]"
-        assert statuses["7"][1] == "no answer within 2 s"
+        assert statuses["7"][1] == statuses["12"][1] == "no answer within 2 s"
         found = summary_of(out)["benchmarks"]["activitynet_qa"]
-        assert found["statuses"] == {"scored": 2, "failed": 7} and found["metrics"]["score"]["all"]["questions"] == 2
-        assert found["metrics"]["score"]["all"]["mean"] == 4, "not 8 / 9"
-        assert len(server.calls) == 9, "what failed is not asked in other words"
+        assert found["statuses"] == {"scored": 2, "failed": 11} and found["metrics"]["score"]["all"]["questions"] == 2
+        assert found["metrics"]["score"]["all"]["mean"] == 4, "not 8 / 13"
+        assert len(server.calls) == 13, "what failed is not asked in other words"
         printed = capsys.readouterr().out
-        assert "7 failed, left out" in printed and "without a verdict: 7, listed in" in printed
+        assert "11 failed, left out" in printed and "without a verdict: 11, listed in" in printed
         server.calls.clear()
         broken.clear()
         assert judge.main(more) == 0
-        assert sorted(map(number, server.texts)) == [1, 2, 3, 4, 5, 6, 7]
+        assert sorted(map(number, server.texts)) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
     assert means_of(out, "activitynet_qa", "accuracy") == {"all": 1, "kind:k0": 1, "kind:k1": 1}
 
 

@@ -1,5 +1,6 @@
 """Two judged folders: paired differences against a computation by hand, and what may not be compared."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -12,6 +13,23 @@ from tests.fake_openai import FakeOpenAI, Status
 from tests.test_judge import MODEL, answers, environment, flags, number, row
 
 __all__ = ["environment"]  # a fixture for every test here, too
+
+
+RESULT = {"id": "1", "video": "v", "language": "en", "benchmark": "msvd_qa", "status": "scored", "values": {"score": 1}}
+FOREIGN = (
+    {},
+    [],
+    None,
+    {"id": "1"},
+    RESULT | {"id": 1},
+    RESULT | {"values": [1]},
+    RESULT | {"values": {"score": "1"}},
+    RESULT | {"values": {"score": True}},
+    RESULT | {"values": {"score": float("nan")}},
+    RESULT | {"group": ["x"]},
+    "half a li",
+    "[" * 200_000,
+)
 
 
 def judged(folder, rows, replies, *more, model=MODEL):
@@ -105,6 +123,22 @@ def test_what_may_not_be_compared(tmp_path):
     with (other_prompt / "verdicts.jsonl").open("a") as file:
         file.write("{}\n")
     with pytest.raises(UserError, match=r"verdicts.jsonl is not the one that summary.json is about; judge again"):
+        compare(first, other_prompt)
+    for foreign in FOREIGN:
+        content = json.dumps(foreign) if not isinstance(foreign, str) else foreign
+        summary["verdicts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+        (other_prompt / "verdicts.jsonl").write_text(content)
+        (other_prompt / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(UserError, match=r"(line 1 is no result|is not) of redvillm_jax.judge") as error:
+            compare(first, other_prompt)
+        assert "\n" not in str(error.value)
+    for judge_of_it in ([], "x", {}, {"prompts": [1]}):
+        summary["made_with"]["judge"] = judge_of_it
+        (other_prompt / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
+            compare(first, other_prompt)
+    (other_prompt / "summary.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
         compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"verdicts.jsonl or summary.json is not of redvillm_jax.judge"):

@@ -70,8 +70,8 @@ def test_options_are_read_as_the_sets_write_them():
     ("said", "texts"),
     [
         ("yes", "Yes|yes, it is.|The answer is yes|是的|有"),
-        ("no", "No.|no, yes it was|The answer is no|不是|没有|否"),
-        (None, "|maybe|It is yes or no|Not sure|nothing"),
+        ("no", "No.|no, yes it was|The answer is no|I would say no, he sits|不是|没有|否"),
+        (None, "|maybe|It is yes or no|Not sure|nothing|There is no way to tell|I have no idea"),
     ],
 )
 def test_yes_or_no(said, texts):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from data_pipeline.suspicions import suspicions
 from tests.fake_openai import (
     CUT,
     CUT_MIDWAY,
+    DRIP,
     EMPTY,
     GARBAGE,
     INVALID_JSON,
@@ -330,6 +332,18 @@ FAILURES = {
     "json": (INVALID_JSON, 'the endpoint answered with something else than a chat completion: {"choices": ['),
     "list": (Body(b"[1]"), "the endpoint answered with something else than a chat completion: [1]"),
     "no choice": (Body(b'{"choices": []}'), "the endpoint answered with something else than a chat completion: "),
+    "deep": (Body(b"[" * 200_000), "the endpoint answered with something else than a chat completion: [[[["),
+    "deep choices": (Body(b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "the endpoint answered with some"),
+    **{
+        f"count {name}": (
+            Choice(usage={"prompt_tokens": count}),
+            "the endpoint's token counts or model name are none",
+        )
+        for name, count in zip("abcdefgh", (float("inf"), float("nan"), 10**30, -1, True, 1.5, "7", [1]), strict=True)
+    },
+    "usage": (Choice(usage=[1]), "the endpoint answered with something else than a chat completion: "),
+    "model": (Choice(model={"name": "x"}), "the endpoint's token counts or model name are none"),
+    "drip": (DRIP, "no answer within 2.5 s"),
     "half": (Choice("length"), "the reply was cut off at the endpoint's limit of tokens (4)"),
     "filter": (Choice("content_filter"), "refused: by a content filter"),
     "refusal": (Choice(message={"refusal": "I will not.", "content": None}), "refused: I will not."),
@@ -465,6 +479,33 @@ def test_two_runs_do_not_share_a_cache(three, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE replies SET text = CAST(x'ff' AS TEXT)",
+        "UPDATE replies SET prompt_tokens = 'many'",
+        "UPDATE replies SET text = x'00'",
+        "DROP TABLE replies; CREATE TABLE replies (request)",
+        "pages",
+    ],
+)
+def test_a_damaged_cache_is_said(three, tmp_path, damage):
+    out = tmp_path / "zh.jsonl"
+    cache = tmp_path / "zh.cache.sqlite"
+    with FakeOpenAI(chinese) as server:
+        assert translate.main(arguments(three, out, server)) == 0
+        if damage == "pages":
+            content = cache.read_bytes()
+            cache.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+        else:
+            with contextlib.closing(sqlite3.connect(cache)) as database:
+                database.executescript(damage)
+        server.calls.clear()
+        with pytest.raises(UserError, match=r"zh.cache.sqlite: .*; delete it, and all is asked again") as raised:
+            translate.main(arguments(three, out, server))
+        assert "\n" not in str(raised.value) and server.calls == []
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model=gpt-4o"], "--model=gpt-4o: names no dated version"),
@@ -479,6 +520,24 @@ def test_two_runs_do_not_share_a_cache(three, tmp_path):
         (["--fields=prediction"], "row with id '0': field 'prediction' is missing, expected text"),
         (["--to=en"], "all 3 rows are in English already"),
         (["--base_url=localhost:8000"], "expected an address such as"),
+        (["--base_url=http://127.0.0.1:99999/v1"], "--base_url=http://127.0.0.1:99999/v1: expected an address such as"),
+        (["--base_url=http://127.0.0.1:port/v1"], "expected an address such as"),
+        (["--base_url=http://127.0.0.1:0/v1"], "expected an address such as"),
+        (["--base_url=http://[::1/v1"], "expected an address such as"),
+        (["--base_url=http:///v1"], "expected an address such as"),
+        (["--base_url=http://a..b/v1"], "expected an address such as"),
+        (["--base_url=http://" + "a" * 70 + "/v1"], "expected an address such as"),
+        (["--base_url=http://two words/v1"], "expected an address such as"),
+        (["--base_url=http://h\n/v1"], "expected an address such as"),
+        (["--base_url=http://me:secret@h:99999/v1"], "the key belongs into OPENAI_API_KEY"),
+        (["--temperature=nan"], "argument --temperature: expected none or a number from 0, less than 100, got 'nan'"),
+        (["--temperature=-1"], "argument --temperature: expected none or a number from 0"),
+        (["--temperature=inf"], "argument --temperature: expected none or a number from 0"),
+        (["--timeout=nan"], "argument --timeout: expected a number above 0, got nan"),
+        (["--timeout=inf"], "argument --timeout: expected a number above 0, got inf"),
+        (["--concurrency=0"], "argument --concurrency: expected a number above 0, got 0"),
+        (["--price_in=nan"], "argument --price_in: expected a number above 0, got nan"),
+        (["--max_cost=-1"], "argument --max_cost: expected a number above 0, got -1"),
         (["--base_url=http://me:secret@h/v1"], "the key belongs into OPENAI_API_KEY"),
     ],
 )
@@ -486,7 +545,7 @@ def test_wrong_flags(three, tmp_path, flags, message):
     with FakeOpenAI(chinese) as server:
         with pytest.raises(UserError, match=re.escape(message)) as raised:
             translate.main([*arguments(three, tmp_path / "zh.jsonl", server), *flags])
-        assert "secret" not in str(raised.value) and server.calls == []
+        assert "secret" not in str(raised.value) and server.calls == [] and "\n" not in str(raised.value)
 
 
 def test_wrong_input(three, tmp_path, monkeypatch):

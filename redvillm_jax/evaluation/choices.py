@@ -123,12 +123,16 @@ def chosen(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 def yes_or_no(text: str) -> str | None:
-    """Returns "yes" or "no", as the text begins, or if it has the word for one of them only; None otherwise."""
+    """Returns "yes" or "no", as the text begins, or if it says one of them only; None otherwise.
+
+    A "no" before another word ("there is no way to tell") is not said.
+    """
     said = words(text)
     for answer, forms in YES_NO.items():
         if said and said[0] in forms:
             return answer
-    return {(True, False): "yes", (False, True): "no"}.get(("yes" in said, "no" in said))
+    found = set(re.findall(r"\byes\b|\bno\b(?=\W*(?:[.,;:!?\n]|or\b|$))", text.lower()))
+    return found.pop() if len(found) == 1 else None
 
 
 def _answer(prediction: str) -> str:

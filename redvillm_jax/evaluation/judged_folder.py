@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,18 +72,33 @@ def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
         content = (out / "verdicts.jsonl").read_bytes()
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         same = summary["verdicts_sha256"] == hashlib.sha256(content).hexdigest()
-        judge, results = summary["made_with"]["judge"], [json.loads(line) for line in content.splitlines()]
+        judge = summary["made_with"]["judge"]
         if judge is not None:
-            judge |= {"reported": sorted(summary["replies"]["models"])}
+            judge |= {"reported": sorted(summary["replies"]["models"]), "prompts": dict(judge["prompts"])}
+        results = [json.loads(line) for line in content.splitlines()] if same else []
     except OSError:
         raise UserError(
             f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{out}: verdicts.jsonl or summary.json is not of redvillm_jax.judge") from None
     if not same:
         raise UserError(f"{out}: verdicts.jsonl is not the one that summary.json is about; judge again")
+    for number, result in enumerate(results, start=1):
+        if not _is_result(result):
+            raise UserError(f"{out / 'verdicts.jsonl'}: line {number} is no result of redvillm_jax.judge; judge again")
     return judge, results
+
+
+def _is_result(found: Any) -> bool:
+    """Whether this may be one of `scoring.score`'s, as far as means and comparisons look at it."""
+    if not isinstance(found, dict) or not isinstance(found.get("values"), dict):
+        return False
+    if not all(isinstance(found.get(name), str) for name in ("id", "video", "language", "benchmark", "status")):
+        return False
+    if not all(isinstance(found.get(name, ""), str) for name in ("question_id", "aspect", "kind", "group")):
+        return False
+    return all(type(value) in (int, float) and math.isfinite(value) for value in found["values"].values())
 
 
 def _verdicts(out: Path) -> list[dict[str, Any]]:
@@ -97,6 +113,6 @@ def _verdicts(out: Path) -> list[dict[str, Any]]:
 def _summary(out: Path) -> dict[str, Any]:
     try:
         found = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

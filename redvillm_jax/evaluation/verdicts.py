@@ -10,7 +10,7 @@ LOWEST, HIGHEST = 0, 5
 _FIELD = r"(?i:\b{name}\b)['\"‘’“”]*\s*(?:[:=]|(?i:is|of)\b)\s*"
 _NUMBER = r"['\"]?(-?\d++(?:\.\d++)?+)(?!\s*(?:%|[-–—~]\s*\d|/\s*(?!5\b)\d))"
 _SCORE = re.compile(_FIELD.format(name="score") + _NUMBER)
-_PRED = re.compile(_FIELD.format(name="pred(?:iction)?") + r"['\"‘’“”]*([A-Za-z]+)")
+_PRED = re.compile(_FIELD.format(name="pred(?:iction)?") + r"['\"‘’“”]*([A-Za-z]++)(?!\s*(?:/|(?:or|and)\b))")
 
 
 class Verdict(NamedTuple):
@@ -24,9 +24,9 @@ def read_verdict(reply: str, *, yes_no: bool) -> Verdict | str:
     """Returns the verdict of a reply, or one line that says why it has none.
 
     A reply may be a Python or JSON dictionary, or nearly one ({''score': 4.8}), with text or a code fence around it, or
-    lines such as "Score: 4". yes_no: "pred" is asked for, too; with "yes" in it it is yes, else with "no" in it no.
+    lines such as "Score: 4". yes_no: "pred" is asked for, too, which is yes or no and nothing else.
     """
-    text = re.sub(r"<think>.*?</think>|\*", "", reply, flags=re.DOTALL)
+    text = reply.rpartition("</think>")[2].replace("*", "")
     if "<think>" in text:
         return "the reply ends in the middle of its thoughts"
     found = [fields for inside in re.findall(r"\{[^{}]*\}", text) if (fields := _fields(inside))]
@@ -52,13 +52,19 @@ def _verdict(fields: dict[str, Any], yes_no: bool) -> Verdict | str:
     if "pred" not in fields:
         return "the reply has neither yes nor no"
     said = fields["pred"]
-    if not isinstance(said, str) or not re.search("yes|no", said, re.IGNORECASE):
+    if not isinstance(said, str) or (word := said.strip(" .!\n").lower()) not in ("yes", "no"):
         return f"pred is {str(said)[:40]!r}, expected yes or no"
-    return Verdict(float(number), "yes" in said.lower())
+    return Verdict(float(number), word == "yes")
 
 
 def _fields(dictionary: str) -> dict[str, Any] | None:
-    """The fields of a dictionary as text; of one that is nearly one, those that can be made out."""
+    """The fields of a dictionary as text; of one that is nearly one, those that can be made out.
+
+    Of a field that stands in it twice all values, where a parser would take the last.
+    """
+    lines = _lines(dictionary)
+    if any(isinstance(value, list) for value in lines.values()):
+        return lines
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(dictionary)
@@ -66,7 +72,7 @@ def _fields(dictionary: str) -> dict[str, Any] | None:
             continue
         if isinstance(value, dict):
             return {str(key).strip().lower(): one for key, one in value.items()}
-    return _lines(dictionary)
+    return lines
 
 
 def _lines(text: str) -> dict[str, Any]:

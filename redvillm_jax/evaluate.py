@@ -34,6 +34,7 @@ FLAGS = {
     "out": (None, "Folder for answers.jsonl and summary.json."),
     "benchmark": (None, "The set that questions without one are scored and judged as."),
     "language": (None, "Only the questions in this language, en or zh."),
+    "text_only": (False, "Asks without the videos: what the words of the questions give away."),
     **OPTIONS,
 }
 
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> None:
     out = as_path(flags["out"])
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
+    if flags["text_only"]:
+        settings["text_only"] = True
     if (summary := finished(out, settings)) is not None:
         print(f"{out} is whole already\n{summary_table(summary)}")
         return
@@ -62,6 +65,8 @@ def main(argv: list[str]) -> None:
             yield {name: array[0] for name, array in store.padded([index[video]]).items()}
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+        if flags["text_only"]:
+            return assistant.text_prompt(row["question"])
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
     log = AnswerLog(out / "answers.jsonl", settings, known={})

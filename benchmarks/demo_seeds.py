@@ -3,11 +3,11 @@
 python benchmarks/demo_seeds.py [--base=llava] [--workdir=demo] [--seeds=0,1,2]
 
 Runs `redvillm_jax.demo` for every seed that is not finished yet, then prints the mean accuracy of each row of the
-comparison and how far RED-VILLM lies above it on the same questions. The seed orders the training questions; the
+comparison and of the floors beneath it, how far RED-VILLM lies above each on the same questions, and the means by kind
+of question and language. The seed orders the training questions; the
 base, the videos and the questions are the same throughout. An interval resamples the test videos 10,000 times.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline.errors import Parser, run
-from redvillm_jax.demo import KINDS, ROWS, UNTRAINED
+from redvillm_jax.demo import KINDS, ROWS, groups_of, results, table
 from redvillm_jax.evaluation.intervals import RESAMPLES, means
-from redvillm_jax.evaluation.short_answers import exact_match
 
 
 def main(argv: list[str]) -> None:
@@ -33,18 +32,16 @@ def main(argv: list[str]) -> None:
         arguments = [f"--base={flags.base}", f"--workdir={flags.workdir}", f"--seed={seed}"]
         subprocess.run([sys.executable, "-m", "redvillm_jax.demo", *arguments], check=True, stdout=sys.stderr)
 
-    folders = {UNTRAINED: "before_training"} | {row: f"{name}/test" for row, (name, _) in ROWS.items()}
-    answers = {
-        row: [read(flags.workdir / flags.base / f"seed-{seed}" / folder / "answers.jsonl") for seed in seeds]
-        for row, folder in folders.items()
-    }
-    first = answers[UNTRAINED][0]
-    videos = np.array([row["video"] for row in first])
-    groups = {name: np.array([row["kind"] in kinds for row in first]) for name, kinds in KINDS.items()}
-    groups["all"] = np.ones(len(first), bool)
+    found = [results(flags.workdir, flags.base, seed) for seed in seeds]
+    questions = found[0][0]
+    videos = np.array([question["video"] for question in questions])
+    groups = {name: members for name, members in groups_of(questions).items() if name in (*KINDS, "all")}
     # (questions,) share of the seeds that answer each question right
-    hits = {row: np.mean([[hit(a) for a in seed] for seed in runs], axis=0) for row, runs in answers.items()}
-    print(f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(first)} questions, {len(set(videos))} videos")
+    hits = {row: np.mean([of[row] for _, of in found], axis=0) for row in found[0][1]}
+    print(
+        f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(questions)} questions about {len(set(videos))}"
+    )
+    print("videos; the first four rows know no seed, they are the same on every run")
     print(f"in brackets: RED-VILLM minus this row, paired, 95 % interval over {RESAMPLES} resamplings of the videos")
     for row, values in hits.items():
         cells = []
@@ -55,19 +52,9 @@ def main(argv: list[str]) -> None:
                 cell += f" [{100 * low:+5.1f}, {100 * high:+5.1f}]"
             cells.append(cell)
         print(f"{row:<22}" + "   ".join(cells))
-    for row in list(ROWS):
-        spread = [100 * np.mean([hit(a) for a in seed]) for seed in answers[row]]
-        print(f"{row:<22}all, by seed: " + "  ".join(f"{value:.1f}" for value in spread))
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of an answers.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def hit(row: dict) -> float:
-    """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it."""
-    return exact_match(row["prediction"], row["answer"])
+    for row in ROWS:
+        print(f"{row:<22}all, by seed: " + "  ".join(f"{100 * of[row].mean():.1f}" for _, of in found))
+    print(f"\nBy kind and language, mean over seeds {seeds}\n\n{table(questions, hits)}")
 
 
 def interval(differences: np.ndarray, videos: np.ndarray) -> tuple[float, float]:

@@ -135,12 +135,17 @@ def write_answers(
                     "prediction": assistant.text(answer.ids),
                     "finish": "stop" if answer.stopped else "length",
                     "prompt": prompt_text(assistant.tokenizer, one.prompt),
-                    **({"num_frames": int(one.arrays["num_frames"])} if "num_frames" in one.arrays else {}),
+                    **frames_seen(one),
                     "generation": settings,
                     "model": assistant.identity,
                 }
             log.write(answers)
             progress.update(len(answers))
+
+
+def frames_seen(one: Asked) -> dict[str, int]:
+    """{"num_frames"} of a question that is asked with a video."""
+    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.slots and "num_frames" in one.arrays else {}
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:

@@ -144,6 +144,10 @@ class Assistant:
         slots = list(range(self.picture_tokens))
         return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
 
+    def text_prompt(self, question: str) -> Prompt:
+        """The prompt of a question about a video, without any visual token."""
+        return make_prompt(self.base, self.tokenizer, question, [], 0)
+
     def _start(self, video: str | Path | Clip | Picture, questions: list[str], settings: Generation) -> Any:
         for question in questions:
             check_question(question)

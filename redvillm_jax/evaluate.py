@@ -48,6 +48,7 @@ FLAGS = {
     "out": (None, "Folder for answers.jsonl and summary.json."),
     "benchmark": (None, "The set that questions without one are scored and judged as."),
     "language": (None, "Only the questions in this language, en or zh."),
+    "text_only": (False, "Asks without the videos: what the words of the questions give away."),
     **OPTIONS,
 }
 
@@ -86,6 +87,8 @@ def answer_store(
     """Answers what is open and scores all; returns the exit code."""
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
+    if flags["text_only"]:
+        settings["text_only"] = True
     summary = finished(out, settings)
     known = known_answers(out / "answers.jsonl", rows) if summary else {}
     if summary and len(known) == len(rows):
@@ -99,6 +102,8 @@ def answer_store(
             yield {name: array[0] for name, array in store.padded([index[video]]).items()}
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+        if flags["text_only"]:
+            return assistant.text_prompt(row["question"])
         return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
 
     log = AnswerLog(out / "answers.jsonl", settings, known)

@@ -161,6 +161,26 @@ def test_a_base_alone_is_the_untrained_video_llm(bases, stores, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["own questions"]["questions"] == 72
 
 
+def test_text_only_asks_without_the_video(evaluated, bases, stores, tmp_path):
+    """A run then answers as its base does: what was trained makes nothing but visual tokens."""
+    untrained = [f"--model={bases['llava']}", f"--config={DEMO}:llava", "--config.num_frames=4", "--max_new_tokens=3"]
+    evaluate.main([*evaluated[1], f"--out={tmp_path / 'run'}", "--text_only"])
+    evaluate.main([*untrained, f"--data={stores['llava']}", f"--out={tmp_path / 'base'}", "--text_only"])
+    run, base = (
+        [json.loads(line) for line in (tmp_path / name / "answers.jsonl").read_text().splitlines()]
+        for name in ("run", "base")
+    )
+    assert [row["prediction"] for row in run] == [row["prediction"] for row in base]
+    assert all("[0 visual tokens]" in row["prompt"] and "num_frames" not in row for row in run)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["made_with"]["text_only"] is True
+    said = {}
+    for row in run:
+        said.setdefault(row["question"], set()).add(row["prediction"])
+    assert max(map(len, said.values())) == 1 < len({row["prediction"] for row in run})
+    with_video = (evaluated[0] / "out" / "answers.jsonl").read_text().splitlines()
+    assert [row["prediction"] for row in run] != [json.loads(line)["prediction"] for line in with_video]
+
+
 def test_the_summary_scores_every_kind(evaluated):
     rows = [json.loads(line) for line in (evaluated[0] / "out" / "answers.jsonl").read_text().splitlines()]
     summary = json.loads((evaluated[0] / "out" / "summary.json").read_text())

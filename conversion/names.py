@@ -372,18 +372,19 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """Yields a new folder, which becomes `out` when the block ends without an error.
 
     `out` is replaced; the caller holds its lock and has made sure that it may be. Until then all lies beside it in a
-    folder of its own name, with a mark: what a killed run left is known by that, and removed. Raises UserError when
-    the disk has less than `num_bytes` free.
+    folder of its own name, with a mark that names `out`: what a killed run left is known by that, and removed. Raises
+    UserError when the disk has less than `num_bytes` free.
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp"):
-        if (left / UNFINISHED).is_file():
-            shutil.rmtree(left, ignore_errors=True)
+    mark = f"redvillm_jax writes {out} here; if no run does, this folder can be deleted\n"
+    for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp/{UNFINISHED}"):
+        if left.read_bytes() == mark.encode():
+            shutil.rmtree(left.parent, ignore_errors=True)
     name = temporary_name(out)
     work = Path(tempfile.mkdtemp(prefix=f"{name.stem}.", suffix=name.suffix, dir=out.parent))
     try:
-        (work / UNFINISHED).write_text(f"redvillm_jax writes {out} here; without a run that does, delete this folder\n")
+        (work / UNFINISHED).write_bytes(mark.encode())
         if (free := shutil.disk_usage(work).free) < num_bytes:
             raise UserError(f"{out}: needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
         (work / "new").mkdir()
@@ -392,6 +393,8 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             out.rename(work / "old")
         (work / "new").rename(out)
     finally:
+        if (work / "old").exists() and not out.exists():
+            (work / "old").rename(out)
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -354,11 +354,16 @@ def test_a_rerun_does_nothing_and_an_interrupted_one_leaves_nothing(tmp_path, mo
     for folder in theirs:
         folder.mkdir()
         (folder / "thesis.tex").write_text("x")
-    left = tmp_path / "base.host.7.tmp"  # of a killed process
-    (left / "new").mkdir(parents=True)
-    (left / names.UNFINISHED).write_text("x")
+    with monkeypatch.context() as patch:
+        patch.setattr("conversion.from_torch.describe", lambda *args: 1 / 0)
+        patch.setattr(names.shutil, "rmtree", lambda *args, **kwargs: None)  # as if it were killed
+        for name in ("base", "base.v2"):
+            with pytest.raises(ZeroDivisionError):
+                from_torch("llava", source, tmp_path / name)
+    others = list(tmp_path.glob("base.v2.*.tmp"))  # another run may be writing that
+    assert len(others) == 1 and len(list(tmp_path.glob("base.*.tmp"))) == 3
     meta = from_torch("llava", source, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["hf", "base", *(path.name for path in theirs)])
+    assert sorted(tmp_path.iterdir()) == sorted([source, out, *theirs, *others])
     assert all((folder / "thesis.tex").read_text() == "x" for folder in theirs)
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     assert from_torch("llava", source, out) == meta

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fake_gcs
@@ -46,6 +47,14 @@ def hold(folder: Path, code: str = SAY) -> subprocess.Popen:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def eventually(fact: Callable[[], bool]) -> bool:
+    """Waits until something is so, for seconds at most."""
+    deadline = time.monotonic() + 20
+    while not fact() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return fact()
 
 
 def left_by(**holder) -> bytes:
@@ -136,13 +145,12 @@ def test_a_run_whose_lock_is_anothers_ends(tmp_path, hurried, monkeypatch):
     monkeypatch.setattr(locks, "lost", lambda path: ended.set())
     with locked(tmp_path):
         first = (tmp_path / LOCK).read_bytes()
-        time.sleep(0.2)
-        assert (tmp_path / LOCK).read_bytes() != first and not ended.is_set()
+        assert eventually(lambda: (tmp_path / LOCK).read_bytes() != first) and not ended.is_set()
         (tmp_path / LOCK).unlink()  # by somebody who thinks that it is old: nobody else writes here
         time.sleep(0.2)
         assert not ended.is_set()
         (tmp_path / LOCK).write_bytes(left_by())
-        assert ended.wait(5)
+        assert ended.wait(20)
     assert (tmp_path / LOCK).read_bytes() == left_by()
 
 
@@ -197,10 +205,10 @@ def test_buckets(hurried, monkeypatch):
         ended = threading.Event()
         monkeypatch.setattr(locks, "lost", lambda path: ended.set())
         with locked(folder):
-            time.sleep(0.3)
-            assert json.loads(server.buckets["bucket"][lock].data)["beats"] > 2 and not ended.is_set()
+            assert eventually(lambda: json.loads(server.buckets["bucket"][lock].data)["beats"] > 2)
+            assert not ended.is_set()
             server.store("bucket", lock, left_by(), {})
-            assert ended.wait(5)
+            assert ended.wait(20)
         assert server.buckets["bucket"][lock].data == left_by()
         with pytest.raises(UserError, match="gs://nowhere/run: no such bucket"), locked("gs://nowhere/run"):
             pass

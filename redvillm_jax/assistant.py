@@ -174,7 +174,7 @@ class Assistant:
 
 def check_question(question: str) -> None:
     """Raises UserError for what is no text, or a text that cannot be asked."""
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str):
         raise UserError(f"the question is {question!r:.80}, expected a text")
     try:
         question.encode()

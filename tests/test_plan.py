@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -134,16 +135,19 @@ SMALL = (  # as libtpu says it of a kernel that keeps 64 MB in vector memory, an
         ),
     ],
 )
-def test_a_small_memory_that_overflows_is_one_line(said, message, monkeypatch, capsys):
+def test_a_small_memory_that_overflows_is_one_line(said, message, capsys):
     def overflow(*_):
         raise jax.errors.JaxRuntimeError(said)
 
     with pytest.raises(UserError, match=message):
         distributed.with_memory_explained(overflow, [])
-    monkeypatch.setattr(jax.stages.Lowered, "compile", overflow)
-    plan.main(["--config=llava", "--size=tiny", "--topology=v5e-4", "--config.num_frames=4"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "does not compile" in line]
-    assert len(lines) == 3 and all(re.search(message + r"; try shorter rows \(--config.row_length\)", x) for x in lines)
+    lowered, mesh = SimpleNamespace(compile=overflow), make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    chip = parse_topology("v5e-4")[0]
+    program = programs.compile_program(lambda: lowered, mesh, chip, {}, weights=(), state=(), dump=None)
+    plan.print_memory("train", program, chip, {}, 1)
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"  train does not compile: .*{message}; try shorter rows \(--config.row_length\).*\n", line)
+    assert not program.known
     assert topologies.small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
 
 

@@ -5,9 +5,13 @@ python -m redvillm_jax.train --config=configs/demo.py:llava --workdir=RUN --conf
 
 import importlib
 
+FAMILIES = {"llava": "configs.llava", "qwen_vl": "configs.qwen"}
+
 
 def get_config(family: str = "llava"):
-    config = importlib.import_module({"llava": "configs.llava", "qwen_vl": "configs.qwen"}[family]).get_config()
+    if family not in FAMILIES:
+        raise LookupError(f"unknown base {family!r}, expected one of {', '.join(FAMILIES)}")
+    config = importlib.import_module(FAMILIES[family]).get_config()
     config.num_frames = 16
     config.learning_rate = 4e-3  # chosen on the development videos; the paper's rate is for 7B models
     config.batch_questions = 80

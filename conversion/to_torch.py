@@ -30,6 +30,7 @@ from data_pipeline import file_hashes
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
 from redvillm_jax.run_config import as_trained
+from redvillm_jax.topologies import quiet_without_tpu
 from redvillm_jax.weights import (
     BASE_MARK,
     EXPORT_MARK,
@@ -125,6 +126,7 @@ def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any
         )
     from redvillm_jax.checkpoint import load_trainables  # Orbax takes seconds to import, and only runs need it
 
+    quiet_without_tpu()
     said, trained = load_trainables(model)
     config = as_trained(said, model / "config.json")
     base = open_base(config["base"], config["base_fingerprint"])

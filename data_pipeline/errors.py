@@ -30,7 +30,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
 
     def likeness(other: str) -> float:
-        forms = other, "".join(word[:1] for word in other.split("_")), *other.split("_")
+        words = re.split("[._]", other)
+        forms = other, "".join(word[:1] for word in words), *words
         return max(difflib.SequenceMatcher(None, name.lower(), form).ratio() for form in forms)
 
     nearest = max(known, key=likeness, default=None)

@@ -18,6 +18,7 @@ from redvillm_jax.inputs import OpenedModel, open_model
 from redvillm_jax.prompts import Prompt, bucket, check_length, make_prompt
 from redvillm_jax.sharding import make_mesh, num_batch_shards
 from redvillm_jax.streaming import pieces
+from redvillm_jax.topologies import quiet_without_tpu
 from redvillm_jax.weights import PARTS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -40,6 +41,7 @@ def load(
     frozen weights and of all computing, bfloat16, float16 or float32; the config's by default. tensor: how many devices
     hold one copy of the model together; the others hold further copies. Raises UserError.
     """
+    quiet_without_tpu()
     if config is not None:
         config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
@@ -187,7 +189,7 @@ class Assistant:
 
 def check_question(question: str) -> None:
     """Raises UserError for what is no text, or a text that cannot be asked."""
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str):
         raise UserError(f"the question is {question!r:.80}, expected a text")
     try:
         question.encode()

@@ -1,16 +1,22 @@
 """Command lines: --config=FILE with --config.key=value overrides, beside a command's own flags."""
 
+import importlib.util
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from data_pipeline import file_hashes
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, did_you_mean
+
+ROOT = Path(__file__).parents[1]
+BUNDLED = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem != "common"}
 
 
 def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | list | None, str]]) -> dict[str, Any]:
@@ -20,38 +26,110 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | li
     Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
     fields of the config, and exits. `--check_files` is told to `file_hashes`. Every mistake is a UserError.
     """
-    argv = [arg if arg.startswith("--config") else underscored(arg) for arg in argv]
+    file, argv = config_file(argv)
+    argv = [arg if arg.startswith("--config.") else underscored(arg) for arg in argv]
+    config = None if file is None else load_config(file)
+    check_overrides(argv, file, config)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "A config file.", flag_values=values, sys_argv=["command", *argv])
+    if config is not None:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["command", *argv])
     flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
     options = {**options, file_hashes.FLAG.lstrip("-"): (False, file_hashes.HELP)}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_boolean, list: flags.DEFINE_multi_string}
         define = kinds.get(type(default), flags.DEFINE_string)
         define(name, default, text, flag_values=values)
-    file = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
-    if file is not None and not Path(file.partition(":")[0]).is_file():
-        raise UserError(f"--config={file}: no such file; give one such as configs/llava.py")
     try:
         rest = values(["command", *argv])[1:]
-        config = None if values.config is None else json.loads(values.config.to_json())
+        plain = None if config is None else json.loads(values.config.to_json())
     except flags.Error as error:
-        raise UserError(f"{' '.join(str(error).split())[:300]} (see --help)") from None
-    except Exception as error:  # a config file is code: whatever it raises is about it or its overrides
-        message = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())
-        raise UserError(f"--config={file}: {type(error).__name__}: {message[:300]} (see --help)") from error
+        raise UserError(f"{in_one_line(error)} (see --help)") from None
+    except Exception as error:  # a value that is none of JSON's
+        raise UserError(f"--config={file}: {type(error).__name__}: {in_one_line(error)} (see --help)") from error
     if values.help:
         print(doc)
         for name, (default, text) in options.items():
             print(f"  --{name}: {text}" + (f" ({default})" if default else ""))
-        print("  --config: a config file; --config.NAME=VALUE sets one of its fields")
-        if values.config is not None:
+        print(f"  --config: a config file, or one of {', '.join(BUNDLED)}; --config.NAME=VALUE sets one of its fields")
+        if config is not None:
             print(f"\nFields of the config:\n{values.config}")
         sys.exit(0)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
     file_hashes.always = values.check_files
-    return {"config": config, **{name: values[name].value for name in options}}
+    return {"config": plain, **{name: values[name].value for name in options}}
+
+
+def config_file(argv: list[str]) -> tuple[str | None, list[str]]:
+    """What --config says, the last one, and the other arguments."""
+    file, rest, waiting = None, [], iter(argv)
+    for arg in waiting:
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-config"):
+            rest.append(arg)
+            continue
+        file = value if equals else next(waiting, "")
+        if not file:
+            raise UserError(f"--config needs a file, or one of {', '.join(BUNDLED)}")
+    return file, rest
+
+
+def load_config(file: str) -> ConfigDict:
+    """What `get_config` of a config file returns; what stands behind a colon is its argument.
+
+    One of the project's own may be given from any folder, by its name (llava) or its path in the project
+    (configs/llava.py). Raises UserError: a config file is code, so whatever it raises is about it.
+    """
+    name, colon, argument = file.partition(":")
+    path, bundled = Path(name), BUNDLED.get(name.removeprefix("configs/").removesuffix(".py"))
+    own = bundled is not None and not path.is_file() and name in (bundled.stem, f"configs/{bundled.name}")
+    if not own and not path.is_file():
+        near = did_you_mean(path.stem, BUNDLED)
+        raise UserError(f"--config={file}: no such file; give one, or one of {', '.join(BUNDLED)}{near}")
+    before = list(sys.path)
+    if own:
+        path = bundled
+        sys.path.insert(0, str(ROOT))  # the current folder may have another `configs`
+    try:
+        loader = SourceFileLoader("config_file", str(path))
+        spec = importlib.util.spec_from_loader("config_file", loader)
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        config = module.get_config(*[argument] * bool(colon))
+    except Exception as error:
+        raise UserError(f"--config={file}: {type(error).__name__}: {in_one_line(error)}") from error
+    finally:
+        sys.path[:] = before
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={file}: get_config returns {type(config).__name__}, expected a ConfigDict")
+    return config.lock()
+
+
+def check_overrides(argv: list[str], file: str | None, config: ConfigDict | None) -> None:
+    """Raises UserError for a --config.NAME=VALUE, with or without its dashes, whose name is no field."""
+    for arg in argv:
+        if not (found := re.match(r"(?:--?(?:no)?)?config\.([^=]*)", arg)):
+            continue
+        if config is None:
+            raise UserError(f"{arg}: sets a field of a config; give that, too, with --config=FILE")
+        known = list(field_names(config))
+        if found[1] not in known:
+            raise UserError(f"{arg}: --config={file} has no field {found[1]!r}{did_you_mean(found[1], known)}")
+        if not arg.startswith("-"):
+            raise UserError(f"unexpected argument {arg!r}: write --{arg}")
+
+
+def field_names(config: ConfigDict, path: str = "") -> Iterator[str]:
+    """Dotted names of all fields."""
+    for name, value in config.items():
+        yield f"{path}{name}"
+        if isinstance(value, ConfigDict):
+            yield from field_names(value, f"{path}{name}.")
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says."""
+    return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())[:300]
 
 
 def underscored(arg: str) -> str:

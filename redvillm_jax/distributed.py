@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from data_pipeline import locks
 from data_pipeline.errors import UserError, run
 from redvillm_jax import stopping
+from redvillm_jax.topologies import quiet_without_tpu, small_memory
 
 PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -43,6 +44,7 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
 
     def connected(argv: list[str]) -> int | None:
         nonlocal reason
+        quiet_without_tpu()
         if not {"--help", "-h"} & set(argv):
             connect(saves_when_stopped)
         try:
@@ -69,6 +71,8 @@ def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[st
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if problem := small_memory(str(error)):
+            raise UserError(f"{problem}: shorten the rows (--config.row_length) or make batches smaller") from error
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"a device has too little memory ({said}): make batches smaller, or split the model over more devices "

@@ -27,7 +27,7 @@ from redvillm_jax.layers import KEPT
 from redvillm_jax.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.rows import plan_rows
 from redvillm_jax.sharding import make_mesh, num_batch_shards
-from redvillm_jax.topologies import NAMES, Chip, parse_topology, tpu_devices
+from redvillm_jax.topologies import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
 from redvillm_jax.weights import Base, load_base_module, open_base, sized_base
 from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     if config is None or not (flags["topology"] or flags["all"]):
         raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")
     check_config(config)
+    quiet_without_tpu()
     base, lengths, total = open_workload(config, flags["size"])
     dump = Path(flags["dump"]) if flags["dump"] else None
     videos = int(lengths[0].max()) + 1 if config["data"] else VIDEOS
@@ -148,6 +149,9 @@ def folder(dump: Path | None, topology: str, name: str) -> Path | None:
 
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
     """Bytes per chip, and what to change when they are too many."""
+    if not program.peak:
+        print(f"  {name} {program.problem}; try shorter rows (--config.row_length), or fewer rows or videos per chip")
+        return
     parts = f"weights {gb(program.weights)}, trained {gb(program.state)}, temporaries {gb(program.temporaries)}"
     fits = program.peak <= chip.hbm
     state = "fits" if fits else "DOES NOT FIT"
@@ -185,14 +189,16 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
     flops, useful = model_flops(base, config, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds
-    hours = 3 * work.steps * program.seconds / 3600
+    epochs = config["num_epochs"]
+    title = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+    hours = epochs * work.steps * program.seconds / 3600
     print(f"  a step: {flops:.3g} flops in at least {program.seconds * 1e3:.0f} ms ({shares})")
     print(
         f"  MFU at most {flops / available:.3f} counting row tokens, {useful / available:.3f} counting real ones; "
         f"at most {work.questions / program.seconds:.1f} questions/s"
     )
     print(
-        f"  3 epochs: at least {hours:.2f} h, with the encoding {hours + encode_hours:.2f} h = "
+        f"  {title}: at least {hours:.2f} h, with the encoding {hours + encode_hours:.2f} h = "
         f"{chips * (hours + encode_hours):.1f} chip-hours"
     )
 
@@ -220,10 +226,13 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
         )
         said = f"{'int8' if best['int8'] else 'bf16'}, {best['rows_per_chip']} rows per chip"
         if not (train.known and encode.known and train.peak <= chip.hbm):
-            print(f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or 'does not fit'}", flush=True)
+            print(
+                f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or encode.problem or 'does not fit'}",
+                flush=True,
+            )
             continue
         bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
-        hours = (3 * work.steps * train.seconds + videos / videos_per_second) / 3600
+        hours = (config["num_epochs"] * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
         print(
             f"{topology:<9} {said:<29} {gb(train.peak):>7}  {bound:>9.3f}  {work.questions:>14}  "
@@ -231,11 +240,11 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             flush=True,
         )
     if dump is not None and lines:
-        draw(lines, config["family"], dump / "plan.png")
+        draw(lines, config, dump / "plan.png")
         print(f"picture: {dump / 'plan.png'}")
 
 
-def draw(lines: list[tuple[str, float, float, float]], family: str, path: Path) -> None:
+def draw(lines: list[tuple[str, float, float, float]], config: Mapping[str, Any], path: Path) -> None:
     """Hours and chip-hours by slice, one line per kind of chip."""
     import matplotlib
 
@@ -248,8 +257,9 @@ def draw(lines: list[tuple[str, float, float, float]], family: str, path: Path) 
         chips = [round(cost / hours) for _, _, hours, cost in chosen]
         axes[0].plot(chips, [hours for _, _, hours, _ in chosen], "o-", label=kind)
         axes[1].plot(chips, [cost for *_, cost in chosen], "o-", label=kind)
+    title = f"{config['family']}: {config['num_epochs']} epochs, encoding included"
     for axis, label in zip(axes, ("hours, at least", "chip-hours, at least"), strict=True):
-        axis.set(xscale="log", xlabel="chips", ylabel=label, title=f"{family}: the paper's 3 epochs, encoding included")
+        axis.set(xscale="log", xlabel="chips", ylabel=label, title=title)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

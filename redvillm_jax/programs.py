@@ -19,7 +19,7 @@ from redvillm_jax.flops import kernel_flops, matrix_sizes, step_flops
 from redvillm_jax.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.recipe import make_encode_step, make_training
 from redvillm_jax.sharding import DATA_PARALLEL, batch_sharding, make_mesh, num_batch_shards
-from redvillm_jax.topologies import Chip
+from redvillm_jax.topologies import Chip, small_memory
 from redvillm_jax.weights import Base
 from redvillm_jax.workload import Workload, empty_row
 
@@ -28,7 +28,7 @@ from redvillm_jax.workload import Workload, empty_row
 class Program:
     """A compiled step: bytes per chip, time by kind of charge in seconds, or why one of them is not known.
 
-    problem: "" | why it does not compile or has no bound.
+    problem: "" | why it does not compile (its memory is not known then, and 0 here) or has no bound.
     """
 
     weights: float
@@ -48,7 +48,9 @@ class Program:
 def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None) -> Program:
     """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
     model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-    training = make_training(config, base, model, mesh, num_steps=3 * work.steps, row_length=work.row_length)
+    training = make_training(
+        config, base, model, mesh, num_steps=config["num_epochs"] * work.steps, row_length=work.row_length
+    )
     trainable, moments = training.state["trainable"], training.state["optimizer"]
     batch = abstract_batch(config, base, mesh, work)
     heads = base.config.num_attention_heads
@@ -106,10 +108,12 @@ def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: P
         with jax.set_mesh(mesh):
             compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
-        if needed is None:
+        unknown = {"temporaries": 0, "seconds": 0, "shares": {}, "compile_seconds": 0}
+        if problem := small_memory(str(error)):
+            return Program(**sizes, **unknown, peak=0, problem=f"does not compile: {problem}")
+        if (needed := needed_bytes(str(error))) is None:
             raise
-        return Program(**sizes, temporaries=0, peak=needed, seconds=0, shares={}, compile_seconds=0)
+        return Program(**sizes, **unknown, peak=needed)
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     hlo, problem, found = compiled.as_text(), "", []
     try:

@@ -1,11 +1,14 @@
 """TPU slices by the names that users know, and what one chip of each kind can do."""
 
 import dataclasses
+import glob
 import math
 import os
+import re
 from typing import Any
 
 import jax
+from jax._src import hardware_utils  # how jax itself looks for a TPU has no public name
 from jax.experimental import topologies
 
 from data_pipeline.errors import UserError
@@ -53,15 +56,26 @@ SIZES |= {"v5p": SIZES["v4"], "v6e": SIZES["v5e"]}
 NAMES = tuple(f"{kind}-{chips * CORES_IN_NAME[kind]}" for kind in CHIPS for chips in SIZES[kind])
 
 
-QUIET_LIBTPU = {  # no search for a TPU, no lock on one, no remarks about its absence
-    "JAX_PLATFORMS": "cpu",
+QUIET_LIBTPU = {  # no search for a TPU, no remarks about its absence
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+COMPILE_ONLY = QUIET_LIBTPU | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # and no lock on a TPU
+TPU_NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def quiet_without_tpu() -> None:
+    """Keeps libtpu from writing of a TPU that this machine does not have; call it before jax looks for devices.
+
+    On a machine with one, and where the user has set a variable, nothing changes: all that libtpu says is seen.
+    """
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0] or any(map(glob.glob, TPU_NODES)):
+        return
+    if not any(name in os.environ for name in QUIET_LIBTPU if name != "TPU_SKIP_MDS_QUERY"):  # jax sets that itself
+        os.environ.update(QUIET_LIBTPU)
 
 
 def peak_flops(device: Any) -> float | None:
@@ -78,6 +92,18 @@ def compiler_options(device: Any) -> dict[str, str]:
     return {"xla_tpu_scoped_vmem_limit_kib": str(vmem)} if vmem else {}
 
 
+def small_memory(said: str) -> str:
+    """In words, which of a chip's small memories a program overflows by the compiler's complaint; "" for others."""
+    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:memory space |space=)([vs])mem", said, re.DOTALL)
+    if not found:
+        return ""
+    memory = {"v": "vector memory (vmem)", "s": "scalar memory (smem)"}[found[1]]
+    sizes = re.search(
+        r"Used \S+ of \d[\d.]*\w?|size \S+ and limit \d[\d.]*\w?|\(size=\d+\) would exceed memory \(size=\d+\)", said
+    )
+    return f"an operation needs more {memory} than a chip has" + (f" ({sizes[0]})" if sizes else "")
+
+
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """The chip and the grid of a slice such as "v5e-16"; an unknown one is a UserError."""
     if name not in NAMES:
@@ -92,7 +118,7 @@ def tpu_devices(name: str) -> list[Any]:
     Settles for the process that jax computes on the CPU, and that libtpu looks for no TPU. Raises UserError
     without libtpu.
     """
-    os.environ.update(QUIET_LIBTPU)
+    os.environ.update(COMPILE_ONLY)
     jax.config.update("jax_platforms", "cpu")
     chip, grid = parse_topology(name)
     options: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from data_pipeline.errors import UserError, did_you_mean
 from data_pipeline.media import Clip, Picture
 from redvillm_jax import encode, plan, train
 from redvillm_jax.assemble import config_fields, known_videos
+from redvillm_jax.assistant import check_question
 from redvillm_jax.bounds import FIELDS
 from redvillm_jax.inference import Generation
 from redvillm_jax.inputs import check_config
@@ -189,3 +190,13 @@ def test_the_nearest_name(name, nearest):
 
 def test_the_video_representations_are_known():
     assert known_videos() == ["red_villm"]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [(5, "the question is 5, expected a text"), ("\ud800?", "has half a character"), (None, "None")],
+)
+def test_a_question_is_a_text(question, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_question(question)
+    str(error.value).encode()

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,15 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.errors import UserError
-from redvillm_jax import plan, topologies
+from redvillm_jax import distributed, plan, programs, topologies
 from redvillm_jax.attention import row_attention
 from redvillm_jax.flops import kernel_flops, step_flops
 from redvillm_jax.layers import BATCH_AXES, attention
 from redvillm_jax.programs import needed_bytes
 from redvillm_jax.sharding import make_mesh
 from redvillm_jax.topologies import NAMES, parse_topology
+from redvillm_jax.weights import sized_base
+from redvillm_jax.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,6 +122,42 @@ def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):
     assert "try: --config.int8=True; --rows-per-chip=1; --config.remat=full; --config.mesh.data=1" in said
 
 
+SMALL = (  # as libtpu says it of a kernel that keeps 64 MB in vector memory, and of one with 4 MB of scalars
+    "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating on "
+    "stack for %shard_map.12 = f32[8192,1024] custom-call(%param.1). Scoped allocation with size 64.00M and limit "
+    "16.00M exceeded scoped vmem limit by 48.00M.",
+    "RESOURCE_EXHAUSTED: Allocation (size=4194304) would exceed memory (size=1048576) :: #allocation3 "
+    "[shape = 'u8[4194304]{0}', space=smem, size = 0x400000, scoped, tag = 'prefetched SMEM operand 0']",
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (SMALL[0], r"more vector memory \(vmem\) than a chip has \(size 64.00M and limit 16.00M\)"),
+        (SMALL[1], r"more scalar memory \(smem\) .* \(\(size=4194304\) would exceed memory \(size=1048576\)\)"),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 16.22M of 16.00M vmem.",
+            r"16.22M of 16.00M\)",
+        ),
+    ],
+)
+def test_a_small_memory_that_overflows_is_one_line(said, message, capsys):
+    def overflow(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    with pytest.raises(UserError, match=message):
+        distributed.with_memory_explained(overflow, [])
+    lowered, mesh = SimpleNamespace(compile=overflow), make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    chip = parse_topology("v5e-4")[0]
+    program = programs.compile_program(lambda: lowered, mesh, chip, {}, weights=(), state=(), dump=None)
+    plan.print_memory("train", program, chip, {}, 1)
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"  train does not compile: .*{message}; try shorter rows \(--config.row_length\).*\n", line)
+    assert not program.known
+    assert topologies.small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
+
+
 @pytest.mark.parametrize(
     ("said", "needed"),
     [
@@ -128,6 +169,17 @@ def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):
 )
 def test_the_compilers_complaints_are_read(said, needed):
     assert needed_bytes(said) == needed
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(5, "  5 epochs: at least 5.00 h, with"), (1, "  1 epoch: at least 1.00 h")]
+)
+def test_the_hours_are_those_of_the_config_s_epochs(epochs, said, capsys):
+    program = programs.Program(0, 0, 0, 1, seconds=36.0, shares={}, compile_seconds=0)
+    work = Workload(32, 4, 128, 1, 8, 400.0, 30.0, steps=100)
+    chip, base = parse_topology("v5e-4")[0], sized_base("llava", "tiny")
+    plan.print_bound(program, work, base, chip, 4, {"num_epochs": epochs}, 0.5)
+    assert said in capsys.readouterr().out
 
 
 def test_arithmetic():
@@ -160,6 +212,32 @@ def test_names_count_what_users_count():
 def test_mistakes_end_in_one_line(flags, message):
     with pytest.raises(UserError, match=message):
         plan.main(flags)
+
+
+def test_a_machine_without_a_tpu_hears_nothing_of_one():
+    """libtpu is installed here and looked for by every command that leaves the choice of the device to jax."""
+    code = (
+        "import jax; from redvillm_jax.distributed import command; command(lambda _: print(jax.devices()[0].platform))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and not (done.stdout == "cpu\n" and done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("there", ["chip", "node", "variable", "none"])
+def test_a_machine_with_a_tpu_hears_all_of_it(there, tmp_path, monkeypatch):
+    before = {k: v for k, v in os.environ.items() if k not in topologies.QUIET_LIBTPU}
+    monkeypatch.setattr(os, "environ", dict(before))
+    monkeypatch.setattr(topologies, "TPU_NODES", (str(tmp_path / "accel*"),))
+    chips = (4, 5) if there == "chip" else (0, None)
+    monkeypatch.setattr(topologies.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: chips)
+    if there == "node":
+        (tmp_path / "accel0").touch()
+    if there == "variable":
+        os.environ["TPU_MIN_LOG_LEVEL"] = "0"
+        before["TPU_MIN_LOG_LEVEL"] = "0"
+    topologies.quiet_without_tpu()
+    assert os.environ == (before | topologies.QUIET_LIBTPU if there == "none" else before)
 
 
 def test_a_missing_compiler_ends_in_one_line(monkeypatch):

@@ -1,0 +1,109 @@
+"""Command lines: config files from any folder, overrides, and what is said of a wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import UserError
+from redvillm_jax import cli, plan
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {"topology": (None, "…"), "all": (False, "…"), "question": ([], "…")}
+
+
+def config(*argv: str) -> dict:
+    return cli.parse(list(argv), "", OPTIONS)["config"]
+
+
+@pytest.mark.parametrize("name", ["llava", "configs/llava.py", "qwen", "qwen:zh", "configs/qwen.py:zh", "demo:qwen_vl"])
+@pytest.mark.parametrize("form", [["--config={}"], ["--config", "{}"], ["-config={}"]])
+def test_a_bundled_config_is_found_from_any_folder(name, form, tmp_path, monkeypatch):
+    here = config(
+        f"--config={ROOT / 'configs'}/{name.removeprefix('configs/').replace('.py', '').replace(':', '.py:')}"
+        + ("" if ":" in name else ".py")
+    )
+    monkeypatch.chdir(tmp_path)
+    assert config(*(part.format(name) for part in form)) == here
+
+
+def test_one_s_own_file_comes_before_a_bundled_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    assert config("--config=configs/llava.py")["family"] == "llava"
+    own = "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'mine': 1})\n"
+    (tmp_path / "configs" / "llava.py").write_text(own)
+    assert config("--config=configs/llava.py") == {"mine": 1}
+    assert config("--config=llava")["family"] == "llava"
+
+
+def test_another_folder_of_that_name_is_not_in_the_way(tmp_path):
+    """In a process of its own: this one has imported `configs`."""
+    for file in ("__init__.py", "common.py"):
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs" / file).write_text("")
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from redvillm_jax import cli;"
+    code += "print(cli.parse(['--config=demo:qwen_vl'], '', {})['config']['family'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={})
+    assert done.stdout == "qwen_vl\n", done.stderr
+
+
+def test_overrides_may_stand_before_the_file():
+    found = config("--config.seed=3", "--config.mesh.fsdp=2", "--noconfig.pack", "--config=llava", "--config.int8")
+    assert found["seed"] == 3 and found["mesh"]["fsdp"] == 2 and found["pack"] is False and found["int8"] is True
+
+
+LLAVA = "--config=configs/llava.py"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([LLAVA, "--config.lr=1e-3"], r"--config.lr=1e-3: .* has no field 'lr'; did you mean learning_rate\?"),
+        ([LLAVA, "--config.epochs=1"], r"no field 'epochs'; did you mean num_epochs\?"),
+        ([LLAVA, "--config.fsdp=1"], r"no field 'fsdp'; did you mean mesh.fsdp\?"),
+        ([LLAVA, "--config.mesh.fspd=1"], r"no field 'mesh.fspd'; did you mean mesh.fsdp\?"),
+        ([LLAVA, "--config.zzzzz"], "has no field 'zzzzz'$"),
+        ([LLAVA, "config.lr=1"], r"config.lr=1: .* no field 'lr'; did you mean learning_rate\?"),
+        ([LLAVA, "config.seed=1"], "unexpected argument 'config.seed=1': write --config.seed=1"),
+        ([LLAVA, "--config.num_epochs=a"], "--config.num_epochs=a: invalid literal for int"),
+        ([LLAVA, "--config.mesh=1"], "Failed to parse '1' as a ConfigDict"),
+        ([LLAVA, "--topologi=v5e-4"], r"Unknown command line flag 'topologi'. Did you mean: topology"),
+        (["--config.seed=1"], "--config.seed=1: sets a field of a config; give that, too"),
+        (["--config"], "--config needs a file, or one of demo, llava, qwen"),
+        (["--config="], "--config needs a file"),
+        (["--config=llama"], r"--config=llama: no such file; .* demo, llava, qwen; did you mean llava\?"),
+        (["--config=configs/common.py", "x"], r"--config=configs/common.py: AttributeError: .*get_config"),
+        (["--config=qwen:fr"], "LookupError: unknown language 'fr', expected one of zh, en, both"),
+        (["--config=demo:blip"], "LookupError: unknown base 'blip', expected one of llava, qwen_vl"),
+        (["--config=llava:v1"], "TypeError: get_config"),
+        (["--config=README.md"], "--config=README.md: SyntaxError"),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message) as error:
+        config(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.foo = 3", "config.foo is no field of a config of the family llava; take it out"),
+        ("config.learning_rat = 3", r"config.learning_rat is no field .*; did you mean learning_rate\?"),
+        ("config.mesh.fsd = 3", r"config.mesh.fsd is no field .*; did you mean fsdp\?"),
+        ("config.seed = 'one'", "--config=.*: TypeError|config.seed is 'one', expected a whole number"),
+        ("config = dict(config)", "get_config returns dict, expected a ConfigDict"),
+        ("return None", "get_config returns NoneType"),
+        ("raise SystemError", "SystemError"),
+        ("config.seed = object()", "object"),
+    ],
+)
+def test_a_file_of_one_s_own_is_read_with_care(line, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from configs import llava\n\n\ndef get_config():\n    config = llava.get_config()\n    {line}\n")
+    file.write_text(file.read_text() + "    return config\n")
+    with pytest.raises(UserError, match=message):
+        plan.main([f"--config={file}", "--topology=v5e-4"])

@@ -12,7 +12,7 @@ from etils import epath
 
 from data_pipeline.errors import UserError, full_disk
 
-CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder than ~/.cache/redvillm_jax
+CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder for `cache_folder`
 
 # A listing is never remembered: other hosts, and Orbax by its own client, write into the same folders.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
@@ -37,7 +37,7 @@ def absolute(path: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this user's commands keep what can be had again: the environment variable CACHE, or ~/.cache's part."""
+    """Where a user's commands keep what can be had again: $REDVILLM_CACHE, or redvillm_jax in $XDG_CACHE_HOME."""
     if folder := os.environ.get(CACHE):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "redvillm_jax"

@@ -189,7 +189,7 @@ def refuse_foreign(workdir: Path) -> None:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
-    if not isinstance(config, dict) or not {"family", "base", "data"} <= config.keys():
+    if not isinstance(config, dict) or config.keys().isdisjoint(("family", "base", "data")):
         raise UserError(
             f"--workdir={workdir}: holds {there[0]}, and its config.json is not a run's: it would be replaced; choose "
             "another folder"

@@ -69,11 +69,11 @@ def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tupl
     return np.asarray(ids), np.asarray(keys)
 
 
-def without_hashes(folder: Path) -> Path:
-    """Makes a base one of the time before hashes, so that a test may change its files; returns the folder."""
-    meta = json.loads((folder / "base.json").read_text())
+def without_hashes(folder: Path, mark: str = "base.json") -> Path:
+    """Makes a base or export one of the time before hashes, whose files a test may change; returns the folder."""
+    meta = json.loads((folder / mark).read_text())
     del meta["files"]
-    (folder / "base.json").write_text(json.dumps(meta))
+    (folder / mark).write_text(json.dumps(meta))
     return folder
 
 

@@ -48,6 +48,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12", BUCKETS],
         "convert": [TORCH],
+        "real": [TORCH, "gguf==0.19.0", "accelerate==1.15.0"],  # a real language model, for benchmarks/real_decoder.py
         "test": [
             "jax[tpu]>=0.10.2,<0.12",
             BUCKETS,

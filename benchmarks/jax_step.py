@@ -101,7 +101,7 @@ def fill_random(model: nnx.Module) -> nnx.Module:
             if dtype == jnp.int8:
                 return jax.random.randint(key, shape, -127, 128, jnp.int8)
             if vector:
-                return jnp.full(shape, {"weight": 1.0, "scale": 0.02 / 73}.get(name, 0.0), dtype)
+                return jnp.full(shape, {"weight": 1.0, "scale": 0.02 / 119}.get(name, 0.0), dtype)
             return 0.02 * jax.random.normal(key, shape, dtype)
 
         flat[path] = leaf.replace(jax.jit(make, out_shardings=leaf.sharding)())

@@ -23,6 +23,7 @@ from redvillm_jax.assemble import config_fields, make_video
 from redvillm_jax.bounds import FIELDS, check_fields
 from redvillm_jax.checkpoint import load_trainables
 from redvillm_jax.model import ExtraMLP
+from redvillm_jax.quantize import SCHEME
 from redvillm_jax.run_config import ADDED_TO_EXPORTS, as_trained
 from redvillm_jax.weights import (
     BASE_MARK,
@@ -229,6 +230,8 @@ def model_fingerprint(base: Base, config: Mapping[str, Any], trained: Mapping[st
         random = config["extra_mlp"] or config["temporal_init"] == "random"
         names += ["temporal_init", "seed"] if random else ["temporal_init"]
     switches = {name: config[name] for name in names}
+    if config["int8"]:
+        switches["int8"] = SCHEME
     digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
     for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -172,7 +172,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
     """What makes a program smaller, the cheapest in time first."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
-        found.append("--config.int8=True")
+        found.append("--config.int8=True (what that loses: docs/performance.md)")
     if rows_per_chip > 1:
         found.append(f"--rows-per-chip={rows_per_chip // 2}")
     if config["remat"] != "full":

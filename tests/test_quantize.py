@@ -7,7 +7,7 @@ import pytest
 from conftest import FAMILIES
 from flax import nnx
 
-from redvillm_jax.layers import Linear
+from redvillm_jax.layers import Linear, levels
 from redvillm_jax.quantize import quantize, quantized_shapes
 from redvillm_jax.sharding import make_mesh, weight_sharding
 from redvillm_jax.weights import load_part, open_base
@@ -22,30 +22,52 @@ def linears(module: nnx.Module) -> dict[tuple, Linear]:
     return {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Linear)}
 
 
-def test_rounding_is_to_the_nearest_of_255_steps_per_output():
+def gaps(values: np.ndarray) -> np.ndarray:
+    """The distance from a level to the next one further out."""
+    return np.abs(levels(np.abs(values.astype(np.int32)) + 1, np.float32) - levels(np.abs(values), np.float32))
+
+
+def test_rounding_is_to_the_nearest_of_255_levels_per_output():
     weight = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
     weight[1, 2] = 0
     values, scale = quantize(weight)
-    assert values.dtype == np.int8 and scale.shape == (3, 5)
+    assert values.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (3, 5)
     assert (np.abs(values).max(-1)[weight.any(-1)] == 127).all()
-    assert (np.abs(values * scale[..., None] - weight) <= scale[..., None] * 0.5001).all()
+    all_levels = np.asarray(levels(np.arange(-127, 128), np.float32))
+    want = np.abs(weight[..., None] - all_levels * scale[..., None, None]).min(-1)
+    off = np.abs(levels(values, np.float32) * scale[..., None] - weight)
+    assert (off <= want + 0.01 * scale[..., None]).all()
+
+
+def test_normal_weights_lose_less_than_by_equal_steps():
+    weight = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
+    values, scale = quantize(weight)
+    step = np.abs(weight).max(-1, keepdims=True) / 127
+    lost, equal = (
+        np.linalg.norm(x - weight) for x in (levels(values, np.float32) * scale[:, None], np.rint(weight / step) * step)
+    )
+    assert lost < 0.78 * equal
+    assert lost / np.linalg.norm(weight) < 0.007
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_matrix_of_the_language_model_is_quantized_and_close(family, bases):
+def test_every_matrix_but_the_head_is_quantized_and_close(family, bases):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     exact, small = load(bases[family], mesh), load(bases[family], mesh, int8=True)
     for path, layer in linears(small).items():
-        assert layer.weight.dtype == jnp.int8, path
         want = linears(exact)[path].weight[...]
-        got = layer.weight[...] * layer.scale[...][..., None]
-        assert (jnp.abs(got - want) <= layer.scale[...][..., None] * 0.5001).all(), path
+        if path == ("lm_head",):
+            np.testing.assert_array_equal(layer.weight[...], want)
+            continue
+        assert layer.weight.dtype == jnp.int8, path
+        got = levels(layer.weight[...], jnp.float32) * layer.scale[...][..., None]
+        assert (jnp.abs(got - want) <= layer.scale[...][..., None] * 0.51 * gaps(layer.weight[...])).all(), path
     assert small.embed(jnp.zeros((1, 1), jnp.int32), jnp.float32).dtype == jnp.float32
 
     embeds = exact.embed(jnp.arange(40).reshape(2, 20), jnp.float32)
     mask = jnp.tril(jnp.ones((2, 20, 20), bool))
     logits = [m.logits(m(embeds, jnp.arange(20)[None].repeat(2, 0), mask)[0]) for m in (small, exact)]
-    assert 0 < jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]) < 0.02
+    assert 0 < jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]) < 0.015
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

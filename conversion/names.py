@@ -75,7 +75,8 @@ def check_file(file: Path, remedy: str = "the folder must be complete, as publis
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise UserError(f"{file}: not a file, expected one; {remedy}")
-        open(file, "rb").close()
+        with open(file, "rb", buffering=0) as opened:
+            opened.read(1)  # a broken disk shows only now
     except OSError as error:
         raise UserError(f"{file}: {what_is_wrong(file, error)}; {remedy}") from None
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from conversion.names import load_bin
 from data_pipeline.errors import UserError, file_problem, full_disk
 from redvillm_jax.checkpoint import load_trainables
 
@@ -229,6 +230,7 @@ def call(command: Command, root: Path) -> tuple[Any, str]:
         raise Hang
 
     said, noise = io.StringIO(), io.StringIO()
+    load_bin.cache_clear()
     before = signal.signal(signal.SIGALRM, hang)
     signal.alarm(LIMIT_SECONDS)
     try:

@@ -376,7 +376,7 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     folder of its own name, with a mark that names `out`: what a killed run left is known by that, and removed. Raises
     UserError when the disk has less than `num_bytes` free.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = f"redvillm_jax writes {out} here; if no run does, this folder can be deleted\n"
     for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp/{UNFINISHED}"):

@@ -289,7 +289,7 @@ COMMANDS = {
         ("--answers={}/replies", "--out={}/judged", "--dry_run", *ENDPOINT),
         ["replies", "judged"],
         ["replies/answers.jsonl", "judged/*"],
-        [],
+        ["judged/cache.sqlite*"],
         ["replies/*"],
     ),
     "judge_again": Command(
@@ -349,7 +349,7 @@ MADE_BY = {  # the part of the tree that a command of these makes
 
 @contextlib.contextmanager
 def open_tree(folder: Path) -> Iterator[Tree]:
-    """An empty tree in a folder. Its commands read videos in this process, compute on one device, and ask a server here."""
+    """An empty tree in a folder; its commands read videos in this process and compute on one device."""
     with pytest.MonkeyPatch.context() as patch, FakeOpenAI(reply) as server:
         patch.setenv("OPENAI_API_KEY", "sk-test")
         patch.setenv("NO_PROXY", "127.0.0.1")

@@ -28,6 +28,7 @@ from conversion.names import (
     whole_folder,
     write_shards,
 )
+from data_pipeline.artefacts import CONVERTED, read_object
 from data_pipeline.errors import Parser, UserError, run
 from redvillm_jax.weights import (
     BASE_MARK,
@@ -49,7 +50,7 @@ def from_torch(family: str, source: Path, out: Path, vision: Path | None = None)
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}
     if (out / BASE_MARK).is_file():
-        meta = read_json(out / BASE_MARK)
+        meta = read_object(out / BASE_MARK, CONVERTED)
         if any(meta.get(key) != value for key, value in asked.items()):
             raise UserError(f"{out}: holds a {meta['family']} base made from {meta['source']}; choose another --out")
         print(f"{out}: already whole, nothing to do (delete it to convert again)")

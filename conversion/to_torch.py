@@ -25,6 +25,7 @@ from conversion.names import (
     write_safetensors,
     write_shards,
 )
+from data_pipeline.artefacts import EXPORT, read_object
 from data_pipeline.errors import Parser, UserError, run
 from redvillm_jax.weights import (
     BASE_MARK,
@@ -150,7 +151,7 @@ def in_memory(array: np.ndarray) -> Tensor:
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """redvillm.json: how the projectors are used. A base that is itself an export keeps what it says."""
     if config is None and (base.path / EXPORT_MARK).is_file():
-        return read_json(base.path / EXPORT_MARK)
+        return read_object(base.path / EXPORT_MARK, EXPORT)
     return {
         "family": base.family,
         "base_fingerprint": base.fingerprint,

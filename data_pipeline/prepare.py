@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline import store
+from data_pipeline.artefacts import BASE, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS, read_benchmark
 from data_pipeline.files import as_path
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     stored = {line["video"] for line in shards.videos}
     used = [question for question in questions if question["video"] in stored]
     report = make_report(files, sources, shards, questions, mixture)
-    store.finish_store(flags.out, settings, shards.videos, used, report)
+    store.finish_store(flags.out, settings, shards, used, report)
     print(summary(flags.out, report))
 
 
@@ -181,10 +181,9 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     """The store's settings; image size and resize rule come from --base, from the flags, or are LLaVA's."""
     image = {"image_size": flags.image_size, "resize": flags.resize}
     if flags.base is not None:
-        try:
-            base = json.loads((flags.base / "base.json").read_text())
-        except OSError:
-            raise UserError(f"--base={flags.base}: has no base.json: make it with conversion.from_torch") from None
+        if not (flags.base / "base.json").is_file():
+            raise UserError(f"--base={flags.base}: has no base.json: make it with conversion.from_torch")
+        base = read_object(flags.base / "base.json", BASE)
         if any(value is not None and value != base[name] for name, value in image.items()):
             raise UserError(
                 f"--base={flags.base} has image_size={base['image_size']} and resize={base['resize']}: "

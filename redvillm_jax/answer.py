@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 
+from data_pipeline.artefacts import ANSWER, ANSWER_REPORT, read_lines, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
@@ -37,7 +38,6 @@ from redvillm_jax.assistant import Assistant, load
 from redvillm_jax.cli import parse, positive
 from redvillm_jax.distributed import command, is_first
 from redvillm_jax.inference import Arrays, Generation
-from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt
 
 FLAGS = {
@@ -135,9 +135,9 @@ def answer_file(
     settings = made_with(assistant, rows, generation)
     known = {}
     if output.exists() and report_file.exists():
-        report = json.loads(report_file.read_text(encoding="utf-8"))
+        report = read_object(report_file, ANSWER_REPORT)
         if report["made_with"] == settings:
-            answers = enumerate(zip(read_lines(output), rows, strict=False))
+            answers = enumerate(zip(read_lines(output, ANSWER), rows, strict=False))
             same = {i: answer for i, (answer, row) in answers if answer | row == answer}  # nobody has edited the file
             known = {i: answer for i, answer in same.items() if answer["prediction"] is not None}
     if len(known) == len(rows):

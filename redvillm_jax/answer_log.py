@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
+from data_pipeline.artefacts import ANSWERS_BEGUN, NUMBERED_ANSWER, read_lines
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, make_folder, write_text
 from redvillm_jax.distributed import is_first, wait_for_all
-from redvillm_jax.lines import LineFile, LineObject, as_text, open_lines, read_lines
+from redvillm_jax.lines import LineFile, LineObject, as_text, open_lines
 
 Answer = dict[str, Any]
 
@@ -29,8 +30,8 @@ class AnswerLog:
         own = self.path.with_name(f"{self.path.name}.part{jax.process_index()}")
         kept = as_lines(known) if is_first() else []
         for part in self.parts():
-            header, *lines = read_lines(part) or [{"made_with": made_with}]
-            check_same(part, header.get("made_with", {}), made_with)
+            header, *lines = read_part(part) or [{"made_with": made_with}]
+            check_same(part, header["made_with"], made_with)
             self.done |= {line["number"]: line["answer"] for line in lines}
             kept += lines if part == own else []
         wait_for_all("answers are read")  # nobody writes while others read
@@ -52,7 +53,7 @@ class AnswerLog:
         """
         self.file.close()
         wait_for_all("answers are written")
-        done = {line["number"]: line["answer"] for part in self.parts() for line in read_lines(part)[1:]}
+        done = {line["number"]: line["answer"] for part in self.parts() for line in read_part(part)[1:]}
         if missing := count - len(done):
             raise UserError(
                 f"{self.path}: {missing} of {count} answers are not in its folder: all processes must see the "
@@ -68,6 +69,11 @@ class AnswerLog:
         """Removes the parts; for one process, when all have finished."""
         for part in self.parts():
             part.unlink()
+
+
+def read_part(part: Path) -> list[dict[str, Any]]:
+    """A part's first line, which says what its answers are made with, and those of its answers."""
+    return read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
 
 
 def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:

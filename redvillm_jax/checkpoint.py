@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from data_pipeline.artefacts import CHECKPOINT, RUN, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import absolute, as_path, check_bucket, in_bucket
 from redvillm_jax.distributed import is_first, true_everywhere, wait_for_all
@@ -184,7 +185,7 @@ def alone() -> Iterator[None]:
 
 def read_description(where: epath.Path) -> dict[str, Any]:
     """What a checkpoint says of itself: "config", "identity", "manifest"."""
-    return json.loads((where / DESCRIPTION).read_text())
+    return read_object(where / DESCRIPTION, CHECKPOINT)
 
 
 def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,7 +198,7 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_bucket(run)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (no config.json); give the --workdir of a training run")
-    config = json.loads((run / "config.json").read_text())
+    config = read_object(run / "config.json", RUN)
     steps = saved_steps(run)
     if not steps:
         raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
@@ -207,4 +208,7 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     saved = ocp.checkpointables_metadata(where).metadata["trainable"]
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
     trained = load(where, {"trainable": abstract})["trainable"]
-    return config | {"step": steps[0], "base_fingerprint": read_description(where)["identity"]["base"]}, trained
+    said = read_description(where)
+    # The checkpoint's own word, which its hashes cover, goes before config.json's; folders may have moved since.
+    config |= {key: said["config"][key] for key in (config.keys() & said["config"].keys()) - {"base", "data"}}
+    return config | {"step": steps[0], "base_fingerprint": said["identity"]["base"]}, trained

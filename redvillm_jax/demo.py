@@ -7,7 +7,6 @@ converts a tiny image LLM that the project carries, encodes the videos with it, 
 answers questions about videos that were held out, and exports the result. Killed, it continues where it was.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.artefacts import METRICS, SUMMARY, read_lines, read_object
 from data_pipeline.errors import Parser, UserError, run
 from redvillm_jax.evaluation.scoring import OWN
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     export = runs / "export"
     command("conversion.to_torch", f"--model={runs / 'red_villm'}", f"--out={export}", "--full")
 
-    summaries = {row: json.loads((folder / "summary.json").read_text()) for row, folder in folders.items()}
+    summaries = {row: read_object(folder / "summary.json", SUMMARY) for row, folder in folders.items()}
     picture = runs / "result.png"
     losses = {row: runs / name / "metrics.jsonl" for row, (name, _) in ROWS.items()}
     draw(picture, flags.base, summaries, losses)
@@ -128,7 +128,7 @@ def draw(path: Path, base: str, summaries: Mapping[str, Mapping], losses: Mappin
     bars.set(ylabel="exact match, %", ylim=(0, 112), title=f"{base}: questions about held-out videos")
     bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
     for row, file in losses.items():
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = read_lines(file, METRICS)
         steps, values = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
         curves.plot(steps, values, color=colours[row], alpha=0.25)
         window = np.minimum(np.arange(len(values)), 4)  # a mean over the last five logged steps

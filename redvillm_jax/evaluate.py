@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from data_pipeline.artefacts import REPORT, SUMMARY, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
@@ -90,17 +91,17 @@ def questions(store: VideoStore, benchmark: str | None, language: str | None) ->
 def left_out(store: VideoStore) -> int:
     """How many questions the store was made without, because their videos could not be used."""
     report = store.path / "report.json"
-    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    found = read_object(report, REPORT) if report.is_file() else {}
     return found.get("questions_found", 0) - found.get("questions_used", 0)
 
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary in `out` if it came from the same model, data and settings, so that nothing need be done."""
     path = out / "summary.json"
-    if not path.is_file() or not (out / "answers.jsonl").is_file():
+    if not path.exists() or not (out / "answers.jsonl").is_file():
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary.get("made_with") == settings else None
+    summary = read_object(path, SUMMARY)
+    return summary if summary["made_with"] == settings else None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from data_pipeline.artefacts import METRICS, RUN, read_lines, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import absolute, as_path, make_folder, write_text
 from data_pipeline.pipeline import batches
@@ -22,7 +23,7 @@ from redvillm_jax.blame import check_steps, in_words
 from redvillm_jax.cli import parse
 from redvillm_jax.flops import matrix_sizes
 from redvillm_jax.inputs import check_store, needed_parts, open_config_base
-from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
+from redvillm_jax.lines import LineFile, LineObject, open_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows
@@ -164,7 +165,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
         return
     machine = {"mesh", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "base", "data"}
-    known = json.loads(path.read_text())
+    known = read_object(path, RUN)
     changed = sorted(k for k in known.keys() | config if known.get(k) != config.get(k) and k not in machine)
     if changed:
         key = changed[0]
@@ -182,7 +183,8 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
     """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
-    return open_lines(path, [line for line in read_lines(path) if line["step"] <= last_step])
+    lines = read_lines(path, METRICS, growing=True)
+    return open_lines(path, [line for line in lines if line["step"] <= last_step])
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from data_pipeline.artefacts import BASE, Form, read_object
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
 from redvillm_jax.layers import Stack
@@ -24,7 +24,7 @@ BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
 TEMPORAL_PREFIX = "temporal_module."  # of names in exports
 EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
-REMEDY = "make the base folder again with conversion.from_torch"
+REMEDY = BASE.remedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +135,8 @@ class Base:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object; a missing or malformed file is a UserError that ends in `remedy`."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from None
+    """A published file that is one JSON object; what is in it is the base's business. Raises UserError."""
+    return read_object(file, Form({}, remedy))
 
 
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
@@ -153,9 +150,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     if not description.is_file():
         hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
-    meta = read_json(description, REMEDY)
-    if missing := {"family", "fingerprint", "image_size", "resize"} - meta.keys():
-        raise UserError(f"{description}: has no {min(missing)}; {REMEDY}")
+    meta = read_object(description, BASE)
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
         raise UserError(
             f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"

@@ -140,7 +140,7 @@ def test_a_tokenizer_without_the_bases_markers_is_refused(bases):
 def test_a_damaged_base_folder_is_refused(file, bases, tmp_path):
     shutil.copytree(bases["llava"], tmp_path / "base")
     (tmp_path / "base" / file).write_text("{")
-    with pytest.raises(UserError, match=f"{file}: cannot be read"):
+    with pytest.raises(UserError, match=f"{file}: is not whole JSON; make the base folder again"):
         open_base(tmp_path / "base")
 
 

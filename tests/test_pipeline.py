@@ -42,8 +42,8 @@ def frame_store(tmp_path_factory):
             record = {"frames": np.full((n, 2, 2, 3), i, np.uint8), "timestamps": np.zeros(n, np.float32)}
             yield {"line": {"video": source["video"], "num_frames": n}, "record": record}
 
-    videos = store.write_shards(path, settings, sources, encode).videos
-    store.finish_store(path, settings, videos, [], {})
+    shards = store.write_shards(path, settings, sources, encode)
+    store.finish_store(path, settings, shards, [], {})
     return store.open_store(path)
 
 
@@ -275,8 +275,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
             record = {"frames": frames, "timestamps": np.zeros(2, np.float32)}
             yield {"line": {"video": source["video"], "num_frames": 2}, "record": record}
 
-    videos = store.write_shards(tmp_path / "s", settings, sources, encode).videos
-    store.finish_store(tmp_path / "s", settings, videos, [], {})
+    shards = store.write_shards(tmp_path / "s", settings, sources, encode)
+    store.finish_store(tmp_path / "s", settings, shards, [], {})
     size = sum(file.stat().st_size for file in (tmp_path / "s").glob("*array_record*")) / 2**20
     steps = [((((i, (0,)),),)) for i in range(160)]
     opened = store.open_store(tmp_path / "s")

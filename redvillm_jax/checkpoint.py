@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from redvillm_jax.seal import SUMS, damaged, seal
 FOLDER = "checkpoints"
 DESCRIPTION = "run.json"
 LAST_FILE = "commit_success.txt"  # by Orbax, when the rest is whole
+DAMAGED = ".corrupt"  # stands behind the step in the name of a checkpoint that was set aside
 UNSEALED = ("_CHECKPOINT_METADATA", LAST_FILE)
 
 
@@ -85,12 +87,18 @@ def describe_and_seal(directory: epath.Path, step: int, description: str) -> Non
 
 
 def saved_steps(run: str | Path) -> list[int]:
-    """The steps of a run's checkpoints, the newest first; in a bucket an unfinished one lacks Orbax's last file."""
-    there = list(folder(run).iterdir()) if folder(run).is_dir() else []
-    return sorted(
-        (int(p.name) for p in there if p.name.isdigit() and (not in_bucket(run) or (p / LAST_FILE).exists())),
-        reverse=True,
-    )
+    """The steps of a run's checkpoints, the newest first; in a bucket an unfinished one lacks Orbax's last file.
+
+    What has another name than Orbax gives a step, or is no folder, is none.
+    """
+    there = [p for p in entries(run) if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    whole = (p for p in there if ((p / LAST_FILE).exists() if in_bucket(run) else p.is_dir()))
+    return sorted((int(p.name) for p in whole), reverse=True)
+
+
+def entries(run: str | Path) -> list[epath.Path]:
+    """All that lies in the folder of a run's checkpoints."""
+    return list(folder(run).iterdir()) if folder(run).is_dir() else []
 
 
 def restore(run: str | Path, state: Mapping[str, Any], *, identity: Mapping[str, str]) -> tuple[int, Mapping[str, Any]]:
@@ -98,7 +106,7 @@ def restore(run: str | Path, state: Mapping[str, Any], *, identity: Mapping[str,
 
     One that fits but is damaged is renamed to `<step>.corrupt`, with a line, and the one before is read. Every process
     must call this. Raises UserError when a checkpoint belongs to another base, to other questions or videos, or to
-    other trainable weights, and when a whole one cannot be read.
+    other trainable weights, when a whole one cannot be read, and when there are but damaged ones.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(state))
     found = None
@@ -112,7 +120,18 @@ def restore(run: str | Path, state: Mapping[str, Any], *, identity: Mapping[str,
             set_aside(where, problem)
         elif found is None:
             found = step, load(where, abstract)
+    if found is None:
+        refuse_damaged(run)
     return found or (0, state)
+
+
+def refuse_damaged(run: str | Path) -> None:
+    """Raises UserError for a run without a checkpoint that had some, all of which were set aside."""
+    if aside := sorted(p.name for p in entries(run) if re.fullmatch(rf"\d+{DAMAGED}(\.\d+)?", p.name)):
+        raise UserError(
+            f"{folder(run)}: every checkpoint is damaged ({', '.join(aside[:3])}); put back a copy of one, or, "
+            "to start over, delete this folder or give another --workdir"
+        )
 
 
 def unlisted(where: epath.Path) -> str:
@@ -165,7 +184,7 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def set_aside(where: epath.Path, problem: str) -> None:
     """Renames a damaged checkpoint, so that nobody takes it for a whole one and somebody can look at it."""
     if is_first():
-        names = (f"{where.name}.corrupt{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
+        names = (f"{where.name}{DAMAGED}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
         aside = next(path for name in names if not (path := where.parent / name).exists())
         where.rename(aside)
         print(f"note: checkpoint {where.name} is damaged ({problem}); set aside as {aside}", file=sys.stderr)
@@ -201,6 +220,7 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = read_object(run / "config.json", RUN)
     steps = saved_steps(run)
     if not steps:
+        refuse_damaged(run)
         raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
     where = folder(run) / str(steps[0])
     if bad := damaged(where, UNSEALED):

@@ -162,7 +162,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
     make_folder(workdir)
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
+    if not path.exists() or not checkpoint.saved_steps(workdir):
         return
     machine = {"mesh", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "base", "data"}
     known = read_object(path, RUN)

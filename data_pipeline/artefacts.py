@@ -37,7 +37,7 @@ class Form(NamedTuple):
 # ---- stores: data_pipeline.prepare, redvillm_jax.encode
 
 _STORE_AGAIN = "run the command that made the store again"
-_SOURCE = {"video": str, "source": str, "bytes": int, "start?": float, "end?": float}
+_SOURCE = {"video": str, "source": str, "bytes": int, "changed?": int, "start?": float, "end?": float}
 _VIDEO = {"video": str, "num_frames": int, "source?": str, "sha256?": str}
 STORE = Form(
     {

@@ -23,7 +23,7 @@ from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import show
 from data_pipeline.sampling import UNIFORM, sampling_name
-from data_pipeline.video_files import VideoFiles, find_videos
+from data_pipeline.video_files import VideoFiles, as_text, find_videos, is_text
 from data_pipeline.videos import RESIZE, VideoError, read_video
 
 HELP = """\
@@ -47,6 +47,8 @@ FRAMES/report.json lists all that was left out, and why. A run that was stopped 
 def main(argv: list[str]) -> None:
     """Runs the command; raises UserError for whatever the user must change."""
     flags = _parse(argv)
+    if odd := next((arg for arg in argv if not is_text(arg)), None):
+        raise UserError(f"{as_text(odd)}: is not UTF-8 text; rename the file or folder")
     settings = _settings(flags)
     questions, mixture = _questions(flags)
     files = find_videos(flags.videos)
@@ -65,7 +67,16 @@ def main(argv: list[str]) -> None:
         )
         return tqdm(results, total=len(missing), unit="video", disable=not missing, dynamic_ncols=True)
 
-    shards = store.write_shards(flags.out, settings, sources, encode, shard=flags.shard)
+    with tqdm(desc="compare files", unit="file", delay=3, dynamic_ncols=True) as bar:
+
+        @functools.cache
+        def digest(file: str) -> str | None:
+            bar.update()
+            return sha256(files.root / file)
+
+        shards = store.write_shards(
+            flags.out, settings, sources, encode, shard=flags.shard, digest=lambda source: digest(source["source"])
+        )
     if shards.missing:
         number, count = flags.shard
         print(
@@ -101,7 +112,7 @@ def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], li
         named.append(question | {"video": record})
         if record not in sources and (file := files.file(video)) is not None:
             span = {} if part is None else {"start": part[0], "end": part[1]}
-            sources[record] = {"video": record, "source": file, "bytes": _size(files.root / file), **span}
+            sources[record] = {"video": record, "source": file, **_state(files.root / file), **span}
     return named, [sources[record] for record in sorted(sources)]
 
 
@@ -120,15 +131,14 @@ def encode_video(source: store.Source, root: str, settings: dict[str, Any]) -> s
             threads=1,  # the other cores have their own videos
         )
     except VideoError as error:
-        return {"reason": str(error)}
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
+        return {"reason": str(error), **({"sha256": digest} if digest else {})}
     line = {
         "video": source["video"],
         "num_frames": len(video.frames),
         "source": source["source"],
         **span,
-        "sha256": sha256,
+        "sha256": sha256(path),
         "total_frames": video.total_frames,
         "duration": video.duration,
         "fps": video.fps,
@@ -169,12 +179,22 @@ def _part(question: Row) -> tuple[float, float] | None:
     return start, end
 
 
-def _size(file: Path) -> int:
-    """Bytes, 0 where there is nothing to be asked: the reason comes from opening it."""
+def sha256(file: Path) -> str | None:
+    """The hash of a file's content, in hexadecimal, None where it cannot be read."""
     try:
-        return file.stat().st_size
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError:
-        return 0
+        return None
+
+
+def _state(file: Path) -> dict[str, int]:
+    """Bytes, and nanoseconds of the last change; 0 where there is nothing to be asked: opening it gives the reason."""
+    try:
+        found = file.stat()
+    except OSError:
+        return {"bytes": 0, "changed": 0}
+    return {"bytes": found.st_size, "changed": found.st_ctime_ns}
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:

@@ -4,11 +4,14 @@ Shards of a whole store may be hundreds of gigabytes, so not every byte is read 
 in parts/, the shard's length, the number of its records, and whose the first of them is. A shard that was changed after
 its lines were written (a copy may be) is read to its end and compared with its hash, once. What else happens to a disk
 is found when a record is read, by ArrayRecord's own checksums and the video's id in the record.
+
+A video's file is taken for the one that was decoded as long as its size and the time of its last change (ctime, which a
+copy cannot bring along) are the same, or its hash is.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ def read_part(
     """
     part = read_object(part_file, PART)
     told = sorted(entry["video"] for entry in (*part["videos"], *part["left_out"]))
-    if told != sorted(source["video"] for source in sources):
+    ids = [source["video"] for source in sources]
+    if told != sorted(ids) or [source["video"] for source in part.get("sources", sources)] != ids:
         raise UserError(f"{part_file}: is about other videos")
     if sizes[shard.name] != part.get("bytes", sizes[shard.name]):
         raise UserError(f"{shard}: has {sizes[shard.name]} bytes, expected {part['bytes']}")
@@ -50,6 +54,29 @@ def check_shard(shard: Path, part_file: Path, part: Mapping[str, Any], features:
     first = part["videos"][0]["video"] if part["videos"] else ""
     if (count, record["video"].decode()) != (len(part["videos"]), first):
         raise UserError(f"{shard}: holds other videos than {part_file} says")
+
+
+def replaced_video(
+    before: Sequence[Mapping[str, Any]],
+    now: Sequence[Mapping[str, Any]],
+    part: Mapping[str, Any],
+    digest: Callable[[Mapping[str, Any]], str | None],
+) -> str | None:
+    """The first video whose file is not the one that was decoded, None as far as nobody can tell.
+
+    before, now: the shard's sources when it was written, and today's. digest: the SHA-256 of a source's file today,
+    None where it cannot be read.
+    """
+    hashes = {entry["video"]: entry.get("sha256") for entry in (*part["videos"], *part["left_out"])}
+    for old, new in zip(before, now, strict=True):
+        if new.get("changed") == 0 or (
+            old["bytes"] == new["bytes"] and old.get("changed") in (None, new.get("changed"))
+        ):
+            continue
+        known = hashes[new["video"]]
+        if old["bytes"] != new["bytes"] or (known is not None and digest(new) not in (known, None)):
+            return new["video"]
+    return None
 
 
 def sha256(file: Path) -> str:

@@ -46,14 +46,16 @@ from data_pipeline.files import (
     write_text,
     written_whole,
 )
-from data_pipeline.shard_checks import check_shard, read_part, sha256
+from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
 KINDS = ("videos", "left_out", "notes")  # of lines that a shard has
 
-Source = dict[str, Any]  # {"video": id, "source": relative file, "bytes": its size, and of a part "start", "end"}
-Result = dict[str, Any]  # {"line": of videos.jsonl, "record": its arrays, "note": if any} or {"reason": why not}
+# {"video": id, "source": relative file, "bytes": its size, "changed": when, in ns, and of a part "start" and "end"}
+Source = dict[str, Any]
+# {"line": of videos.jsonl, "record": its arrays, "note": if any} or {"reason": why not, "sha256": of the file, if any}
+Result = dict[str, Any]
 
 
 class Shards(NamedTuple):
@@ -221,14 +223,17 @@ def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.nd
     return [image.getvalue() for image in images]
 
 
-def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> None:
-    """Raises UserError unless `path` is absent, empty, or a store (whole or begun) of just this plan."""
+def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> list[Source]:
+    """Returns the sources of a store (whole or begun) of just this plan, as they were when it was begun.
+
+    Of none if `path` is absent or empty. Raises UserError if something else is there.
+    """
     path = as_path(path)
     if not path.exists():
-        return
+        return []
     if not (path / "parts" / "plan.json").is_file():
         if path.is_dir() and _names(path) <= {"parts"}:
-            return  # empty, or another run is about to write its plan, the same as ours
+            return []  # empty, or another run is about to write its plan, the same as ours
         raise UserError(f"{path}: exists and is not a store of videos; choose another --out")
     made = read_object(path / "parts" / "plan.json", PLAN)
     differs = [
@@ -236,11 +241,13 @@ def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]
         for name, value in settings.items()
         if made["settings"].get(name) != value
     ]
-    before, now = ({tuple(source.values()) for source in plan} for plan in (made["sources"], sources))
+    keys = ("video", "source", "start", "end")
+    before, now = ({tuple(map(source.get, keys)) for source in plan} for plan in (made["sources"], sources))
     if changed := sorted({video for video, *_ in before ^ now}):
-        differs.append(f"other videos ({len(changed)} added, removed or changed, the first: {changed[0]})")
+        differs.append(f"other videos ({len(changed)} added, removed or moved, the first: {changed[0]})")
     if differs:
         raise UserError(f"{path}: was made with {', '.join(differs)}; choose another --out or delete it")
+    return made["sources"]
 
 
 def write_shards(
@@ -250,22 +257,27 @@ def write_shards(
     encode: Callable[[list[Source]], Iterable[Result]],
     *,
     shard: tuple[int, int] = (1, 1),
+    digest: Callable[[Source], str | None] = lambda source: None,
 ) -> Shards:
     """Writes the shards that are missing or broken and returns what is then there.
 
     settings: "kind" and all that the records depend on. sources: in record order; a video's place decides its
     shard. encode: called once with the sources of all shards to be written, yields their results in order. shard:
-    (i, n) writes the i-th of every n shards only, as one of n runs that share the folder.
-    A shard has its name only when it is whole, and then `parts/` has the lines of its videos.
+    (i, n) writes the i-th of every n shards only, as one of n runs that share the folder. digest: the SHA-256 of a
+    source's file as it is, None where it cannot be read.
+    A shard has its name only when it is whole, and then `parts/` has the lines of its videos. Raises UserError when a
+    video's file has been replaced since it was decoded.
     """
     path, (number, count) = as_path(path), shard
     check_bucket(path)
-    check_plan(path, settings, sources)
     shards, names = _split(sources)
+    planned, _ = _split(check_plan(path, settings, sources) or sources)
     files = [_shard(path, settings["kind"], name) for name in names]
     make_folder(path / "parts")
-    write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": sources}))
-    sizes, features, broken = file_sizes(path), _features(settings), {}
+    if not (path / "parts" / "plan.json").exists():
+        plan = [{key: value for key, value in source.items() if key != "changed"} for source in sources]
+        write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": plan}))
+    sizes, features, broken, replaced = file_sizes(path), _features(settings), {}, {}
     mine = range(number - 1, len(names), count)
     for i in mine:
         try:
@@ -273,8 +285,20 @@ def write_shards(
                 part = read_part(files[i], _part(path, names[i]), shards[i], sizes)
                 if not in_bucket(path):  # which keeps checksums itself
                     check_shard(files[i], _part(path, names[i]), part, features)
+                before = part.get("sources", planned[i])
+                if video := replaced_video(before, shards[i], part, digest):
+                    replaced[i] = video
+                elif before != shards[i] and "sources" in part:  # in their times alone: once compared is enough
+                    write_text(_part(path, names[i]), _json(part | {"sources": shards[i]}))
         except UserError as error:
             broken[i] = str(error)
+    if replaced:
+        first, video = next(iter(replaced.items()))
+        more = f", and {len(replaced) - 1} more shards hold such videos" if len(replaced) > 1 else ""
+        raise UserError(
+            f"{files[first]}: the file of {video!r} is not the one whose frames are stored{more}: delete the shard to "
+            "store those of the file that is there, or choose another --out"
+        )
     missing = [i for i in mine if i in broken or files[i].name not in sizes]
     if missing:
         (path / "store.json").unlink(missing_ok=True)  # one that is there describes other shards
@@ -284,7 +308,7 @@ def write_shards(
     results = iter(encode([source for i in missing for source in shards[i]]))
     for i in missing:
         pairs = zip(shards[i], itertools.islice(results, len(shards[i])), strict=True)
-        _write_shard(files[i], _part(path, names[i]), features, pairs)
+        _write_shard(files[i], _part(path, names[i]), features, shards[i], pairs)
     return read_shards(path, settings, sources)
 
 
@@ -306,17 +330,20 @@ def _split(sources: list[Source]) -> tuple[list[list[Source]], list[str]]:
     return shards, [f"{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
 
 
-def _write_shard(shard: Path, part_file: Path, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
+def _write_shard(
+    shard: Path, part_file: Path, features: Any, sources: list[Source], pairs: Iterable[tuple[Source, Result]]
+) -> None:
     """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
-    part: dict[str, Any] = {**{kind: [] for kind in KINDS}, "num_bytes": 0}
+    part: dict[str, Any] = {**{kind: [] for kind in KINDS}, "num_bytes": 0, "sources": sources}
     with written_whole(shard) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
         for source, result in pairs:
+            shown = {key: value for key, value in source.items() if key != "changed"}
             if "reason" in result:
-                part["left_out"].append({**source, "reason": result["reason"]})
+                part["left_out"].append(shown | result)
                 continue
             if "note" in result:
-                part["notes"].append({**source, "note": result["note"]})
+                part["notes"].append(shown | {"note": result["note"]})
             record = _in_order(features.serialize_example({"video": source["video"], **result["record"]}))
             writer.write(record)
             part["num_bytes"] += len(record)

@@ -152,7 +152,7 @@ def test_other_settings_or_videos_are_refused_by_name(tmp_path):
     make(tmp_path / "s")
     with pytest.raises(UserError, match=r"image_size=8 \(now 16\), resize=nearest \(now bicubic\)"):
         make(tmp_path / "s", {**SETTINGS, "image_size": 16, "resize": "bicubic"})
-    with pytest.raises(UserError, match=r"other videos \(1 added, removed or changed, the first: 视频6\)"):
+    with pytest.raises(UserError, match=r"other videos \(1 added, removed or moved, the first: 视频6\)"):
         make(tmp_path / "s", sources=SOURCES[:6])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()

@@ -115,6 +115,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary = temporary_name(path)
         try:
             yield temporary
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, expected a file or nothing: move it away, then run this again")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -78,7 +78,7 @@ def write_review(
 def _checked(where: str, raw: str) -> Line:
     try:
         line = json.loads(raw)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON: {error}; mend or delete the line") from None
     if not isinstance(line, dict) or not isinstance(line.get("source"), str):
         raise UserError(f'{where}: expected an object with "source", "ok" and "correction"')

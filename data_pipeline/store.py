@@ -304,7 +304,8 @@ def write_shards(
         (path / "store.json").unlink(missing_ok=True)  # one that is there describes other shards
     for i, problem in broken.items():
         print(f"note: {problem}: this shard is made again", file=sys.stderr)
-        files[i].unlink()
+        if not files[i].is_dir():  # where writing the shard says what is wrong
+            files[i].unlink()
     results = iter(encode([source for i in missing for source in shards[i]]))
     for i in missing:
         pairs = zip(shards[i], itertools.islice(results, len(shards[i])), strict=True)

@@ -54,9 +54,9 @@ class AnswerLog:
         self.file.close()
         wait_for_all("answers are written")
         done = {line["number"]: line["answer"] for part in self.parts() for line in read_part(part)[1:]}
-        if missing := count - len(done):
+        if missing := set(range(count)) - done.keys():
             raise UserError(
-                f"{self.path}: {missing} of {count} answers are not in its folder: all processes must see the "
+                f"{self.path}: {len(missing)} of {count} answers are not in its folder: all processes must see the "
                 "same one, such as a bucket (gs://)"
             )
         answers = [done[number] for number in range(count)]

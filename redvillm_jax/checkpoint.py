@@ -98,7 +98,10 @@ def saved_steps(run: str | Path) -> list[int]:
 
 def entries(run: str | Path) -> list[epath.Path]:
     """All that lies in the folder of a run's checkpoints."""
-    return list(folder(run).iterdir()) if folder(run).is_dir() else []
+    where = folder(run)
+    if where.is_file():
+        raise UserError(f"{where}: is a file, expected a folder or nothing: move it away, then run this again")
+    return list(where.iterdir()) if where.is_dir() else []
 
 
 def restore(run: str | Path, state: Mapping[str, Any], *, identity: Mapping[str, str]) -> tuple[int, Mapping[str, Any]]:

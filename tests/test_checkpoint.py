@@ -143,6 +143,12 @@ def test_files_that_others_put_there_do_not_matter(copy):
     assert_restored(copy, 2)
 
 
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints: is a file, expected a folder or nothing"):
+        checkpoint.saved_steps(tmp_path)
+
+
 @pytest.mark.parametrize("lines", [0, 1, -1])
 def test_a_list_of_hashes_that_is_cut_is_damaged(lines, copy):
     sums = copy / "checkpoints" / "3" / "SHA256SUMS"

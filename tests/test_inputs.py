@@ -167,6 +167,15 @@ def test_exports_made_before_a_switch_have_its_default(bases, tmp_path):
     assert open_model(forms["whole"]).fingerprint == open_model(run).fingerprint
 
 
+def test_a_digit_that_changes_in_config_json_changes_no_answer(bases, tmp_path):
+    """A checkpoint's own config, which its hashes cover, says how its weights are used."""
+    run = write_run(tmp_path / "run", "llava", bases["llava"])
+    before = open_model(run)
+    change_json(run / "config.json", lambda said: said.update(num_frames=said["num_frames"] + 1, streams="spatial"))
+    after = open_model(run)
+    assert after.fingerprint == before.fingerprint and after.config == before.config
+
+
 def test_exports_of_a_base_are_untrained(bases, tmp_path):
     to_torch(bases["llava"], tmp_path / "projectors")
     to_torch(bases["llava"], tmp_path / "whole", full=True)

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def frame_store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("frames") / "store")
+
+
+def make_store(path):
     """Video i has 4 frames full of i, but video 2 only two."""
-    path = tmp_path_factory.mktemp("frames") / "store"
     settings = {
         "kind": "frames",
         "image_size": 2,
@@ -251,6 +254,18 @@ def test_a_mistake_in_a_worker_is_told_as_it_is(options):
     with pytest.raises(UserError) as raised:
         next(batches(**{**options, "row_fn": failing_row}, num_workers=1))
     assert str(raised.value) == "a row that cannot be made"
+
+
+def test_a_record_of_another_video_gets_into_no_batch(options, tmp_path, monkeypatch):
+    """Two shards have changed places: their records are as long, and the counts are right."""
+    monkeypatch.setattr(store, "VIDEOS_PER_SHARD", 2)
+    made = make_store(tmp_path / "s")
+    first, last = (made.path / f"frames-train.array_record-0000{i}-of-{-(-NUM_VIDEOS // 2):05d}" for i in (0, 2))
+    content = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=r"record \d, 'v[0145]', is that of 'v[0145]'; delete this shard, then run"):
+        list(batches(**{**options, "store": store.open_store(made.path)}))
 
 
 def one_video(row):

@@ -221,6 +221,7 @@ DAMAGES = {  # what is done: (which shards are made again, what a reader says or
     "dataset_info.json": ([], None),
     "report.json": ([], None),
 }
+FOLDERS = (SHARDS[1], PARTS[1], "videos.jsonl", "features.json", "store.json")
 
 
 def damage(path, kind):
@@ -290,6 +291,19 @@ def test_damage_is_said_and_mended(kind, whole, tmp_path, capsys):
     assert len(notes) == len(again) - (kind == "gone") and all("is made again" in note for note in notes)
     files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
     assert {name: (path / name).read_bytes() for name in files} == {name: (whole / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_in_the_place_of_a_file_is_said(name, whole, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "s")
+    (path / name).unlink()
+    (path / name / "x").mkdir(parents=True)
+    for work in (read_all, make):
+        if (work, name) not in ((read_all, PARTS[1]), (read_all, "features.json")):
+            with pytest.raises(UserError) as error:
+                work(path)
+            assert "\n" not in str(error.value)
+    assert (path / name / "x").is_dir() and "is a folder, expected a file or nothing" in str(error.value)
 
 
 def test_a_disk_that_forgets_is_noticed_when_a_record_is_read(whole, tmp_path):

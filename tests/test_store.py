@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipeline import shard_checks, store
 from data_pipeline.errors import UserError
@@ -184,6 +185,11 @@ def flip(file, place):
     file.write_bytes(content)
 
 
+def place_of(shard, source):
+    """Where a video's frames, which are noise and cannot be compressed, lie in a shard."""
+    return shard.read_bytes().index(frames_of(source).tobytes()[:16])
+
+
 def exchange(a, b):
     content = a.read_bytes()
     a.write_bytes(b.read_bytes())
@@ -202,6 +208,7 @@ DAMAGES = {  # what is done: (which shards are made again, what a reader says or
     "empty": ([1], f"{SHARDS[1]}: has 0 bytes, expected 131072"),
     "gone": ([1], f"{SHARDS[1]} is missing"),
     "a byte of a record": ([1], f"{SHARDS[1]}: record 0, '视频3', cannot be read (Corrupted"),
+    "a byte of a later record": ([1], f"{SHARDS[1]}: record 1, '视频5', cannot be read (Corrupted"),
     "two exchanged": ([0, 1], f"{SHARDS[0]}: record 0, '视频0', is that of '视频3'"),
     "another store's": (
         [0],
@@ -241,7 +248,8 @@ def damage(path, kind):
         "cut": lambda: shards[1].write_bytes(shards[1].read_bytes()[:65536]),
         "empty": lambda: shards[1].write_bytes(b""),
         "gone": lambda: shards[1].unlink(),
-        "a byte of a record": lambda: flip(shards[1], 65536 + 100),
+        "a byte of a record": lambda: flip(shards[1], place_of(shards[1], SOURCES[3])),
+        "a byte of a later record": lambda: flip(shards[1], place_of(shards[1], SOURCES[5])),
         "two exchanged": lambda: exchange(shards[0], shards[1]),
         "lines cut": lambda: parts[2].write_bytes(parts[2].read_bytes()[:-20]),
         "lines exchanged": lambda: exchange(parts[0], parts[1]),
@@ -311,7 +319,7 @@ def test_a_disk_that_forgets_is_noticed_when_a_record_is_read(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "s")
     shard = tmp_path / "s" / SHARDS[1]
     before = shard.stat()
-    flip(shard, 65536 + 100)
+    flip(shard, place_of(shard, SOURCES[3]))
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(
         UserError, match=r"record 0, '视频3', cannot be read .*; delete this shard, then run the command"
@@ -350,3 +358,29 @@ def test_a_store_without_sizes_and_hashes_is_read_and_left_alone(whole, tmp_path
     assert len(read_all(path)[1]) == 6
     make(path, encode=lambda sources: [] if not sources else pytest.fail("encodes again"))
     assert len(read_all(path)[1]) == 6
+    exchange(path / SHARDS[0], path / SHARDS[1])  # of one length, and nobody knows their hashes
+    asked = []
+    make(path, encode=lambda sources: map(result, asked.extend(sources) or sources))
+    assert asked == SOURCES[:6]
+
+
+def test_a_part_tells_how_long_its_shard_is(whole):
+    """All that is looked at in a bucket."""
+    sources, sizes = SOURCES[:3], {SHARDS[0]: (whole / SHARDS[0]).stat().st_size}
+    part = shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], sources, sizes)
+    assert [line["video"] for line in part["videos"]] == [source["video"] for source in sources]
+    with pytest.raises(UserError, match="has 9 bytes, expected 131072"):
+        shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], sources, {SHARDS[0]: 9})
+    with pytest.raises(UserError, match="is about other videos"):
+        shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], SOURCES[1:4], sizes)
+
+
+def test_records_have_their_features_by_name(whole):
+    reader = store.ArrayRecordReader(str(whole / SHARDS[0]))
+    places = [reader.read([0])[0].index(name) for name in (b"frames", b"timestamps", b"video")]
+    assert places == sorted(places)
+    other = tf_example_pb2.Example.FromString(reader.read([0])[0])
+    turned = tf_example_pb2.Example()
+    for name in ("video", "frames", "timestamps"):
+        turned.features.feature[name].CopyFrom(other.features.feature[name])
+    assert store._in_order(turned.SerializeToString()) == reader.read([0])[0]

@@ -63,6 +63,7 @@ PART = Form(
         "sources?": [_SOURCE],
         "bytes?": int,
         "sha256?": str,
+        "checksum?": str,
     },
     _STORE_AGAIN,
 )

@@ -10,6 +10,7 @@ copy cannot bring along) are the same, or its hash is.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ def read_part(
 ) -> dict[str, Any]:
     """What parts/ says of a shard; `sizes`: bytes of the store's files by name.
 
-    Raises UserError unless it is about these sources and the shard is as long as it says.
+    Raises UserError unless it is as it was written, is about these sources, and the shard is as long as it says.
     """
     part = read_object(part_file, PART)
+    if "checksum" in part and part != with_checksum(part):
+        raise UserError(f"{part_file}: was changed after it was written")
     told = sorted(entry["video"] for entry in (*part["videos"], *part["left_out"]))
     ids = [source["video"] for source in sources]
     if told != sorted(ids) or [source["video"] for source in part.get("sources", sources)] != ids:
@@ -37,6 +40,12 @@ def read_part(
     if sizes[shard.name] != part.get("bytes", sizes[shard.name]):
         raise UserError(f"{shard}: has {sizes[shard.name]} bytes, expected {part['bytes']}")
     return part
+
+
+def with_checksum(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The lines of a shard with a hash of their own."""
+    lines = {name: value for name, value in part.items() if name != "checksum"}
+    return lines | {"checksum": hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()}
 
 
 def check_shard(shard: Path, part_file: Path, part: Mapping[str, Any], features: tfds.features.FeaturesDict) -> None:

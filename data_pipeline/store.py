@@ -46,7 +46,7 @@ from data_pipeline.files import (
     write_text,
     written_whole,
 )
-from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256
+from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256, with_checksum
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
@@ -289,7 +289,7 @@ def write_shards(
                 if video := replaced_video(before, shards[i], part, digest):
                     replaced[i] = video
                 elif before != shards[i] and "sources" in part:  # in their times alone: once compared is enough
-                    write_text(_part(path, names[i]), _json(part | {"sources": shards[i]}))
+                    write_text(_part(path, names[i]), _json(with_checksum(part | {"sources": shards[i]})))
         except UserError as error:
             broken[i] = str(error)
     if replaced:
@@ -351,7 +351,7 @@ def _write_shard(
             part["videos"].append(result["line"])
         writer.close()
         part |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-        write_text(part_file, _json(part))
+        write_text(part_file, _json(with_checksum(part)))
 
 
 def _in_order(record: bytes) -> bytes:

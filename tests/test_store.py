@@ -217,6 +217,7 @@ DAMAGES = {  # what is done: (which shards are made again, what a reader says or
     "lines cut": ([2], None),
     "lines exchanged": ([0, 1], None),
     "lines null": ([0], None),
+    "lines with another number": ([0], None),
     "videos.jsonl half": ([], "videos.jsonl: line 6: ends without an end of line"),
     "videos.jsonl of another": ([], "do not belong together"),
     "instructions.jsonl a byte": ([], "do not belong together"),
@@ -253,6 +254,7 @@ def damage(path, kind):
         "two exchanged": lambda: exchange(shards[0], shards[1]),
         "lines cut": lambda: parts[2].write_bytes(parts[2].read_bytes()[:-20]),
         "lines exchanged": lambda: exchange(parts[0], parts[1]),
+        "lines with another number": lambda: edit(parts[0], lambda part: part | {"num_bytes": part["num_bytes"] + 1}),
         "lines null": lambda: parts[0].write_text("null"),
         "videos.jsonl half": lambda: (path / "videos.jsonl").write_bytes((path / "videos.jsonl").read_bytes()[:-9]),
         "videos.jsonl of another": lambda: (path / "videos.jsonl").write_bytes(
@@ -354,7 +356,7 @@ def test_a_store_without_sizes_and_hashes_is_read_and_left_alone(whole, tmp_path
     path = shutil.copytree(whole, tmp_path / "s")
     edit(path / "store.json", lambda meta: meta.pop("shards") and None)
     for part in PARTS:
-        edit(path / part, lambda part: part.pop("bytes") and part.pop("sha256") and None)
+        edit(path / part, lambda part: {name: part[name] for name in ("videos", "left_out", "notes", "num_bytes")})
     assert len(read_all(path)[1]) == 6
     make(path, encode=lambda sources: [] if not sources else pytest.fail("encodes again"))
     assert len(read_all(path)[1]) == 6

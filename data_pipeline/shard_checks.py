@@ -31,7 +31,7 @@ def read_part(
     Raises UserError unless it is as it was written, is about these sources, and the shard is as long as it says.
     """
     part = read_object(part_file, PART)
-    if "checksum" in part and part != with_checksum(part):
+    if "checksum" in part and part["checksum"] != with_checksum(part)["checksum"]:
         raise UserError(f"{part_file}: was changed after it was written")
     told = sorted(entry["video"] for entry in (*part["videos"], *part["left_out"]))
     ids = [source["video"] for source in sources]

@@ -311,7 +311,7 @@ def write_store(path: Path, settings: dict, record: dict, count: int) -> store.V
     sources = [{"video": str(i), "source": str(i), "bytes": 0} for i in range(count)]
     results = ({"line": {"video": str(i), "num_frames": 100}, "record": record} for i in range(count))
     shards = store.write_shards(path, settings, sources, lambda _: results)
-    store.finish_store(path, settings, shards.videos, [], {})
+    store.finish_store(path, settings, shards, [], {})
     return store.open_store(path)
 
 

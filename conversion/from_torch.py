@@ -29,6 +29,7 @@ from conversion.names import (
     whole_folder,
     write_shards,
 )
+from data_pipeline.artefacts import CONVERTED, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.file_hashes import check_files, hash_files
 from data_pipeline.locks import locked
@@ -62,7 +63,7 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}
     if (out / BASE_MARK).is_file():
-        meta = read_json(out / BASE_MARK)
+        meta = read_object(out / BASE_MARK, CONVERTED)
         if any(meta.get(key) != value for key, value in asked.items()):
             raise UserError(f"{out}: holds a {meta['family']} base made from {meta['source']}; choose another --out")
         check_files(out, meta.get("files"), "delete it to convert again")

@@ -27,6 +27,7 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline import file_hashes
+from data_pipeline.artefacts import EXPORT, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
 from redvillm_jax.run_config import as_trained
@@ -164,7 +165,7 @@ def in_memory(array: np.ndarray) -> Tensor:
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
     if config is None and (base.path / EXPORT_MARK).is_file():
-        return read_json(base.path / EXPORT_MARK)
+        return read_object(base.path / EXPORT_MARK, EXPORT)
     return {
         "family": base.family,
         "base_fingerprint": base.fingerprint,

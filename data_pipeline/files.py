@@ -99,6 +99,19 @@ def make_folder(path: str | Path) -> None:
         raise UserError(f"{path}: this folder cannot be made ({error.strerror}); choose another") from None
 
 
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of what lies in a folder, by name, from one listing; files that vanish meanwhile are left out."""
+    if in_bucket(folder):
+        with explained(folder):
+            found = bucket_files().ls(str(folder), detail=True)
+        return {file["name"].rstrip("/").rpartition("/")[2]: file["size"] for file in found}
+    sizes = {}
+    for file in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            sizes[file.name] = file.stat().st_size
+    return sizes
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` to write under before renaming; the process's own, also on a disk that hosts share."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
@@ -111,6 +124,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary = temporary_name(path)
         try:
             yield temporary
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, expected a file or nothing: move it away, then run this again")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.artefacts import SHAPES, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
 
@@ -341,9 +342,9 @@ def make_sets(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         record.write_text(json.dumps(settings) + "\n")
-    elif json.loads(record.read_text()) != settings:
+    elif (before := read_object(record, SHAPES)) != settings:
         raise UserError(
-            f"{args.out} holds videos of {record.read_text().strip()}, asked for {json.dumps(settings)}: "
+            f"{args.out} holds videos of {json.dumps(before)}, asked for {json.dumps(settings)}: "
             "choose another --out or delete that folder"
         )
     missing = [split for split in SPLITS if not (args.out / split / "instructions.jsonl").exists()]

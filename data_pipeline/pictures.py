@@ -10,6 +10,10 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, explained
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
+FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program on what the file says
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
 LONGEST = 200  # times as long as wide: what is longer has little left in a square, and costs much memory on the way
 
 
@@ -51,7 +55,9 @@ def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
     transparent. Raises UserError for a file that is missing, broken or of no known format.
     """
     try:
-        with explained(path), as_path(path).open("rb") as file, Image.open(file) as picture:
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
+        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known) as picture:
             picture.load()
             picture = as_rgb(upright(picture))
     except UserError:

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline import store
+from data_pipeline.artefacts import BASE, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.eval_sets import BENCHMARKS, read_benchmark
 from data_pipeline.files import as_path
@@ -23,7 +23,7 @@ from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.processes import ordered_map
 from data_pipeline.records import VIDEO_EXTENSIONS, show
 from data_pipeline.sampling import UNIFORM, sampling_name
-from data_pipeline.video_files import VideoFiles, find_videos
+from data_pipeline.video_files import VideoFiles, as_text, find_videos, is_text
 from data_pipeline.videos import RESIZE, VideoError, read_video
 
 HELP = """\
@@ -49,6 +49,8 @@ run at a time writes a store, or one of each i/n with --shard."""
 def main(argv: list[str]) -> None:
     """Runs the command; raises UserError for whatever the user must change."""
     flags = _parse(argv)
+    if odd := next((arg for arg in argv if not is_text(arg)), None):
+        raise UserError(f"{as_text(odd)}: is not UTF-8 text; rename the file or folder")
     settings = _settings(flags)
     questions, mixture = _questions(flags)
     files = find_videos(flags.videos)
@@ -80,7 +82,16 @@ def write_store(
         )
         return tqdm(results, total=len(missing), unit="video", disable=not missing, dynamic_ncols=True)
 
-    shards = store.write_shards(flags.out, settings, sources, encode, shard=flags.shard)
+    with tqdm(desc="compare files", unit="file", delay=3, dynamic_ncols=True) as bar:
+
+        @functools.cache
+        def digest(file: str) -> str | None:
+            bar.update()
+            return sha256(files.root / file)
+
+        shards = store.write_shards(
+            flags.out, settings, sources, encode, shard=flags.shard, digest=lambda source: digest(source["source"])
+        )
     if shards.missing:
         number, count = flags.shard
         print(
@@ -93,7 +104,7 @@ def write_store(
     stored = {line["video"] for line in shards.videos}
     used = [question for question in questions if question["video"] in stored]
     report = make_report(files, sources, shards, questions, mixture)
-    store.finish_store(flags.out, settings, shards.videos, used, report)
+    store.finish_store(flags.out, settings, shards, used, report)
     print(summary(flags.out, report))
 
 
@@ -120,7 +131,7 @@ def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], li
         named.append(question | {"video": record})
         if record not in sources and file is not None:
             span = {} if part is None else {"start": part[0], "end": part[1]}
-            sources[record] = {"video": record, "source": file, "bytes": _size(files.root / file), **span}
+            sources[record] = {"video": record, "source": file, **_state(files.root / file), **span}
     return named, [sources[record] for record in sorted(sources)]
 
 
@@ -139,15 +150,14 @@ def encode_video(source: store.Source, root: str, settings: dict[str, Any]) -> s
             threads=1,  # the other cores have their own videos
         )
     except VideoError as error:
-        return {"reason": str(error)}
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
+        return {"reason": str(error), **({"sha256": digest} if digest else {})}
     line = {
         "video": source["video"],
         "num_frames": len(video.frames),
         "source": source["source"],
         **span,
-        "sha256": sha256,
+        "sha256": sha256(path),
         "total_frames": video.total_frames,
         "duration": video.duration,
         "fps": video.fps,
@@ -188,22 +198,31 @@ def _part(question: Row) -> tuple[float, float] | None:
     return start, end
 
 
-def _size(file: Path) -> int:
-    """Bytes, 0 where there is nothing to be asked: the reason comes from opening it."""
+def sha256(file: Path) -> str | None:
+    """The hash of a file's content, in hexadecimal, None where it cannot be read."""
     try:
-        return file.stat().st_size
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError:
-        return 0
+        return None
+
+
+def _state(file: Path) -> dict[str, int]:
+    """Bytes, and nanoseconds of the last change; 0 where there is nothing to be asked: opening it gives the reason."""
+    try:
+        found = file.stat()
+    except OSError:
+        return {"bytes": 0, "changed": 0}
+    return {"bytes": found.st_size, "changed": found.st_ctime_ns}
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     """The store's settings; image size and resize rule come from --base, from the flags, or are LLaVA's."""
     image = {"image_size": flags.image_size, "resize": flags.resize}
     if flags.base is not None:
-        try:
-            base = json.loads((flags.base / "base.json").read_text())
-        except OSError:
-            raise UserError(f"--base={flags.base}: has no base.json: make it with conversion.from_torch") from None
+        if not (flags.base / "base.json").is_file():
+            raise UserError(f"--base={flags.base}: has no base.json: make it with conversion.from_torch")
+        base = read_object(flags.base / "base.json", BASE)
         if any(value is not None and value != base[name] for name, value in image.items()):
             raise UserError(
                 f"--base={flags.base} has image_size={base['image_size']} and resize={base['resize']}: "

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_pipeline.formats import Row
 from data_pipeline.store import Shards, Source
-from data_pipeline.video_files import VideoFiles
+from data_pipeline.video_files import VideoFiles, as_text
 
 
 def make_report(
@@ -20,10 +20,14 @@ def make_report(
     stored = {line["video"] for line in shards.videos}
     asked = {source["source"] for source in sources}
     orphans = [question for question in questions if question["video"] not in stored]
+    nameless = [
+        {"source": as_text(file), "reason": f"{files.root / as_text(file)}: its name is not UTF-8 text; rename it"}
+        for file in files.nameless
+    ]
     return {
-        "videos_found": len(asked.union(*files.videos.values())),
+        "videos_found": len(asked.union(*files.videos.values())) + len(nameless),
         "videos_used": len({line["source"] for line in shards.videos}),
-        "videos_left_out": shards.left_out,
+        "videos_left_out": shards.left_out + nameless,
         "videos_cut_short": shards.notes,
         "videos_without_question": sorted(map(files.id, set().union(*files.videos.values()) - asked)),
         "records": len(shards.videos),

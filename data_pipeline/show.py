@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from data_pipeline.artefacts import REPORT, read_object
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.files import as_path, in_bucket, written_whole
 from data_pipeline.lettering import CJK, choose_font, escape, tidy, wrap
@@ -52,8 +52,6 @@ def main(argv: list[str]) -> None:
     flags = _parse(argv)
     _check_out(flags.out)
     store = open_store(flags.store)
-    if not len(store):
-        raise UserError(f"{store.path}: holds no video")
     if flags.stats:
         print(table(quantities := distributions(store)))
         picture = draw_distributions(quantities)
@@ -226,7 +224,7 @@ def draw_distributions(quantities: dict[str, list[float]]) -> Image.Image:
 def _check_frames(store: VideoStore) -> None:
     """Raises UserError for a store of streams, naming the frame store it was made from."""
     if store.meta["kind"] != "frames":
-        made_from = json.loads((store.path / "report.json").read_text(encoding="utf-8")).get("made_from", "unknown")
+        made_from = read_object(store.path / "report.json", REPORT).get("made_from", "unknown")
         raise UserError(f"{store.path}: holds streams, no frames: give the store they were made from, {made_from}")
 
 

@@ -4,20 +4,24 @@
     videos.jsonl        one line a record, in record order
     instructions.jsonl  the questions on these videos
     report.json         what was found, used and left out
-    store.json          how the records were made; written last, so that a folder with it is whole
-    parts/              what a restart needs: plan.json, and per shard the lines of its videos
+    store.json          how the records were made and what the shards hold; written last, so that a folder with it is
+                        whole
+    parts/              what a restart needs: plan.json, and per shard the lines of its videos and its hash
 
 A record of kind "frames" (data_pipeline.prepare) is {"video": text, "frames": (n, S, S, 3) uint8, "timestamps": (n,)
 float32 seconds from its file's first frame}; of kind "streams" (redvillm_jax.encode) {"video": text, and per stream
 (m, D) features}.
 """
 
+import bisect
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
-import logging
+import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,26 +30,40 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  registers "bfloat16" with numpy
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from data_pipeline.artefacts import PLAN, QUESTION, STORE, VIDEO, Form, parse_lines, read_bytes, read_object
 from data_pipeline.errors import UserError
-from data_pipeline.files import as_path, check_bucket, explained, in_bucket, make_folder, write_text, written_whole
+from data_pipeline.files import (
+    as_path,
+    check_bucket,
+    explained,
+    file_sizes,
+    in_bucket,
+    make_folder,
+    write_text,
+    written_whole,
+)
 from data_pipeline.locks import is_lock
+from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256, with_checksum
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
+KINDS = ("videos", "left_out", "notes")  # of lines that a shard has
 
-Source = dict[str, Any]  # {"video": id, "source": relative file, "bytes": its size, and of a part "start", "end"}
-Result = dict[str, Any]  # {"line": of videos.jsonl, "record": its arrays, "note": if any} or {"reason": why not}
+# {"video": id, "source": relative file, "bytes": its size, "changed": when, in ns, and of a part "start" and "end"}
+Source = dict[str, Any]
+# {"line": of videos.jsonl, "record": its arrays, "note": if any} or {"reason": why not, "sha256": of the file, if any}
+Result = dict[str, Any]
 
 
 class Shards(NamedTuple):
     """What the shards that are there hold.
 
     videos: lines of videos.jsonl. left_out: sources with "reason". notes: sources with "note". missing: how many shards
-    of `total` are not there.
+    of `total` are not there, or not whole. parts: what parts/ says of the others, by name.
     """
 
     videos: list[dict[str, Any]]
@@ -53,10 +71,11 @@ class Shards(NamedTuple):
     notes: list[dict[str, Any]]
     missing: int
     total: int
+    parts: dict[str, dict[str, Any]]
 
 
 class VideoStore:
-    """A whole store: `store[i]` is record i. Opened lazily and pickled as its path, for Grain's workers."""
+    """A whole store: `store[i]` is record i. Read lazily and pickled as its path, for Grain's workers."""
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
@@ -64,33 +83,73 @@ class VideoStore:
             half = (self.path / "parts" / "plan.json").is_file()
             problem = "is not finished: run the command that makes it again" if half else "is not a store of videos"
             raise UserError(f"{self.path}: {problem} (python -m data_pipeline.prepare --help)")
-        self.meta: dict[str, Any] = _read_json(self.path / "store.json")
-        shards = {_shard(self.path, self.meta["kind"], part.stem).name for part in self.path.glob("parts/*-of-*.json")}
-        if missing := sorted(shards - _names(self.path)):
-            raise UserError(f"{self.path}: {missing[0]} is missing; run the command that makes the store again")
+        self.meta: dict[str, Any] = read_object(self.path / "store.json", STORE)
+        self._known: dict[str, dict[str, int]] = self.meta.pop("shards", {})
+        self._readers: dict[str, ArrayRecordReader] = {}
+
+    def check(self) -> None:
+        """Raises UserError unless all shards are there, as long as they were, and the lines are those of the store.
+
+        Reads no record: a damaged one is found when it is read.
+        """
+        there = file_sizes(self.path)
+        for name in self._shards:
+            if name not in there:
+                raise UserError(f"{self.path}: {name} is missing; {STORE.remedy}")
+            wanted = self._known.get(name, {}).get("bytes", there[name])
+            if there[name] != wanted:
+                raise UserError(f"{self.path / name}: has {there[name]} bytes, expected {wanted}; {STORE.remedy}")
+        self.videos, videos = self._read("videos.jsonl", VIDEO)
+        self.instructions, instructions = self._read("instructions.jsonl", QUESTION)
+        settings = {name: value for name, value in self.meta.items() if name != "fingerprint"}
+        if self.meta["fingerprint"] != _fingerprint(settings, videos, instructions):
+            raise UserError(
+                f"{self.path}: store.json, videos.jsonl and instructions.jsonl do not belong together; {STORE.remedy} "
+                "(to change questions, change the files that it reads)"
+            )
 
     @functools.cached_property
     def videos(self) -> list[dict[str, Any]]:
         """The lines of videos.jsonl, by record index."""
-        return _read_lines(self.path / "videos.jsonl")
+        return self._read("videos.jsonl", VIDEO)[0]
 
     @functools.cached_property
     def instructions(self) -> list[dict[str, Any]]:
         """The questions, each on a video of the store."""
-        return _read_lines(self.path / "instructions.jsonl")
-
-    @functools.cached_property
-    def _records(self):
-        logging.getLogger("absl").addFilter(lambda record: "OpenCV" not in str(record.msg))  # PIL will do
-        return tfds.builder_from_directory(self.path).as_data_source("train")
+        return self._read("instructions.jsonl", QUESTION)[0]
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"video": str, …}: the record's arrays as the module's docstring lists them."""
-        record = self._records[index]
-        return {name: value.decode() if name == "video" else np.asarray(value) for name, value in record.items()}
+        """Returns {"video": str, …}: the record's arrays as the module's docstring lists them.
+
+        Raises UserError for a record that cannot be read, or is another video's, as those of an exchanged shard are.
+        """
+        video = self.videos[index]["video"]
+        shard = bisect.bisect_right(self._ends, index)
+        file, place = self.path / self._shards[shard], index - (self._ends[shard - 1] if shard else 0)
+        where = f"{file}: record {place}, {video!r},"
+        mend = "delete this shard, then run the command that made the store again: it makes what is missing"
+        try:
+            stored = self._reader(file.name).read([place])[0]
+        except RuntimeError as error:
+            damaged = re.search(r"Corrupted|Invalid|at least 64KB", str(error))
+            raise UserError(
+                f"{where} cannot be read ({_short(error)}); {mend if damaged else 'is the disk or the network well?'}"
+            ) from None
+        try:
+            record = self._features.deserialize_example_np(stored)
+            record = {name: x.decode() if name == "video" else np.asarray(x) for name, x in record.items()}
+        except Exception as error:  # of many kinds: the message, its fields, their pictures
+            raise UserError(f"{where} cannot be read ({_short(error)}); {mend}") from None
+        if record["video"] != video:
+            raise UserError(f"{where} is that of {record['video']!r}; {mend}")
+        for name, (shape, _) in _shapes(self.meta).items():
+            wanted = (self.videos[index]["num_frames"], *shape[1:]) if name == "frames" else shape
+            if record[name].shape != wanted:
+                raise UserError(f"{where} has {name} of shape {record[name].shape}, expected {wanted}; {mend}")
+        return record
 
     def padded(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Reads records into arrays of static shape, zeros where a record is shorter or the index is -1.
@@ -113,12 +172,46 @@ class VideoStore:
     def __reduce__(self):
         return VideoStore, (self.path,)
 
+    @functools.cached_property
+    def _features(self) -> tfds.features.FeaturesDict:
+        return _features(self.meta)
+
+    @functools.cached_property
+    def _shards(self) -> list[str]:
+        """The names of the shards, in record order."""
+        parts = [] if self._known else self.path.glob("parts/*-of-*.json")  # store.json may be older than "shards"
+        return sorted(self._known or (_shard(self.path, self.meta["kind"], part.stem).name for part in parts))
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """The record index behind each shard's last."""
+        known = self._known
+        counts = (known[n]["records"] if n in known else self._reader(n).num_records() for n in self._shards)
+        ends = list(itertools.accumulate(counts))
+        if ends[-1] != len(self.videos):
+            raise UserError(f"{self.path}: has {ends[-1]} records, videos.jsonl {len(self.videos)}; {STORE.remedy}")
+        return ends
+
+    def _reader(self, name: str) -> ArrayRecordReader:
+        """The reader of a shard, opened when it is first needed."""
+        if name not in self._readers:
+            options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}  # for any order
+            self._readers[name] = ArrayRecordReader(str(self.path / name), **options)
+        return self._readers[name]
+
+    def _read(self, name: str, form: Form) -> tuple[list[dict[str, Any]], bytes]:
+        """A file of lines, and its content."""
+        content = read_bytes(self.path / name, form)
+        return parse_lines(self.path / name, content, form), content
+
 
 def open_store(path: str | Path) -> VideoStore:
-    """Opens a store for reading, on a disk or in a bucket. Raises UserError for what is none, or not finished."""
+    """Opens a store for reading, on a disk or in a bucket. Raises UserError for what is none, or not whole."""
     check_bucket(path)
     with explained(path):
-        return VideoStore(path)
+        store = VideoStore(path)
+        store.check()
+    return store
 
 
 def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.ndarray | list[bytes]:
@@ -131,26 +224,31 @@ def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.nd
     return [image.getvalue() for image in images]
 
 
-def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> None:
-    """Raises UserError unless `path` is absent, empty, or a store (whole or begun) of just this plan."""
+def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> list[Source]:
+    """Returns the sources of a store (whole or begun) of just this plan, as they were when it was begun.
+
+    Of none if `path` is absent or empty. Raises UserError if something else is there.
+    """
     path = as_path(path)
     if not path.exists():
-        return
+        return []
     if not (path / "parts" / "plan.json").is_file():
         if path.is_dir() and {name for name in _names(path) if not is_lock(name)} <= {"parts"}:
-            return  # empty, or another run is about to write its plan, the same as ours
+            return []  # empty, or another run is about to write its plan, the same as ours
         raise UserError(f"{path}: exists and is not a store of videos; choose another --out")
-    made = _read_json(path / "parts" / "plan.json")
+    made = read_object(path / "parts" / "plan.json", PLAN)
     differs = [
         f"{name}={made['settings'].get(name)} (now {value})"
         for name, value in settings.items()
         if made["settings"].get(name) != value
     ]
-    before, now = ({tuple(source.values()) for source in plan} for plan in (made["sources"], sources))
+    keys = ("video", "source", "start", "end")
+    before, now = ({tuple(map(source.get, keys)) for source in plan} for plan in (made["sources"], sources))
     if changed := sorted({video for video, *_ in before ^ now}):
-        differs.append(f"other videos ({len(changed)} added, removed or changed, the first: {changed[0]})")
+        differs.append(f"other videos ({len(changed)} added, removed or moved, the first: {changed[0]})")
     if differs:
         raise UserError(f"{path}: was made with {', '.join(differs)}; choose another --out or delete it")
+    return made["sources"]
 
 
 def write_shards(
@@ -160,41 +258,72 @@ def write_shards(
     encode: Callable[[list[Source]], Iterable[Result]],
     *,
     shard: tuple[int, int] = (1, 1),
+    digest: Callable[[Source], str | None] = lambda source: None,
 ) -> Shards:
-    """Writes the shards that are missing and returns what is then there.
+    """Writes the shards that are missing or broken and returns what is then there.
 
     settings: "kind" and all that the records depend on. sources: in record order; a video's place decides its
     shard. encode: called once with the sources of all shards to be written, yields their results in order. shard:
-    (i, n) writes the i-th of every n shards only, as one of n runs that share the folder.
-    A shard has its name only when it is whole, and then `parts/` has the lines of its videos.
+    (i, n) writes the i-th of every n shards only, as one of n runs that share the folder. digest: the SHA-256 of a
+    source's file as it is, None where it cannot be read.
+    A shard has its name only when it is whole, and then `parts/` has the lines of its videos. Raises UserError when a
+    video's file has been replaced since it was decoded.
     """
     path, (number, count) = as_path(path), shard
     check_bucket(path)
-    check_plan(path, settings, sources)
     shards, names = _split(sources)
+    planned, _ = _split(check_plan(path, settings, sources) or sources)
     files = [_shard(path, settings["kind"], name) for name in names]
     make_folder(path / "parts")
-    write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": sources}))
-    there = _names(path)
-    missing = [i for i, file in enumerate(files) if file.name not in there and i % count == number - 1]
+    if not (path / "parts" / "plan.json").exists():
+        plan = [{key: value for key, value in source.items() if key != "changed"} for source in sources]
+        write_text(path / "parts" / "plan.json", _json({"settings": settings, "sources": plan}))
+    sizes, features, broken, replaced = file_sizes(path), _features(settings), {}, {}
+    mine = range(number - 1, len(names), count)
+    for i in mine:
+        try:
+            if files[i].name in sizes:
+                part = read_part(files[i], _part(path, names[i]), shards[i], sizes)
+                if not in_bucket(path):  # which keeps checksums itself
+                    check_shard(files[i], _part(path, names[i]), part, features)
+                before = part.get("sources", planned[i])
+                if video := replaced_video(before, shards[i], part, digest):
+                    replaced[i] = video
+                elif before != shards[i] and "sources" in part:  # in their times alone: once compared is enough
+                    write_text(_part(path, names[i]), _json(with_checksum(part | {"sources": shards[i]})))
+        except UserError as error:
+            broken[i] = str(error)
+    if replaced:
+        first, video = next(iter(replaced.items()))
+        more = f", and {len(replaced) - 1} more shards hold such videos" if len(replaced) > 1 else ""
+        raise UserError(
+            f"{files[first]}: the file of {video!r} is not the one whose frames are stored{more}: delete the shard to "
+            "store those of the file that is there, or choose another --out"
+        )
+    missing = [i for i in mine if i in broken or files[i].name not in sizes]
     if missing:
-        (path / "store.json").unlink(missing_ok=True)  # one that is there describes shards that were deleted
+        (path / "store.json").unlink(missing_ok=True)  # one that is there describes other shards
+    for i, problem in broken.items():
+        print(f"note: {problem}: this shard is made again", file=sys.stderr)
+        if not files[i].is_dir():  # where writing the shard says what is wrong
+            files[i].unlink()
     results = iter(encode([source for i in missing for source in shards[i]]))
-    features = _features(settings)
     for i in missing:
         pairs = zip(shards[i], itertools.islice(results, len(shards[i])), strict=True)
-        _write_shard(files[i], path / "parts" / f"{names[i]}.json", features, pairs)
+        _write_shard(files[i], _part(path, names[i]), features, shards[i], pairs)
     return read_shards(path, settings, sources)
 
 
 def read_shards(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> Shards:
     """What the shards that are there hold, whoever wrote them; the arguments are those of `write_shards`."""
-    path, (_, names) = as_path(path), _split(sources)
-    there = _names(path)
-    whole = [name for name in names if _shard(path, settings["kind"], name).name in there]
-    parts = [_read_json(path / "parts" / f"{name}.json") for name in whole]
-    kinds = ([line for part in parts for line in part.get(kind, [])] for kind in ("videos", "left_out", "notes"))
-    return Shards(*kinds, missing=len(names) - len(whole), total=len(names))
+    path, (shards, names) = as_path(path), _split(sources)
+    sizes, parts = file_sizes(path), {}
+    for name, own in zip(names, shards, strict=True):
+        shard = _shard(path, settings["kind"], name)
+        with contextlib.suppress(UserError):  # a broken one is as good as none
+            parts |= {name: read_part(shard, _part(path, name), own, sizes)} if shard.name in sizes else {}
+    kinds = ([line for part in parts.values() for line in part.get(kind, [])] for kind in KINDS)
+    return Shards(*kinds, missing=len(names) - len(parts), total=len(names), parts=parts)
 
 
 def _split(sources: list[Source]) -> tuple[list[list[Source]], list[str]]:
@@ -203,44 +332,51 @@ def _split(sources: list[Source]) -> tuple[list[list[Source]], list[str]]:
     return shards, [f"{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
 
 
-def _write_shard(shard: Path, part_file: Path, features: Any, pairs: Iterable[tuple[Source, Result]]) -> None:
+def _write_shard(
+    shard: Path, part_file: Path, features: Any, sources: list[Source], pairs: Iterable[tuple[Source, Result]]
+) -> None:
     """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
-    part: dict[str, Any] = {"videos": [], "left_out": [], "notes": [], "num_bytes": 0}
+    part: dict[str, Any] = {**{kind: [] for kind in KINDS}, "num_bytes": 0, "sources": sources}
     with written_whole(shard) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
         for source, result in pairs:
+            shown = {key: value for key, value in source.items() if key != "changed"}
             if "reason" in result:
-                part["left_out"].append({**source, "reason": result["reason"]})
+                part["left_out"].append(shown | result)
                 continue
             if "note" in result:
-                part["notes"].append({**source, "note": result["note"]})
+                part["notes"].append(shown | {"note": result["note"]})
             record = _serialize(features, {"video": source["video"], **result["record"]})
             writer.write(record)
             part["num_bytes"] += len(record)
             part["videos"].append(result["line"])
         writer.close()
-        write_text(part_file, _json(part))
+        part |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        write_text(part_file, _json(with_checksum(part)))
 
 
 def finish_store(
     path: str | Path,
     settings: dict[str, Any],
-    videos: list[dict[str, Any]],
+    shards: Shards,
     instructions: list[dict[str, Any]],
     report: dict[str, Any],
 ) -> None:
-    """Writes what describes the shards, store.json last; running it again changes nothing.
+    """Writes what describes the shards, store.json last; running it again changes nothing but what is damaged.
 
-    store.json holds the settings and a fingerprint of settings, videos and instructions.
+    store.json holds the settings, a fingerprint of settings, videos and instructions, and each shard's size.
     """
     path = as_path(path)
-    if not (path / "store.json").is_file():
-        for name, text in _tfds_metadata(path, settings).items():
-            write_text(path / name, text)
-    texts = {"videos.jsonl": _lines(videos), "instructions.jsonl": _lines(instructions)}
-    described = _json(settings) + "".join(texts.values())
-    fingerprint = hashlib.sha256(described.encode()).hexdigest()
-    texts |= {"report.json": _json(report), "store.json": _json({**settings, "fingerprint": fingerprint})}
+    texts = _tfds_metadata(settings, shards.parts)
+    texts |= {"videos.jsonl": _lines(shards.videos), "instructions.jsonl": _lines(instructions)}
+    fingerprint = _fingerprint(settings, texts["videos.jsonl"].encode(), texts["instructions.jsonl"].encode())
+    known = {
+        _shard(path, settings["kind"], name).name: {"records": len(part["videos"])}
+        | ({"bytes": part["bytes"]} if "bytes" in part else {})
+        for name, part in shards.parts.items()
+    }
+    texts |= {"report.json": _json(report)}
+    texts |= {"store.json": _json({**settings, "fingerprint": fingerprint, "shards": known})}
     for name, text in texts.items():
         write_text(path / name, text)
     if in_bucket(path):
@@ -249,9 +385,13 @@ def finish_store(
         leftover.unlink(missing_ok=True)
 
 
-def _tfds_metadata(path: Path, settings: dict[str, Any]) -> dict[str, str]:
+def _fingerprint(settings: dict[str, Any], videos: bytes, instructions: bytes) -> str:
+    """Identifies what a store was made with and what it says it holds; the latter as the files' contents."""
+    return hashlib.sha256(_json(settings).encode() + videos + instructions).hexdigest()
+
+
+def _tfds_metadata(settings: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The files that TFDS wants beside the shards, made elsewhere: it would not write them whole or not at all."""
-    parts = {file.stem: _read_json(file) for file in sorted(path.glob("parts/*-of-*.json"))}
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[len(part["videos"]) for part in parts.values()],
@@ -275,6 +415,10 @@ def _names(path: Path) -> set[str]:
 
 def _shard(path: Path, kind: str, name: str) -> Path:
     return path / f"{kind}-train.array_record-{name}"
+
+
+def _part(path: Path, name: str) -> Path:
+    return path / "parts" / f"{name}.json"
 
 
 def _shapes(settings: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -316,12 +460,6 @@ def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON; delete the store and make it again") from None
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _short(error: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())[:160]

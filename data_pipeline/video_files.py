@@ -21,12 +21,13 @@ class VideoFiles(NamedTuple):
     """The files of --videos, as paths from `root`.
 
     videos: by file name without extension. others: files without a known video's extension, by their names with and
-    without extension.
+    without extension. nameless: videos whose names are not UTF-8 text, which no question can mean.
     """
 
     root: Path
     videos: dict[str, list[str]]
     others: dict[str, list[str]]
+    nameless: list[str]
 
     def names(self) -> set[str]:
         """All file names, with and without extension."""
@@ -88,8 +89,12 @@ def find_videos(videos: Path) -> VideoFiles:
         raise UserError(f"--videos={videos}: no such folder, nor a list of files")
     by_id: dict[str, list[str]] = defaultdict(list)
     others: dict[str, list[str]] = defaultdict(list)
+    nameless = []
     for file in files:
         path = Path(file)
+        if not is_text(file):
+            nameless += [file] if path.suffix.lower() in VIDEO_EXTENSIONS else []
+            continue
         if path.suffix.lower() in VIDEO_EXTENSIONS:
             by_id[path.stem].append(file)
         else:
@@ -97,7 +102,21 @@ def find_videos(videos: Path) -> VideoFiles:
                 others[name].append(file)
     if not by_id and not others:
         raise UserError(f"--videos={videos}: holds no {' '.join(VIDEO_EXTENSIONS)} file")
-    return VideoFiles(root, dict(by_id), dict(others))
+    return VideoFiles(root, dict(by_id), dict(others), nameless)
+
+
+def is_text(path: str) -> bool:
+    """Whether a path, which on a disk is bytes, is UTF-8 text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(path: str) -> str:
+    """A path that may be no text, its odd bytes as \\xff."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def looks_like_video(file: Path) -> bool:

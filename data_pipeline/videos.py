@@ -4,7 +4,6 @@ import array
 import contextlib
 import functools
 import math
-import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from PIL import Image
 from data_pipeline.errors import UserError
 from data_pipeline.sampling import UNIFORM, Part, choose_frames
 
-PICTURES = re.compile(r"^image2|_pipe$|^tty$")  # FFmpeg's names of formats that hold a picture, or make one of a text
+# FFmpeg's names of the formats that are read: files that hold their own video. Others open further files or addresses
+# (concat, hls, dash, sdp), are pictures, or make pictures of a text.
+FORMATS = (
+    *("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "live_flv", "asf", "asf_o", "gif", "apng", "ogg", "rm", "nut"),
+    *("nsv", "nuv", "wtv", "mxf", "gxf", "dv", "swf", "pva", "ty", "dhav", "flic", "smk", "bink", "roq", "ivf", "obu"),
+    *("av1", "h261", "h263", "h264", "hevc", "vvc", "m4v", "mpegvideo", "vc1", "vc1test", "mjpeg", "mjpeg_2000"),
+    *("cavsvideo", "dirac", "avs2", "avs3", "dnxhd", "yuv4mpegpipe"),
+)
+ALLOWED = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"}
 
 
 class VideoError(UserError):
@@ -262,14 +269,24 @@ def _shown_size(frame: av.VideoFrame) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open(path: str | Path, threads: int) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its best video stream; whatever FFmpeg says against it becomes a VideoError."""
+    """Opens a file and its best video stream; whatever FFmpeg says against it becomes a VideoError.
+
+    Nothing but this file is opened, whatever its name or its content says.
+    """
     try:
-        with av.open(str(path)) as container:
+        container = av.open(f"file:{path}", container_options=ALLOWED)
+    except av.error.ArgumentError:
+        raise VideoError(
+            f"{path}: is no video in a format that is read, such as MP4 or MKV (lists of other files, streams, "
+            "pictures and texts are not)"
+        ) from None
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{path}: cannot be decoded: {error.strerror}") from error
+    try:
+        with container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic:  # a sound file's cover
                 raise VideoError(f"{path}: has no video stream")
-            if PICTURES.search(container.format.name):
-                raise VideoError(f"{path}: is a picture or a text ({container.format.name}), not a video")
             if stream.codec_context is None:
                 raise VideoError(f"{path}: its video codec is not supported")
             stream.codec_context.thread_count = threads

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 
+from data_pipeline.artefacts import ANSWER_REPORT
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
@@ -64,9 +65,6 @@ FLAGS = {
     "time_limit": ("120", "Seconds after which the process that reads a video is ended."),
     **OPTIONS,
 }
-
-
-REPORT = {"made_with", "answered", "failed"}  # what OUTPUT.report.json says
 
 
 def main(argv: list[str]) -> int:
@@ -116,7 +114,7 @@ def read_questions(path: Path, output: str) -> list[Row]:
         raise UserError(f"--output={output}: is the --input")
     if Path(output).is_dir():
         raise UserError(f"--output={output}: is a folder, expected the name of a file")
-    check_own(as_path(output), finished=read_made(report_of(as_path(output)), REPORT) is not None)
+    check_own(as_path(output), finished=read_made(report_of(as_path(output)), ANSWER_REPORT) is not None)
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
@@ -162,7 +160,7 @@ def answer_file(
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
     report_file = report_of(output)
     settings = made_with(assistant, rows, generation)
-    report = read_made(report_file, REPORT)
+    report = read_made(report_file, ANSWER_REPORT)
     known = known_answers(output, rows) if report and report["made_with"] == settings else {}
     if len(known) == len(rows):
         print(f"{output} is whole already")

@@ -1,17 +1,17 @@
 """answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
 
 import glob
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from data_pipeline.artefacts import ANSWERS_BEGUN, NUMBERED_ANSWER, Form, read_lines, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, make_folder, write_text
 from redvillm_jax.distributed import is_first, wait_for_all
-from redvillm_jax.lines import LineFile, LineObject, as_text, open_lines, read_lines
+from redvillm_jax.lines import LineFile, LineObject, as_text, open_lines
 
 Answer = dict[str, Any]
 
@@ -30,11 +30,7 @@ class AnswerLog:
         own = self.path.with_name(f"{self.path.name}.part{jax.process_index()}")
         kept = as_lines(known) if is_first() else []
         for part in parts_of(self.path):
-            header, *lines = read_lines(part) or [{}]
-            if "made_with" not in header:
-                raise UserError(
-                    f"{part}: is no part of {self.path.name}: move it away, or choose another name for that"
-                )
+            header, *lines = read_part(part) or [{"made_with": made_with}]
             check_same(part, header["made_with"], made_with)
             self.done |= {line["number"]: line["answer"] for line in lines}
             kept += lines if part == own else []
@@ -53,10 +49,10 @@ class AnswerLog:
         """
         self.file.close()
         wait_for_all("answers are written")
-        done = {line["number"]: line["answer"] for part in parts_of(self.path) for line in read_lines(part)[1:]}
-        if missing := count - len(done):
+        done = {line["number"]: line["answer"] for part in parts_of(self.path) for line in read_part(part)[1:]}
+        if missing := set(range(count)) - done.keys():
             raise UserError(
-                f"{self.path}: {missing} of {count} answers are not in its folder: all processes must see the "
+                f"{self.path}: {len(missing)} of {count} answers are not in its folder: all processes must see the "
                 "same one, such as a bucket (gs://)"
             )
         answers = [done[number] for number in range(count)]
@@ -79,25 +75,18 @@ def parts_of(path: Path) -> list[Path]:
 
 def check_own(path: Path, finished: bool) -> None:
     """Raises UserError for a file that no run of this command has written: it is neither `finished` nor begun."""
-    if (
-        path.exists()
-        and not finished
-        and not any("made_with" in line for p in parts_of(path) for line in read_lines(p))
-    ):
+    if path.exists() and not finished and not any(map(read_part, parts_of(path))):
         raise UserError(f"{path}: was not written by this command; choose another name, or move it away")
 
 
-def read_made(path: Path, keys: set[str]) -> dict[str, Any] | None:
+def read_made(path: Path, form: Form) -> dict[str, Any] | None:
     """What a report of this command says, None if there is none. Raises UserError for a file that is something else."""
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or not keys <= found.keys():
-        raise UserError(f"{path}: was not written by this command; choose another output, or move it away")
-    return found
+    return read_object(path, form) if path.exists() else None
+
+
+def read_part(part: Path) -> list[dict[str, Any]]:
+    """A part's first line, which says what its answers are made with, and those of its answers."""
+    return read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
 
 
 def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
+from data_pipeline.artefacts import ANSWER, read_lines
 from data_pipeline.errors import UserError
 from redvillm_jax.answer_log import AnswerLog
 from redvillm_jax.assistant import Assistant
 from redvillm_jax.cli import number, positive
 from redvillm_jax.inference import Arrays, Asked, Generation
-from redvillm_jax.lines import read_lines
 from redvillm_jax.prompts import Prompt, check_length, prompt_text
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation)
 
 def known_answers(path: Path, rows: Sequence[Row]) -> dict[int, Row]:
     """The answers of a file by number of the question, but for what failed and what is not about these rows."""
-    found = enumerate(zip(read_lines(path), rows, strict=False))
+    found = enumerate(zip(read_lines(path, ANSWER), rows, strict=False))
     same = {i: answer for i, (answer, row) in found if answer | row == answer}  # nobody has edited the file
     return {i: answer for i, answer in same.items() if answer.get("prediction") is not None}
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from data_pipeline.artefacts import CHECKPOINT, RUN, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import absolute, as_path, check_bucket, in_bucket
 from redvillm_jax.distributed import is_first, true_everywhere, wait_for_all
@@ -26,6 +28,7 @@ from redvillm_jax.seal import SUMS, damaged, seal
 FOLDER = "checkpoints"
 DESCRIPTION = "run.json"
 LAST_FILE = "commit_success.txt"  # by Orbax, when the rest is whole
+DAMAGED = ".corrupt"  # stands behind the step in the name of a checkpoint that was set aside
 UNSEALED = ("_CHECKPOINT_METADATA", LAST_FILE)
 
 
@@ -84,12 +87,21 @@ def describe_and_seal(directory: epath.Path, step: int, description: str) -> Non
 
 
 def saved_steps(run: str | Path) -> list[int]:
-    """The steps of a run's checkpoints, the newest first; in a bucket an unfinished one lacks Orbax's last file."""
-    there = list(folder(run).iterdir()) if folder(run).is_dir() else []
-    return sorted(
-        (int(p.name) for p in there if p.name.isdigit() and (not in_bucket(run) or (p / LAST_FILE).exists())),
-        reverse=True,
-    )
+    """The steps of a run's checkpoints, the newest first; in a bucket an unfinished one lacks Orbax's last file.
+
+    What has another name than Orbax gives a step, or is no folder, is none.
+    """
+    there = [p for p in entries(run) if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    whole = (p for p in there if ((p / LAST_FILE).exists() if in_bucket(run) else p.is_dir()))
+    return sorted((int(p.name) for p in whole), reverse=True)
+
+
+def entries(run: str | Path) -> list[epath.Path]:
+    """All that lies in the folder of a run's checkpoints."""
+    where = folder(run)
+    if where.is_file():
+        raise UserError(f"{where}: is a file, expected a folder or nothing: move it away, then run this again")
+    return list(where.iterdir()) if where.is_dir() else []
 
 
 def restore(
@@ -100,7 +112,7 @@ def restore(
     identity(config): the fingerprints that this run would have had with the config that a checkpoint was saved with.
     One that fits but is damaged is renamed to `<step>.corrupt`, with a line, and the one before is read. Every process
     must call this. Raises UserError when a checkpoint belongs to another base, to other questions or videos, or to
-    other trainable weights, and when a whole one cannot be read.
+    other trainable weights, when a whole one cannot be read, and when there are but damaged ones.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(state))
     found = None
@@ -114,7 +126,18 @@ def restore(
             set_aside(where, problem)
         elif found is None:
             found = step, load(where, abstract)
+    if found is None:
+        refuse_damaged(run)
     return found or (0, state)
+
+
+def refuse_damaged(run: str | Path) -> None:
+    """Raises UserError for a run without a checkpoint that had some, all of which were set aside."""
+    if aside := sorted(p.name for p in entries(run) if re.fullmatch(rf"\d+{DAMAGED}(\.\d+)?", p.name)):
+        raise UserError(
+            f"{folder(run)}: every checkpoint is damaged ({', '.join(aside[:3])}); put back a copy of one, or, "
+            "to start over, delete this folder or give another --workdir"
+        )
 
 
 def unlisted(where: epath.Path) -> str:
@@ -170,7 +193,7 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def set_aside(where: epath.Path, problem: str) -> None:
     """Renames a damaged checkpoint, so that nobody takes it for a whole one and somebody can look at it."""
     if is_first():
-        names = (f"{where.name}.corrupt{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
+        names = (f"{where.name}{DAMAGED}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
         aside = next(path for name in names if not (path := where.parent / name).exists())
         where.rename(aside)
         print(f"note: checkpoint {where.name} is damaged ({problem}); set aside as {aside}", file=sys.stderr)
@@ -190,7 +213,7 @@ def alone() -> Iterator[None]:
 
 def read_description(where: epath.Path) -> dict[str, Any]:
     """What a checkpoint says of itself: "config", "identity", "manifest"."""
-    return json.loads((where / DESCRIPTION).read_text())
+    return read_object(where / DESCRIPTION, CHECKPOINT)
 
 
 def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,9 +226,10 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_bucket(run)
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: not a run directory (no config.json); give the --workdir of a training run")
-    config = json.loads((run / "config.json").read_text())
+    config = read_object(run / "config.json", RUN)
     steps = saved_steps(run)
     if not steps:
+        refuse_damaged(run)
         raise UserError(f"{run}: no checkpoint yet; let redvillm_jax.train finish, then run this again")
     where = folder(run) / str(steps[0])
     if bad := damaged(where, UNSEALED):
@@ -213,4 +237,7 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     saved = ocp.checkpointables_metadata(where).metadata["trainable"]
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
     trained = load(where, {"trainable": abstract})["trainable"]
-    return config | {"step": steps[0], "base_fingerprint": read_description(where)["identity"]["base"]}, trained
+    said = read_description(where)
+    # The checkpoint's own word, which its hashes cover, goes before config.json's; folders may have moved since.
+    config |= {key: said["config"][key] for key in (config.keys() & said["config"].keys()) - {"base", "data"}}
+    return config | {"step": steps[0], "base_fingerprint": said["identity"]["base"]}, trained

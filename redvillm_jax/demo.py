@@ -9,7 +9,6 @@ at its end begins with what is answered right without the video, or without its 
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.artefacts import ANSWER, METRICS, QUESTION, read_lines
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
 from data_pipeline.shape_floors import commonest_answer, without_order
@@ -109,10 +109,10 @@ def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, 
     work, videos = workdir / base, workdir / "videos"
     folders = {TEXT_ONLY: work / "text_only", UNTRAINED: work / "before_training"}
     folders |= {row: work / f"seed-{seed}" / name / "test" for row, (name, _) in ROWS.items()}
-    answers = {row: read_lines(folder / "answers.jsonl") for row, folder in folders.items()}
+    answers = {row: read_lines(folder / "answers.jsonl", ANSWER) for row, folder in folders.items()}
     hits = {row: np.array(list(map(hit, rows))) for row, rows in answers.items()}
     questions = answers[UNTRAINED]
-    train = read_lines(videos / "train" / "instructions.jsonl")
+    train = read_lines(videos / "train" / "instructions.jsonl", QUESTION)
     hits |= {"commonest answer": commonest_answer(train, questions), "what, not when": without_order(questions)}
     return questions, {row: hits[row] for row in (*FLOORS, UNTRAINED, *ROWS)}
 
@@ -120,11 +120,6 @@ def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, 
 def hit(row: Mapping[str, str]) -> float:
     """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it; no answer is a wrong one."""
     return exact_match(row["prediction"] or "", row["answer"])
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
@@ -179,7 +174,7 @@ def draw(
     bars.set(ylabel="exact match, %", ylim=(0, 122), title=f"{base}: questions about held-out videos")
     bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
     for row, file in losses.items():
-        lines = read_lines(file)
+        lines = read_lines(file, METRICS)
         steps, values = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
         curves.plot(steps, values, color=colours[row], alpha=0.25)
         window = np.minimum(np.arange(len(values)), 4)  # a mean over the last five logged steps

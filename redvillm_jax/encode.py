@@ -107,12 +107,14 @@ def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore
     wait_for_all("the shards of the others")
     if not is_first():
         return
-    videos = stores.read_shards(flags["out"], settings, sources).videos
-    report = {"made_from": str(absolute(frames.path)), "videos_used": len(videos)}
-    stores.finish_store(flags["out"], settings, videos, frames.instructions, report)
+    shards = stores.read_shards(flags["out"], settings, sources)
+    if shards.missing:
+        raise UserError(f"{flags['out']}: {shards.missing} of {shards.total} shards are broken; run the command again")
+    report = {"made_from": str(absolute(frames.path)), "videos_used": len(shards.videos)}
+    stores.finish_store(flags["out"], settings, shards, frames.instructions, report)
     values = sum(int(np.prod(shape)) for shape in settings["streams"].values())
     size = f"{values * jnp.dtype(flags['dtype']).itemsize:,} bytes each"
-    print(f"{flags['out']}: {len(videos)} videos, {size}; train with --config.data={flags['out']}")
+    print(f"{flags['out']}: {len(shards.videos)} videos, {size}; train with --config.data={flags['out']}")
 
 
 def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype: str) -> None:

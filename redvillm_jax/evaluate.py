@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.artefacts import REPORT, SUMMARY, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
@@ -51,9 +52,6 @@ FLAGS = {
     "text_only": (False, "Asks without the videos: what the words of the questions give away."),
     **OPTIONS,
 }
-
-
-SUMMARY = {"made_with", "benchmarks", "left_out"}  # what DIR/summary.json says
 
 
 def main(argv: list[str]) -> int:
@@ -135,7 +133,7 @@ def questions(store: VideoStore, benchmark: str | None, language: str | None) ->
 def left_out(store: VideoStore) -> int:
     """How many questions the store was made without, because their videos could not be used."""
     report = store.path / "report.json"
-    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    found = read_object(report, REPORT) if report.is_file() else {}
     return found.get("questions_found", 0) - found.get("questions_used", 0)
 
 

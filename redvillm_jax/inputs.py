@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from data_pipeline.artefacts import EXPORT, RUN, Form, read_object
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
 from data_pipeline.file_hashes import check_files
@@ -38,11 +39,9 @@ from redvillm_jax.weights import (
     open_base,
     projector_names,
     published_base,
-    read_json,
 )
 
 ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "attention", "seed")
-AGAIN = "export the model again with conversion.to_torch"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -125,7 +124,7 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
     else:
         folder = local_copy(model)
         if export and not (folder / BASE_MARK).is_file():
-            check_files(folder, export.get("files"), AGAIN)
+            check_files(folder, export.get("files"), EXPORT.remedy)
         opened = open_base_of_folder(folder, export, base)
         method = {} if untrained else export["method"] | {"family": export["family"]}
         said, trained = config if untrained else as_trained(method, folder / EXPORT_MARK, ADDED_TO_EXPORTS), None
@@ -159,16 +158,13 @@ def check_run(folder: Path) -> None:
             f"{folder}: not a run directory (config.json), a base folder ({BASE_MARK}) or an export ({EXPORT_MARK}); "
             "give one of these"
         )
-    if "base" not in read_json(folder / "config.json", "give the --workdir of a training run"):
+    if "base" not in read_object(folder / "config.json", Form({}, RUN.remedy)):
         raise UserError(f"{folder}: published files: make a base folder of them with conversion.from_torch")
 
 
 def read_export(file: Path) -> dict[str, Any]:
     """What an export says of itself."""
-    export = read_json(file, AGAIN)
-    if missing := {"family", "base_fingerprint", "trained", "method"} - export.keys():
-        raise UserError(f"{file}: has no {min(missing)}; {AGAIN}")
-    return export
+    return read_object(file, EXPORT)
 
 
 def open_base_of_run(config: Mapping[str, Any], base: str | None) -> Base:
@@ -209,10 +205,10 @@ def read_trained(folder: Path, base: Base, config: Mapping[str, Any]) -> dict[st
             tables[extra] = name_table(module, f"{extra}.")
     wanted = {name: leaf.shape for table in tables.values() for name, leaf in table.items()}
     if missing := sorted(wanted.keys() - set(tensors.names())):
-        raise UserError(f"{folder}: lacks {len(missing)} tensors, {', '.join(missing[:4])}; {AGAIN}")
+        raise UserError(f"{folder}: lacks {len(missing)} tensors, {', '.join(missing[:4])}; {EXPORT.remedy}")
     if wrong := [name for name, shape in wanted.items() if tensors.shape(name) != shape]:
         found = f"{wrong[0]} {tensors.shape(wrong[0])}, expected {wanted[wrong[0]]}"
-        raise UserError(f"{folder}: {len(wrong)} tensors of another shape, {found}; {AGAIN}")
+        raise UserError(f"{folder}: {len(wrong)} tensors of another shape, {found}; {EXPORT.remedy}")
     return {
         group: unflatten_dict({leaf.path: np.asarray(tensors[name][:], np.float32) for name, leaf in table.items()})
         for group, table in tables.items()

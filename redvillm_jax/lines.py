@@ -1,4 +1,7 @@
-"""JSON Lines files that grow while a run works and outlive its end, on local disks and in buckets."""
+"""JSON Lines files that grow while a run works and outlive its end, on local disks and in buckets.
+
+`data_pipeline.artefacts.read_lines` reads them.
+"""
 
 import json
 import time
@@ -9,19 +12,6 @@ from typing import Any
 from data_pipeline.files import as_path, in_bucket, write_text
 
 BUCKET_SECONDS = 10  # between two writes of an object, which is written as a whole and at most once a second
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file, none if there is no file; the half line of a killed run is left out."""
-    path = as_path(path)
-    found = []
-    if path.exists():
-        for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):  # cut within a character, too
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return [line for line in found if isinstance(line, dict)]
 
 
 def open_lines(path: str | Path, kept: Sequence[dict[str, Any]]) -> "LineFile | LineObject":

@@ -1,12 +1,15 @@
 """A folder that lists the hashes of its files, so that a damaged one is known before anything trusts it.
 
-`sha256sum -c SHA256SUMS` in the folder checks the same.
+`sha256sum -c SHA256SUMS` in the folder checks the same. Files that somebody has put beside them do not matter.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 from etils import epath
+
+from data_pipeline.errors import UserError
 
 SUMS = "SHA256SUMS"
 
@@ -14,18 +17,36 @@ SUMS = "SHA256SUMS"
 def seal(folder: epath.Path, leave_out: Sequence[str] = ()) -> None:
     """Writes SHA256SUMS for all files below `folder`, apart from those named in `leave_out`."""
     lines = [f"{sha256(folder / name)}  {name}\n" for name in file_names(folder, leave_out)]
-    (folder / SUMS).write_text("".join(lines))
+    count = f"# {len(lines)} files\n"  # a comment for sha256sum; without it a list that is cut would look like a whole
+    (folder / SUMS).write_text("".join([count, *lines]))
 
 
 def damaged(folder: epath.Path, leave_out: Sequence[str] = ()) -> list[str]:
-    """The names of files that are not what `seal` found, gone or new; SHA256SUMS if that is itself."""
+    """The names of files that are gone or not what `seal` found; SHA256SUMS if that is itself.
+
+    Raises UserError for a file that cannot be read.
+    """
     try:
         lines = (folder / SUMS).read_text().splitlines()
-        sums = {name: value for value, name in (line.split("  ", 1) for line in lines)}
-    except (FileNotFoundError, ValueError):
+        sums = {name: value for value, name in (line.split("  ", 1) for line in lines if not line.startswith("#"))}
+    except (OSError, ValueError):
         return [SUMS]
     there = set(file_names(folder, leave_out))
-    return sorted(name for name in sums.keys() | there if name not in there or sums.get(name) != sha256(folder / name))
+    try:
+        wrong = {name for name, value in sums.items() if name not in there or value != sha256(folder / name)}
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.filename or 'a file'} cannot be read ({error.strerror}); is the disk well, and may this "
+            "user read it?"
+        ) from None
+    if not lines[:1] or not re.fullmatch(r"# \d+ files", lines[0]):  # of a list without a count
+        return sorted(wrong | {name for name in there - sums.keys() if not hidden(name)})
+    return sorted(wrong) if lines[0] == f"# {len(sums)} files" else [SUMS]
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or a folder above it is one that listings hide, such as .DS_Store."""
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def file_names(folder: epath.Path, leave_out: Sequence[str]) -> list[str]:

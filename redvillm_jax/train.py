@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from data_pipeline.artefacts import METRICS, RUN, read_lines, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import absolute, as_path, make_folder, write_text
 from data_pipeline.pipeline import batches
@@ -23,7 +24,7 @@ from redvillm_jax.blame import check_steps, in_words
 from redvillm_jax.cli import parse
 from redvillm_jax.flops import matrix_sizes
 from redvillm_jax.inputs import check_store, needed_parts, open_config_base
-from redvillm_jax.lines import LineFile, LineObject, open_lines, read_lines
+from redvillm_jax.lines import LineFile, LineObject, open_lines
 from redvillm_jax.optim import FROZEN, warmup_cosine
 from redvillm_jax.recipe import make_training
 from redvillm_jax.rows import plan_rows, show_rows, supervised_tokens
@@ -171,19 +172,17 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
     make_folder(workdir)
     refuse_foreign(workdir)
     path = workdir / "config.json"
-    if not path.exists() or not any((workdir / checkpoint.FOLDER).glob("[0-9]*")):
+    if not path.exists() or not checkpoint.saved_steps(workdir):
         return config["num_epochs"]
-    known = as_trained(json.loads(path.read_text()), path)
+    known = as_trained(read_object(path, RUN), path)
     check_continues(workdir, known, config)
     return known.get("num_epochs", config["num_epochs"])
 
 
 def refuse_foreign(workdir: Path) -> None:
     """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
-    checkpoints = workdir / checkpoint.FOLDER
     there = [name for name in WRITTEN if (workdir / name).exists()]
-    there += [checkpoint.FOLDER] if checkpoints.is_dir() and any(checkpoints.iterdir()) else []
-    if not there:
+    if checkpoint.saved_steps(workdir) or not there:
         return
     try:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -204,7 +203,8 @@ def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
     """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
-    return open_lines(path, [line for line in read_lines(path) if line["step"] <= last_step])
+    lines = read_lines(path, METRICS, growing=True)
+    return open_lines(path, [line for line in lines if line["step"] <= last_step])
 
 
 def token_mean(steps: Collection[tuple[float, int]]) -> float:

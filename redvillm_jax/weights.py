@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from data_pipeline.artefacts import BASE, Form, read_object
 from data_pipeline.buckets import local_copy
 from data_pipeline.errors import UserError
 from data_pipeline.file_hashes import check_files
@@ -26,7 +26,7 @@ PROJECTORS = "projectors.safetensors"  # the weights of an export without the re
 TEMPORAL_PREFIX = "temporal_module."  # of names in exports
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
 EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
-REMEDY = "make the base folder again with conversion.from_torch"
+REMEDY = BASE.remedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +137,8 @@ class Base:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object; a missing or malformed file is a UserError that ends in `remedy`."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({type(error).__name__}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; {remedy}")
-    return content
+    """A published file that is one JSON object; what is in it is the base's business. Raises UserError."""
+    return read_object(file, Form({}, remedy))
 
 
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
@@ -159,9 +153,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     if not description.is_file():
         hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
-    meta = read_json(description, REMEDY)
-    if missing := {"family", "fingerprint", "image_size", "resize"} - meta.keys():
-        raise UserError(f"{description}: has no {min(missing)}; {REMEDY}")
+    meta = read_object(description, BASE)
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
         raise UserError(
             f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"

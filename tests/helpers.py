@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,23 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from data_pipeline.store import Shards, finish_store, open_store
 from redvillm_jax import generate
 from redvillm_jax.model import VideoLLM
 from redvillm_jax.sampler import Sampling
 from redvillm_jax.weights import name_table
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+
+
+def change_store(path: Path, drop_questions: int = 0, **settings: Any) -> None:
+    """Makes a store of one shard one that was made with other settings, or without its last questions."""
+    store = open_store(path)
+    part = json.loads(next(path.glob("parts/*-of-*.json")).read_text())
+    shards = Shards(store.videos, [], [], missing=0, total=1, parts={"00000-of-00001": part})
+    questions = store.instructions[: len(store.instructions) - drop_questions]
+    made = {name: value for name, value in store.meta.items() if name != "fingerprint"} | settings
+    finish_store(path, made, shards, questions, {})
 
 
 def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dtype=jnp.float32) -> nnx.Module:

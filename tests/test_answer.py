@@ -159,7 +159,7 @@ def test_a_base_whose_bytes_are_flipped_is_refused(bases, files, tmp_path):
     [
         ("gone.mp4", "What?", {}, "gone.mp4: No such file"),
         ("broken.mp4", "What?", {}, "broken.mp4: cannot be decoded"),
-        ("photo.png", "What?", {}, "is a picture"),
+        ("photo.png", "What?", {}, "photo.png: is no video in a format that is read"),
         ("a.mp4", "  ", {}, "the question is empty"),
         ("a.mp4", "What? " * 2000, {}, "the base knows 2048 positions"),
         ("a.mp4", "What?", {"top_p": 0.0}, "top_p is 0.0, expected more than 0"),

@@ -106,14 +106,67 @@ def test_a_truncated_file_is_found(copy):
     assert names(copy) == {"2", "3.corrupt"}
 
 
-def test_when_all_are_damaged_training_begins_anew(copy, capsys):
+def test_when_all_are_damaged_training_stops_until_somebody_decides(copy, capsys):
     (copy / "checkpoints" / "3.corrupt").mkdir()  # of an earlier time
     for step in (2, 3):
         for file in files(copy / "checkpoints" / str(step)):
             file.write_bytes(b"")
-    assert restore(copy)[0] == 0
-    assert names(copy) == {"2.corrupt", "3.corrupt", "3.corrupt.2"}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"every checkpoint is damaged .*; put back .* or, to start over"):
+            restore(copy)
+        assert names(copy) == {"2.corrupt", "3.corrupt", "3.corrupt.2"}
     assert len(capsys.readouterr().err.splitlines()) == 2
+    (copy / "config.json").write_text('{"base": "b"}')
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.load_trainables(copy)
+    shutil.rmtree(copy / "checkpoints")
+    assert restore(copy)[0] == 0
+
+
+def test_files_that_others_put_there_do_not_matter(copy):
+    newest = copy / "checkpoints" / "3"
+
+    def put(*names):
+        for name in names:
+            (newest / name).parent.mkdir(exist_ok=True)
+            (newest / name).write_text("not Orbax's")
+
+    put(".DS_Store", "trainable/.DS_Store", "trainable/d/._x", ".git/HEAD")
+    sums = newest / "SHA256SUMS"
+    whole = sums.read_text()
+    sums.write_text(whole.split("\n", 1)[1])  # as it was written before it had a count
+    assert_restored(copy, 3)
+    put("notes.txt", "mine/x")
+    sums.write_text(whole)
+    assert_restored(copy, 3)
+    sums.write_text(whole.split("\n", 1)[1])
+    assert_restored(copy, 2)
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match="checkpoints: is a file, expected a folder or nothing"):
+        checkpoint.saved_steps(tmp_path)
+
+
+@pytest.mark.parametrize("lines", [0, 1, -1])
+def test_a_list_of_hashes_that_is_cut_is_damaged(lines, copy):
+    sums = copy / "checkpoints" / "3" / "SHA256SUMS"
+    sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:lines]))
+    assert_restored(copy, 2)
+
+
+def test_other_names_than_orbax_gives_are_no_checkpoints(copy):
+    there = copy / "checkpoints"
+    for name in (folders := {"075", "²", "7²", "٣", "3.copy", "4 (1)", "checkpoint"}):
+        (there / name).mkdir()
+    for name in (files := {"75", "076", "¹"}):
+        (there / name).touch()
+    assert checkpoint.saved_steps(copy) == [3, 2]
+    assert_restored(copy, 3)
+    assert names(copy) == {"2", "3", *folders, *files}
+    (copy / "config.json").write_text('{"base": "b"}')
+    assert checkpoint.load_trainables(copy)[0]["step"] == 3
 
 
 def test_a_whole_one_that_cannot_be_read_is_not_set_aside(copy, monkeypatch):

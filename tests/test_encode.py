@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
-from helpers import change_tensor, without_hashes
+from helpers import change_store, change_tensor, without_hashes
 from test_train import losses, make_config
 
 from data_pipeline.errors import UserError
@@ -85,8 +85,7 @@ def test_a_stale_cache_is_refused_and_says_what_differs(bases, streams, tmp_path
 
 def test_a_cache_of_other_frames_is_refused(bases, streams, tmp_path):
     shutil.copytree(streams["llava"], tmp_path / "streams")
-    file = tmp_path / "streams" / "store.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"sampling": "middle"}))
+    change_store(tmp_path / "streams", sampling="middle")
     with pytest.raises(UserError, match="was made with sampling=middle, this model needs uniform"):
         train.train(make_config("llava", bases["llava"], tmp_path / "streams"), tmp_path / "run")
 

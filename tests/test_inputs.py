@@ -167,6 +167,15 @@ def test_exports_made_before_a_switch_have_its_default(bases, tmp_path):
     assert open_model(forms["whole"]).fingerprint == open_model(run).fingerprint
 
 
+def test_a_digit_that_changes_in_config_json_changes_no_answer(bases, tmp_path):
+    """A checkpoint's own config, which its hashes cover, says how its weights are used."""
+    run = write_run(tmp_path / "run", "llava", bases["llava"])
+    before = open_model(run)
+    change_json(run / "config.json", lambda said: said.update(num_frames=said["num_frames"] + 1, streams="spatial"))
+    after = open_model(run)
+    assert after.fingerprint == before.fingerprint and after.config == before.config
+
+
 def test_exports_of_a_base_are_untrained(bases, tmp_path):
     to_torch(bases["llava"], tmp_path / "projectors")
     to_torch(bases["llava"], tmp_path / "whole", full=True)
@@ -316,9 +325,12 @@ CONFIG = {"config": {"family": "llava"}}
         (edited("whole", lambda said: said["method"].update(attend=3)), "redvillm.json: attend=3 .* a newer one wrote"),
         (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: its config does not say extra_mlp"),
         (edited("whole", lambda said: said["method"].update(video="blue")), "config.video is 'blue'"),
-        (edited("whole", lambda said: said.pop("trained")), "redvillm.json: has no trained; export the model again"),
+        (edited("whole", lambda said: said.pop("trained")), "redvillm.json: has no 'trained'; export the model again"),
         (edited("whole", lambda said: said.update(family="blip")), "unknown base family 'blip'"),
-        (copied("whole", lambda folder: (folder / "redvillm.json").write_text("{")), "redvillm.json: cannot be read"),
+        (
+            copied("whole", lambda folder: (folder / "redvillm.json").write_text("{")),
+            "redvillm.json: is not whole",
+        ),
         (copied("projectors", without_tensor), r"lacks 1 tensors, extra_mlp_spatial\.fc2\.bias; export"),
         (copied("whole", with_another_shape), r"temporal_module\.linear_1\.bias \(3,\), expected \(96,\)"),
         (copied("whole", without_weights), r"no \.safetensors file found"),

@@ -141,5 +141,5 @@ def test_what_may_not_be_compared(tmp_path):
     with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
         compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"verdicts.jsonl or summary.json is not of redvillm_jax.judge"):
+    with pytest.raises(UserError, match=r"summary.json: has no .made_with.; judge again"):
         compare(first, other_prompt)

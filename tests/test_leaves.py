@@ -148,7 +148,10 @@ def test_a_tokenizer_without_the_bases_markers_is_refused(bases):
         base.module.Tokenizer(base.path).special("<im_start>")
 
 
-@pytest.mark.parametrize(("file", "problem"), [("base.json", "cannot be read"), ("config.json", "is not as it was")])
+@pytest.mark.parametrize(
+    ("file", "problem"),
+    [("base.json", "is not whole JSON; make the base folder again"), ("config.json", "is not as it was")],
+)
 def test_a_damaged_base_folder_is_refused(file, problem, bases, tmp_path):
     shutil.copytree(bases["llava"], tmp_path / "base")
     (tmp_path / "base" / file).write_text("{")

@@ -259,7 +259,7 @@ def test_a_short_video_in_a_store_trains_as_a_shorter_store(bases, stores, tmp_p
         path = tmp_path / str(num_frames)
         source = {"video": video, "source": "v.mp4", "bytes": 1}
         result = {"line": lines[0] | {"num_frames": 3}, "record": {"frames": frames, "timestamps": np.zeros(3, "f")}}
-        written = write_shards(path, settings, [source], lambda _, result=result: [result]).videos
+        written = write_shards(path, settings, [source], lambda _, result=result: [result])
         finish_store(path, settings, written, asked, {})
         switches = {"num_epochs": 1, "batch_questions": 6, "num_frames": num_frames, "row_length": 200}
         base, config, model = build(bases["llava"], "llava", **switches)

@@ -42,8 +42,8 @@ def mixed(family, stores, tmp_path) -> VideoStore:
         asked += [row | {"video": line["video"]} for row in itertools.islice(texts, count)]
     names = [result["line"]["video"] for result in results]
     sources = [{"video": name, "source": f"{name}.mp4", "bytes": 1} for name in names]
-    videos = write_shards(path, settings, sources, lambda _: results).videos
-    finish_store(path, settings, videos, asked, {})
+    shards = write_shards(path, settings, sources, lambda _: results)
+    finish_store(path, settings, shards, asked, {})
     return open_store(path)
 
 

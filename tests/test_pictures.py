@@ -8,6 +8,7 @@ from PIL import Image
 from test_model import DTYPE, build
 
 from data_pipeline.errors import UserError
+from data_pipeline.media import Clip, Reading, read_media
 from data_pipeline.pictures import read_picture
 from redvillm_jax.attention import visible
 from redvillm_jax.bases import llava, qwen_vl
@@ -159,6 +160,7 @@ def saved(name: str, picture: Image.Image):
         (holding("a.png", b""), "a.png: not a picture in a known format"),
         (holding("a.jpg", b"<html>"), "not a picture in a known format"),
         (holding("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99), r"a.heic: not a picture.*HEIC cannot"),
+        (saved("a.eps", Image.new("RGB", (8, 8))), "a.eps: not a picture in a known format"),
         (saved("a.tif", Image.new("F", (3, 3))), "a.tif: cannot be read as a picture.*mode F"),
         (saved("a.png", Image.new("RGB", (1, 300))), "1 × 300 pixels, expected at most 200 times as long"),
         (lambda folder: folder, "cannot be read as a picture"),
@@ -169,6 +171,13 @@ def test_mistakes_end_in_one_line(make, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         read_picture(make(tmp_path), 8, "squash")
     assert "\n" not in str(error.value)
+
+
+def test_a_list_of_files_is_not_the_video_that_it_names(tmp_path):
+    (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile b.mp4\n")
+    reading = Reading(num_frames=2, image_size=8, resize="nearest", sampling="uniform", fit="squash")
+    with pytest.raises(UserError, match=r"a\.mp4: is no video in a format that is read"):
+        read_media(reading, Clip(tmp_path / "a.mp4"))
 
 
 # ---- answering: a base alone is the image LLM that it was made from

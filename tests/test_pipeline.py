@@ -24,8 +24,11 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def frame_store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("frames") / "store")
+
+
+def make_store(path):
     """Video i has 4 frames full of i, but video 2 only two."""
-    path = tmp_path_factory.mktemp("frames") / "store"
     settings = {
         "kind": "frames",
         "image_size": 2,
@@ -42,8 +45,8 @@ def frame_store(tmp_path_factory):
             record = {"frames": np.full((n, 2, 2, 3), i, np.uint8), "timestamps": np.zeros(n, np.float32)}
             yield {"line": {"video": source["video"], "num_frames": n}, "record": record}
 
-    videos = store.write_shards(path, settings, sources, encode).videos
-    store.finish_store(path, settings, videos, [], {})
+    shards = store.write_shards(path, settings, sources, encode)
+    store.finish_store(path, settings, shards, [], {})
     return store.open_store(path)
 
 
@@ -257,6 +260,18 @@ def test_a_mistake_in_a_worker_is_told_as_it_is(options):
     assert str(raised.value) == "a row that cannot be made"
 
 
+def test_a_record_of_another_video_gets_into_no_batch(options, tmp_path, monkeypatch):
+    """Two shards have changed places: their records are as long, and the counts are right."""
+    monkeypatch.setattr(store, "VIDEOS_PER_SHARD", 2)
+    made = make_store(tmp_path / "s")
+    first, last = (made.path / f"frames-train.array_record-0000{i}-of-{-(-NUM_VIDEOS // 2):05d}" for i in (0, 2))
+    content = first.read_bytes()
+    first.write_bytes(last.read_bytes())
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=r"record \d, 'v[0145]', is that of 'v[0145]'; delete this shard, then run"):
+        list(batches(**{**options, "store": store.open_store(made.path)}))
+
+
 def one_video(row):
     return {"videos": np.array([row[0][0] if row else -1])}
 
@@ -279,8 +294,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
             record = {"frames": frames, "timestamps": np.zeros(2, np.float32)}
             yield {"line": {"video": source["video"], "num_frames": 2}, "record": record}
 
-    videos = store.write_shards(tmp_path / "s", settings, sources, encode).videos
-    store.finish_store(tmp_path / "s", settings, videos, [], {})
+    shards = store.write_shards(tmp_path / "s", settings, sources, encode)
+    store.finish_store(tmp_path / "s", settings, shards, [], {})
     size = sum(file.stat().st_size for file in (tmp_path / "s").glob("*array_record*")) / 2**20
     steps = [((((i, (0,)),),)) for i in range(160)]
     opened = store.open_store(tmp_path / "s")

@@ -147,7 +147,9 @@ def test_prepare_reads_an_evaluation_set(data, tmp_path, capsys):
 def test_prepare_takes_image_size_and_resize_from_a_base(data, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
-    (base / "base.json").write_text(json.dumps({"family": "qwen_vl", "image_size": 14, "resize": "bicubic"}))
+    (base / "base.json").write_text(
+        json.dumps({"family": "qwen_vl", "fingerprint": "f", "image_size": 14, "resize": "bicubic"})
+    )
     flags = [*arguments(data, tmp_path / "s")[:3], "--num_frames=2", f"--base={base}", "--num_workers=1"]
     prepare.main(flags)
     frames = store.open_store(tmp_path / "s")

@@ -35,12 +35,10 @@ def report_of(out):
 
 
 def contents(out):
-    """All that a store says and holds, but not the bytes of its shards, in which a record's features have any order."""
+    """All files of a store, every byte, and that its records can be read."""
     frames = store.open_store(out)
-    records = [{name: np.asarray(value).tobytes() for name, value in frames[i].items()} for i in range(len(frames))]
-    names = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
-    texts = {name: (out / name).read_text() for name in names if "array_record" not in name}
-    return names, texts, records
+    assert [frames[i]["video"] for i in range(len(frames))] == [line["video"] for line in frames.videos]
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 def test_parts_of_videos_are_records_of_their_own(tmp_path, capsys):
@@ -115,7 +113,7 @@ def test_videos_may_be_a_list_and_have_any_extension(tmp_path, capsys):
     assert [line["source"] for line in listed.videos] == ["../far/c.mp4", lines[2], "../far/e.gif"]
     left_out = {video["video"]: video["reason"] for video in report_of(tmp_path / "listed")["videos_left_out"]}
     assert left_out.keys() == {"f", "gone"}
-    assert "f.dat: cannot be decoded" in left_out["f"] and "gone.mp4: cannot be decoded: No such" in left_out["gone"]
+    assert "f.dat: " in left_out["f"] and "gone.mp4: cannot be decoded: No such" in left_out["gone"]
     prepare.main(arguments(tmp_path, tmp_path / "found", f"--videos={tmp_path / 'far'}"))
     found = store.open_store(tmp_path / "found")
     assert [line["source"] for line in found.videos] == ["c.mp4", "d.clip", "e.gif"]
@@ -161,6 +159,104 @@ def test_odd_rows_are_left_out_with_their_reasons(tmp_path, capsys):
     assert report_of(tmp_path / "s")["rows_left_out"] == [reason]
     printed = capsys.readouterr().out
     assert f"left out: 1 rows that are no question on a video:\n  {reason}\n" in printed
+
+
+def test_names_that_are_no_text_are_left_out_before_anything_is_decoded(tmp_path, capsys):
+    write_video(tmp_path / "videos" / "c.mp4", 0, 2)
+    odd = [b"videos/caf\xe9.mp4", b"videos/\xff/c.mp4", b"videos/\xe9.txt"]
+    (tmp_path / os.fsdecode(b"videos/\xff")).mkdir()
+    for name in odd:
+        shutil.copy(tmp_path / "videos" / "c.mp4", os.fsencode(tmp_path) + b"/" + name)
+    write_questions(tmp_path, ["c", "caf\\xe9"])
+    prepare.main(arguments(tmp_path, tmp_path / "s", "--num_workers=1"))
+    assert [line["source"] for line in store.open_store(tmp_path / "s").videos] == ["c.mp4"]
+    report = report_of(tmp_path / "s")
+    assert report["videos_found"] == 3
+    reasons = [
+        f"{tmp_path}/videos/{name}: its name is not UTF-8 text; rename it" for name in (r"caf\xe9.mp4", r"\xff/c.mp4")
+    ]
+    assert [video["reason"] for video in report["videos_left_out"]] == reasons
+    assert reasons[0] in capsys.readouterr().out
+    message = error(arguments(tmp_path, tmp_path / "t", f"--videos={tmp_path / os.fsdecode(odd[1])}"))
+    assert message.endswith(r"\xff/c.mp4: is not UTF-8 text; rename the file or folder")
+
+
+def test_a_list_of_files_is_not_the_video_that_it_names(tmp_path):
+    write_video(tmp_path / "videos" / "c.mp4", 0, 2)
+    (tmp_path / "secret").mkdir()
+    write_video(tmp_path / "secret" / "s.mp4", 1, 2)
+    (tmp_path / "videos" / "d.mp4").write_text("ffconcat version 1.0\nfile ../secret/s.mp4\noption safe 0\n")
+    (tmp_path / "videos" / "e.ffconcat").write_text("ffconcat version 1.0\nfile c.mp4\n")
+    write_questions(tmp_path, ["c", "d", "e"])
+    prepare.main(arguments(tmp_path, tmp_path / "s", "--num_workers=1"))
+    assert [line["video"] for line in store.open_store(tmp_path / "s").videos] == ["c"]
+    left_out = report_of(tmp_path / "s")["videos_left_out"]
+    assert [video["video"] for video in left_out] == ["d", "e"]
+    assert all("is no video in a format that is read" in video["reason"] for video in left_out)
+
+
+def replace(file, content, like):
+    """Other content under a file's name, which keeps the modification time."""
+    file.unlink()
+    file.write_bytes(content)
+    os.utime(file, ns=(like.st_atime_ns, like.st_mtime_ns))
+
+
+def test_a_video_that_was_replaced_is_noticed(tmp_path, monkeypatch):
+    """By one of the same size and modification time; a copy of the same content is the same video."""
+    monkeypatch.setattr(store, "VIDEOS_PER_SHARD", 2)
+    for i in range(4):
+        write_video(tmp_path / "videos" / f"v{i}.mkv", i, 3)
+    file, bad = tmp_path / "videos" / "v2.mkv", tmp_path / "videos" / "v3.mkv"
+    bad.write_text("not a video")
+    write_questions(tmp_path, [f"v{i}" for i in range(4)])
+    flags = arguments(tmp_path, tmp_path / "s", "--num_workers=1")
+    prepare.main(flags)
+    whole, frames = contents(tmp_path / "s"), store.open_store(tmp_path / "s")[2]["frames"]
+    hashed, sha256 = [], prepare.sha256
+    monkeypatch.setattr(prepare, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    prepare.main(flags)
+    assert hashed == [] and contents(tmp_path / "s") == whole
+
+    for path in (file, bad):
+        replace(path, path.read_bytes(), path.stat())  # as a copy
+    prepare.main(flags)
+    assert hashed == ["v2.mkv", "v3.mkv"]
+    prepare.main(flags)
+    assert len(hashed) == 2  # compared once
+    contents(tmp_path / "s")
+
+    old, content = file.stat(), bytearray(file.read_bytes())
+    content[-20:-10] = bytes(10)  # somewhere in the last frame
+    for path, new in ((file, bytes(content)), (bad, b"not a VIDEO")):
+        before, stat = path.read_bytes(), path.stat()
+        replace(path, new, stat)
+        message = error(flags)
+        assert f"the file of '{path.stem}' is not the one whose frames are stored: delete the shard to store" in message
+        assert "frames-train.array_record-00001-of-00002" in message
+        replace(path, before, stat)
+    replace(file, file.read_bytes() * 2, old)  # another size
+    assert "the file of 'v2' is not the one whose frames are stored" in error(flags)
+    write_video(tmp_path / "videos" / "v2.mkv", 9, 3)
+    (tmp_path / "s" / "frames-train.array_record-00001-of-00002").unlink()
+    prepare.main(flags)
+    assert not np.array_equal(store.open_store(tmp_path / "s")[2]["frames"], frames)
+
+
+def test_a_store_that_does_not_know_when_videos_changed_is_left_alone(tmp_path):
+    """As they were written before; another size is noticed."""
+    write_video(tmp_path / "videos" / "c.mp4", 0, 2)
+    write_questions(tmp_path, ["c"])
+    flags = arguments(tmp_path, tmp_path / "s", "--num_workers=1")
+    prepare.main(flags)
+    part = tmp_path / "s" / "parts" / "00000-of-00001.json"
+    new = ("sources", "checksum")
+    part.write_text(json.dumps({name: x for name, x in json.loads(part.read_text()).items() if name not in new}))
+    (tmp_path / "videos" / "c.mp4").touch()
+    prepare.main(flags)
+    with (tmp_path / "videos" / "c.mp4").open("ab") as file:
+        file.write(b"more")
+    assert "the file of 'c' is not the one whose frames are stored" in error(flags)
 
 
 def test_a_decoder_that_hangs_costs_its_own_video(tmp_path, capsys):

@@ -14,7 +14,6 @@ from PIL import Image
 
 from data_pipeline import lettering, prepare, show, store
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +46,8 @@ def made_store(path, settings, lines, questions, report=None):
                 arrays = {"spatial": np.zeros((2, 3), np.float32)}
             yield {"line": {"video": source["video"], **line}, "record": arrays}
 
-    videos = store.write_shards(path, settings, sources, encode).videos
-    store.finish_store(path, settings, videos, questions, report or {})
+    shards = store.write_shards(path, settings, sources, encode)
+    store.finish_store(path, settings, shards, questions, report or {})
     return path
 
 
@@ -246,12 +245,9 @@ def test_a_store_without_questions_and_one_of_streams_have_distributions(tmp_pat
 
 def test_mistakes_end_in_one_line(frames, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    empty = made_store(tmp_path / "empty", {}, [line("a")], [])
-    write_text(empty / "videos.jsonl", "")
     for arguments, message in {
         (str(frames), "--video=train-0003"): r"has no video 'train-0003'; nearest: train-00003, train-000\d\d, ",
         (str(frames), "--video=猫"): "has no video '猫'; its 12 videos are train-00000, train-00001, train-00002, …",
-        (str(empty), "--stats"): "empty: holds no video",
         ("nowhere", "--stats"): "nowhere: is not a store of videos",
         (str(frames), "--random=0"): "--random: expected 1 to 100, got 0",
         (str(frames), "--random=many"): "--random: invalid",

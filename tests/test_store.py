@@ -1,12 +1,16 @@
 import json
+import os
 import pickle
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
-from data_pipeline import store
+from data_pipeline import shard_checks, store
 from data_pipeline.errors import UserError
 
 SETTINGS = {
@@ -44,7 +48,7 @@ def result(source, settings=SETTINGS):
 
 def make(path, settings=SETTINGS, sources=SOURCES, encode=lambda sources: map(result, sources)):
     shards = store.write_shards(path, settings, sources, encode)
-    store.finish_store(path, settings, shards.videos, QUESTIONS, {"left_out": shards.left_out})
+    store.finish_store(path, settings, shards, QUESTIONS, {"left_out": shards.left_out})
     return store.open_store(path)
 
 
@@ -84,7 +88,7 @@ def test_jpeg_frames_are_close(tmp_path):
     encoded = store.encode_frames(frames, "jpeg", 95)
     settings = {**SETTINGS, "format": "jpeg", "quality": 95}
     answer = {
-        "line": {"video": "a", "num_frames": 1},
+        "line": {"video": SOURCES[0]["video"], "num_frames": 1},
         "record": {"frames": encoded, "timestamps": np.zeros(1, np.float32)},
     }
     frames_back = make(tmp_path / "s", settings, SOURCES[:1], lambda sources: [answer])[0]["frames"]
@@ -149,7 +153,7 @@ def test_other_settings_or_videos_are_refused_by_name(tmp_path):
     make(tmp_path / "s")
     with pytest.raises(UserError, match=r"image_size=8 \(now 16\), resize=nearest \(now bicubic\)"):
         make(tmp_path / "s", {**SETTINGS, "image_size": 16, "resize": "bicubic"})
-    with pytest.raises(UserError, match=r"other videos \(1 added, removed or changed, the first: 视频6\)"):
+    with pytest.raises(UserError, match=r"other videos \(1 added, removed or moved, the first: 视频6\)"):
         make(tmp_path / "s", sources=SOURCES[:6])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
@@ -170,3 +174,215 @@ def test_a_store_is_pickled_as_its_path(tmp_path):
     pickled = pickle.dumps(frames)
     assert len(pickled) < 500
     assert np.array_equal(pickle.loads(pickled)[2]["frames"], frames[2]["frames"])
+
+
+# ---- damage: what reads a store says it in one line, what makes it mends it
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 0x10
+    file.write_bytes(content)
+
+
+def place_of(shard, source):
+    """Where a video's frames, which are noise and cannot be compressed, lie in a shard."""
+    return shard.read_bytes().index(frames_of(source).tobytes()[:16])
+
+
+def exchange(a, b):
+    content = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(content)
+
+
+def edit(file, change):
+    value = json.loads(file.read_text())
+    file.write_text(json.dumps(change(value) or value))
+
+
+SHARDS = [f"frames-train.array_record-0000{i}-of-00003" for i in range(3)]
+PARTS = [f"parts/0000{i}-of-00003.json" for i in range(3)]
+DAMAGES = {  # what is done: (which shards are made again, what a reader says or None where it cannot suffer)
+    "cut": ([1], f"{SHARDS[1]}: has 65536 bytes, expected 131072"),
+    "empty": ([1], f"{SHARDS[1]}: has 0 bytes, expected 131072"),
+    "gone": ([1], f"{SHARDS[1]} is missing"),
+    "a byte of a record": ([1], f"{SHARDS[1]}: record 0, '视频3', cannot be read (Corrupted"),
+    "a byte of a later record": ([1], f"{SHARDS[1]}: record 1, '视频5', cannot be read (Corrupted"),
+    "two exchanged": ([0, 1], f"{SHARDS[0]}: record 0, '视频0', is that of '视频3'"),
+    "another store's": (
+        [0],
+        f"{SHARDS[0]}: record 0, '视频0', has frames of shape (2, 8, 8, 3), expected (1, 8, 8, 3)",
+    ),
+    "lines cut": ([2], None),
+    "lines exchanged": ([0, 1], None),
+    "lines null": ([0], None),
+    "lines with another number": ([0], None),
+    "videos.jsonl half": ([], "videos.jsonl: line 6: ends without an end of line"),
+    "videos.jsonl of another": ([], "do not belong together"),
+    "instructions.jsonl a byte": ([], "do not belong together"),
+    "instructions.jsonl not UTF-8": ([], "instructions.jsonl: line 1: is not UTF-8 text"),
+    "store.json cut": ([], "store.json: is not whole JSON"),
+    "store.json other settings": ([], "do not belong together"),
+    "store.json a list": ([], "store.json: is a list, expected an object"),
+    "features.json": ([], None),
+    "dataset_info.json": ([], None),
+    "report.json": ([], None),
+}
+FOLDERS = (SHARDS[1], PARTS[1], "videos.jsonl", "features.json", "store.json")
+
+
+def damage(path, kind):
+    shards, parts = ([path / name for name in names] for names in (SHARDS, PARTS))
+    if kind == "another store's":
+
+        def encode(sources):
+            for one in map(result, sources):
+                if "record" in one:
+                    one["record"]["frames"] = np.repeat(one["record"]["frames"], 2, 0)
+                yield one
+
+        make(path.parent / "longer", {**SETTINGS, "num_frames": 8}, encode=encode)
+        shards[0].write_bytes((path.parent / "longer" / SHARDS[0]).read_bytes())
+        return
+    {
+        "cut": lambda: shards[1].write_bytes(shards[1].read_bytes()[:65536]),
+        "empty": lambda: shards[1].write_bytes(b""),
+        "gone": lambda: shards[1].unlink(),
+        "a byte of a record": lambda: flip(shards[1], place_of(shards[1], SOURCES[3])),
+        "a byte of a later record": lambda: flip(shards[1], place_of(shards[1], SOURCES[5])),
+        "two exchanged": lambda: exchange(shards[0], shards[1]),
+        "lines cut": lambda: parts[2].write_bytes(parts[2].read_bytes()[:-20]),
+        "lines exchanged": lambda: exchange(parts[0], parts[1]),
+        "lines with another number": lambda: edit(parts[0], lambda part: part | {"num_bytes": part["num_bytes"] + 1}),
+        "lines null": lambda: parts[0].write_text("null"),
+        "videos.jsonl half": lambda: (path / "videos.jsonl").write_bytes((path / "videos.jsonl").read_bytes()[:-9]),
+        "videos.jsonl of another": lambda: (path / "videos.jsonl").write_bytes(
+            (path / "videos.jsonl").read_bytes().replace(b"3}", b"2}")
+        ),
+        "instructions.jsonl a byte": lambda: flip(path / "instructions.jsonl", -5),
+        "instructions.jsonl not UTF-8": lambda: (path / "instructions.jsonl").write_bytes(b'{"id": "\xff"}\n'),
+        "store.json cut": lambda: (path / "store.json").write_bytes((path / "store.json").read_bytes()[:50]),
+        "store.json other settings": lambda: edit(path / "store.json", lambda meta: meta | {"num_frames": 5}),
+        "store.json a list": lambda: edit(path / "store.json", lambda meta: [meta]),
+    }.get(kind, lambda: (path / kind).write_text("{"))()
+
+
+def read_all(path):
+    frames = store.open_store(path)
+    return frames.instructions, [frames[i] for i in range(len(frames))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "VIDEOS_PER_SHARD", 3)
+        make(path := tmp_path_factory.mktemp("whole") / "s")
+    return path
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_said_and_mended(kind, whole, tmp_path, capsys):
+    path, (again, message) = tmp_path / "s", DAMAGES[kind]
+    shutil.copytree(whole, path)
+    damage(path, kind)
+    if message is None:
+        asked, records = read_all(path)
+        assert asked == QUESTIONS and [r["video"] for r in records] == [source["video"] for source in USED]
+    else:
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            read_all(path)
+        assert "\n" not in str(error.value) and "run the command that made the store again" in str(error.value)
+
+    asked = []
+    make(path, encode=lambda sources: map(result, asked.extend(sources) or sources))
+    assert asked == [source for i in again for source in SOURCES[3 * i : 3 * i + 3]]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == len(again) - (kind == "gone") and all("is made again" in note for note in notes)
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    assert {name: (path / name).read_bytes() for name in files} == {name: (whole / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_in_the_place_of_a_file_is_said(name, whole, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "s")
+    (path / name).unlink()
+    (path / name / "x").mkdir(parents=True)
+    for work in (read_all, make):
+        if (work, name) not in ((read_all, PARTS[1]), (read_all, "features.json")):
+            with pytest.raises(UserError) as error:
+                work(path)
+            assert "\n" not in str(error.value)
+    assert (path / name / "x").is_dir() and "is a folder, expected a file or nothing" in str(error.value)
+
+
+def test_a_disk_that_forgets_is_noticed_when_a_record_is_read(whole, tmp_path):
+    """A byte changes and the time of the file does not: deleting the shard, as the message says, mends it."""
+    shutil.copytree(whole, tmp_path / "s")
+    shard = tmp_path / "s" / SHARDS[1]
+    before = shard.stat()
+    flip(shard, place_of(shard, SOURCES[3]))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        UserError, match=r"record 0, '视频3', cannot be read .*; delete this shard, then run the command"
+    ):
+        read_all(tmp_path / "s")
+    shard.unlink()
+    make(tmp_path / "s")
+    assert shard.read_bytes() == (whole / SHARDS[1]).read_bytes()
+
+
+def test_a_shard_is_read_to_its_end_once_after_it_was_changed(whole, tmp_path, monkeypatch):
+    path, hashed = shutil.copytree(whole, tmp_path / "s"), []
+    monkeypatch.setattr(shard_checks, "sha256", lambda file: hashed.append(file.name) or store.sha256(file))
+    for part in PARTS:
+        os.utime(path / part)
+    os.utime(path / SHARDS[2])
+    for _ in range(2):
+        make(path)
+        assert hashed == [SHARDS[2]]
+
+
+def test_a_damaged_plan_is_said_and_the_store_can_be_read(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "s")
+    (tmp_path / "s" / "parts" / "plan.json").write_text('{"settings": {')
+    read_all(tmp_path / "s")
+    with pytest.raises(UserError, match=r"plan.json: is not whole JSON; delete the store's folder and make it again"):
+        make(tmp_path / "s")
+
+
+def test_a_store_without_sizes_and_hashes_is_read_and_left_alone(whole, tmp_path):
+    """As they were written before there were any."""
+    path = shutil.copytree(whole, tmp_path / "s")
+    edit(path / "store.json", lambda meta: meta.pop("shards") and None)
+    for part in PARTS:
+        edit(path / part, lambda part: {name: part[name] for name in ("videos", "left_out", "notes", "num_bytes")})
+    assert len(read_all(path)[1]) == 6
+    make(path, encode=lambda sources: [] if not sources else pytest.fail("encodes again"))
+    assert len(read_all(path)[1]) == 6
+    exchange(path / SHARDS[0], path / SHARDS[1])  # of one length, and nobody knows their hashes
+    asked = []
+    make(path, encode=lambda sources: map(result, asked.extend(sources) or sources))
+    assert asked == SOURCES[:6]
+
+
+def test_a_part_tells_how_long_its_shard_is(whole):
+    """All that is looked at in a bucket."""
+    sources, sizes = SOURCES[:3], {SHARDS[0]: (whole / SHARDS[0]).stat().st_size}
+    part = shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], sources, sizes)
+    assert [line["video"] for line in part["videos"]] == [source["video"] for source in sources]
+    with pytest.raises(UserError, match="has 9 bytes, expected 131072"):
+        shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], sources, {SHARDS[0]: 9})
+    with pytest.raises(UserError, match="is about other videos"):
+        shard_checks.read_part(whole / SHARDS[0], whole / PARTS[0], SOURCES[1:4], sizes)
+
+
+def test_records_have_their_features_by_name(whole):
+    reader = store.ArrayRecordReader(str(whole / SHARDS[0]))
+    places = [reader.read([0])[0].index(name) for name in (b"frames", b"timestamps", b"video")]
+    assert places == sorted(places)
+    other = tf_example_pb2.Example.FromString(reader.read([0])[0])
+    turned = tf_example_pb2.Example()
+    for name in ("video", "frames", "timestamps"):
+        turned.features.feature[name].CopyFrom(other.features.feature[name])
+    assert store._in_order(turned.SerializeToString()) == reader.read([0])[0]

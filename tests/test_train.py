@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
+from helpers import change_store
 
 from configs import demo
 from data_pipeline.errors import UserError
@@ -204,8 +205,7 @@ def test_values_that_cannot_train_are_refused(change, message, tmp_path, bases, 
 
 def test_other_questions_are_refused_on_resume(tmp_path, bases, stores, runs):
     shutil.copytree(stores["llava"], tmp_path / "store")
-    file = tmp_path / "store" / "instructions.jsonl"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    change_store(tmp_path / "store", drop_questions=1)
     config = make_config("llava", bases["llava"], tmp_path / "store", mesh={"data": 1, "fsdp": 1, "tensor": 1})
     with pytest.raises(UserError, match="was trained on data"):
         train.train(config, runs["llava"], jax.devices()[:1])

@@ -283,7 +283,7 @@ def test_files_without_frames_say_why(tmp_path):
         container.mux(stream.encode())
     assert "no video stream" in error(tmp_path / "sound.mp4")
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.jpg")
-    assert "is a picture or a text (" in error(tmp_path / "picture.jpg")
+    assert "picture.jpg: is no video in a format that is read, such as MP4" in error(tmp_path / "picture.jpg")
     (tmp_path / "words.txt").write_text("words " * 100)
     assert "words.txt: " in error(tmp_path / "words.txt")
     whole = write_numbered(tmp_path / "whole.mp4", 40).read_bytes()
@@ -301,3 +301,63 @@ def test_files_without_frames_say_why(tmp_path):
         stream.height = stream.width = 32
         container.start_encoding()
     assert "none.avi: has no frame" in error(tmp_path / "none.avi")
+
+
+ORDINARY = {  # what is not in CONTAINERS
+    "a.mpg": {"codec": "mpeg2video"},
+    "a.flv": {"codec": "flv"},
+    "a.wmv": {"codec": "wmv2"},
+    "a.ogv": {"codec": "libvpx", "format": "ogg", "options": {"deadline": "realtime"}},
+    "a.3gp": {"codec": "mpeg4"},
+    "a.m4v": {},
+    "a.vob": {"codec": "mpeg2video"},
+    "a.mts": {"format": "mpegts"},
+    "a.mxf": {"codec": "mpeg2video"},
+    "a.rm": {"codec": "rv20"},
+    "a.h264": {},
+    "a.hevc": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
+    "a.ivf": {"codec": "libvpx", "options": {"deadline": "realtime"}},
+    "a.apng": {"codec": "apng", "pix_fmt": "rgb24"},
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_containers_are_read(name, tmp_path):
+    video = read(write_numbered(tmp_path / name, 30, rate=25, **ORDINARY[name]), 3)
+    assert numbers_of(video) == uniform_indices(30, 3).tolist() and video.total_frames == 30
+
+
+POINTING = {  # texts that FFmpeg takes for the video that they name
+    "list.ffconcat": "ffconcat version 1.0\nfile real.mp4\n",
+    "list.mp4": "ffconcat version 1.0\nfile real.mp4\n",
+    "stream.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nreal.ts\n#EXT-X-ENDLIST\n",
+    "stream.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nreal.ts\n#EXT-X-ENDLIST\n",
+    "talk.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n"
+    "a=rtpmap:96 H264/90000\n",
+    "dash.mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+    '<AdaptationSet contentType="video"><Representation id="0" codecs="avc1"><BaseURL>real.mp4</BaseURL>'
+    "</Representation></AdaptationSet></Period></MPD>",
+    "words.ass": "[Script Info]\nScriptType: v4.00+\n[Events]\nDialogue: 0,0:00:00.00,0:00:01.00,x,,0,0,0,,Hi\n",
+    "words.srt": "1\n00:00:00,000 --> 00:00:01,000\nHi\n",
+    "art.nfo": "hello " * 50,
+    "shot%d.png": "",
+}
+
+
+@pytest.mark.parametrize("name", POINTING)
+def test_a_text_is_not_the_video_that_it_names(name, tmp_path):
+    write_numbered(tmp_path / "real.mp4", 12)
+    write_numbered(tmp_path / "real.ts", 12, codec="mpeg2video")
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"shot{i}.png")
+    (tmp_path / name).write_text(POINTING[name])
+    with pytest.raises(VideoError, match=r"(is no video in a format that is read|cannot be decoded: Invalid data)"):
+        read(tmp_path / name)
+
+
+def test_names_are_no_addresses(tmp_path, monkeypatch):
+    """What FFmpeg would take for a protocol, or for a pattern, is the name of a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a|b.mp4", "subfile,,start,0,end,0,,:x.mp4", "http:x.mp4", "pipe:0", "a%03d.mp4", "data:x"):
+        write_numbered(tmp_path / "x.mp4", 12).rename(tmp_path / name)
+        assert read(name).total_frames == 12

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.artefacts import JUDGED, VERDICT, parse_lines, read_bytes, read_object
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_text
 from redvillm_jax.evaluation.scoring import Result, summarize
@@ -68,22 +69,18 @@ def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
 
     The judge is as in "made_with", and "reported" are the names that the endpoint gave it.
     """
-    try:
-        content = (out / "verdicts.jsonl").read_bytes()
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        same = summary["verdicts_sha256"] == hashlib.sha256(content).hexdigest()
-        judge = summary["made_with"]["judge"]
-        if judge is not None:
-            judge |= {"reported": sorted(summary["replies"]["models"]), "prompts": dict(judge["prompts"])}
-        results = [json.loads(line) for line in content.splitlines()] if same else []
-    except OSError:
-        raise UserError(
-            f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge"
-        ) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{out}: verdicts.jsonl or summary.json is not of redvillm_jax.judge") from None
-    if not same:
+    if not all((out / name).is_file() for name in ("verdicts.jsonl", "summary.json")):
+        raise UserError(f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge")
+    summary = read_object(out / "summary.json", JUDGED)
+    content = read_bytes(out / "verdicts.jsonl", VERDICT)
+    if summary["verdicts_sha256"] != hashlib.sha256(content).hexdigest():
         raise UserError(f"{out}: verdicts.jsonl is not the one that summary.json is about; judge again")
+    judge, results = summary["made_with"]["judge"], parse_lines(out / "verdicts.jsonl", content, VERDICT)
+    if judge is not None:
+        try:
+            judge |= {"reported": sorted(summary["replies"]["models"]), "prompts": dict(judge["prompts"])}
+        except (LookupError, TypeError, ValueError):
+            raise UserError(f"{out / 'summary.json'}: has no prompts of a judge; judge again") from None
     for number, result in enumerate(results, start=1):
         if not _is_result(result):
             raise UserError(f"{out / 'verdicts.jsonl'}: line {number} is no result of redvillm_jax.judge; judge again")

@@ -70,6 +70,8 @@ class ReplyCache:
     def __init__(self, path: Path):
         self.path = path
         try:
+            if path != Path(":memory:"):
+                path.open("ab").close()  # says why it cannot be written; sqlite only says that it cannot
             self._database = sqlite3.connect(path, timeout=1, isolation_level=None)
             tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if tables - {"replies"}:
@@ -79,8 +81,13 @@ class ReplyCache:
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS replies (request BLOB PRIMARY KEY, text TEXT NOT NULL, model TEXT NOT NULL,"
-                " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL) WITHOUT ROWID"
+                " prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, checksum BLOB) WITHOUT ROWID"
             )
+            columns = [column for _, column, *_ in self._database.execute("PRAGMA table_info(replies)")]
+            if "checksum" not in columns:  # a file of an earlier version, whose replies are taken as they are
+                self._database.execute("ALTER TABLE replies ADD COLUMN checksum BLOB")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be used as a cache of replies: {error.strerror}") from None
         except sqlite3.Error as error:
             if "locked" in str(error):
                 raise UserError(f"{path}: is in use by another run; wait for it or choose another --out") from None
@@ -88,21 +95,25 @@ class ReplyCache:
 
     def get(self, request: Request) -> Reply | None:
         """The reply to just this request, if there was one. Raises UserError for a damaged file."""
-        query = "SELECT text, model, prompt_tokens, completion_tokens FROM replies WHERE request = ?"
+        query = "SELECT text, model, prompt_tokens, completion_tokens, checksum FROM replies WHERE request = ?"
         remedy = "delete it, and all is asked again"
         try:
             row = self._database.execute(query, (_digest(request),)).fetchone()
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: cannot be used as a cache of replies: {error}; {remedy}") from None
-        if row and [type(value) for value in row] != [str, str, int, int]:
-            raise UserError(f"{self.path}: holds {str(row)[:80]} where a reply is expected; {remedy}")
-        return Reply(*row) if row else None
+        if row is None:
+            return None
+        *values, checksum = row
+        if [type(value) for value in values] != [str, str, int, int] or checksum not in (None, _digest(values)):
+            raise UserError(f"{self.path}: holds {str(values)[:80]} where a reply is expected; {remedy}")
+        return Reply(*values)
 
     def put(self, request: Request, reply: Reply) -> None:
         """Keeps a reply."""
-        values = (_digest(request), *dataclasses.astuple(reply))
+        said = dataclasses.astuple(reply)
+        values = (_digest(request), *said, _digest(said))  # sqlite itself does not notice changed bytes
         try:
-            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?)", values)
+            self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", values)
         except sqlite3.Error as error:
             raise UserError(f"{self.path}: cannot be written: {error}") from None
 
@@ -288,5 +299,6 @@ def _api_key(base_url: str | None) -> str:
     return key or "no-key-needed"
 
 
-def _digest(request: Request) -> bytes:
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+def _digest(value: Any) -> bytes:
+    """The SHA-256 of a request or of a reply's fields."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()

@@ -31,6 +31,12 @@ ENDPOINT = ("--model=gpt-4o-mini-2024-07-18", "--base_url=ENDPOINT", "--max_retr
 VIDEOS = ("--videos={}/shapes/train/videos", "--num_frames=2")
 ASK = ("--max_new_tokens=2", "--num_workers=1")
 
+
+def read_of(store: str) -> list[str]:
+    """The files of a store that are read to learn from it."""
+    return [f"{store}/{name}" for name in ("store.json", "videos.jsonl", "instructions.jsonl", "*.array_record-*")]
+
+
 COMMANDS = {
     "from_torch": Command(
         from_torch.main,
@@ -125,14 +131,15 @@ COMMANDS = {
         show.main,
         ("{}/frames", "--video=train-00000", "--out={}/show.png"),
         ["frames"],
-        ["frames/*"],
+        read_of("frames"),
         ["show.png"],
+        each=2,
     ),
     "show_stats": Command(
         show.main,
         ("{}/streams", "--stats", "--out={}/show.png"),
         ["streams"],
-        ["streams/*.json*"],
+        read_of("streams")[:3],
         ["show.png"],
         each=2,
         prints=True,
@@ -141,9 +148,9 @@ COMMANDS = {
         encode.main,
         (*CONFIG, "--data={}/frames", "--out={}/streams"),
         ["base", "frames"],
-        ["base/*", "frames/*"],
+        ["base/*", *read_of("frames")],
         ["streams/*"],
-        each=2,
+        each=1,
     ),
     "encode_again": Command(
         encode.main,
@@ -151,13 +158,13 @@ COMMANDS = {
         ["base", "frames", "streams"],
         ["streams/*"],
         ["streams/*"],
-        each=2,
+        each=1,
     ),
     "train": Command(
         train.main,
         (*TRAIN, "--config.data={}/streams", "--workdir={}/run"),
         ["base", "streams"],
-        ["base/*", "streams/*"],
+        ["base/*", *read_of("streams")],
         ["run/*"],
         each=1,
     ),
@@ -173,7 +180,7 @@ COMMANDS = {
         evaluate.main,
         ("--model={}/run", "--data={}/streams", "--out={}/answers", "--max_new_tokens=2"),
         ["base", "streams", "run"],
-        ["base/*", "streams/*", "run/*"],
+        ["base/*", *read_of("streams"), "run/config.json", "run/checkpoints/2/*"],
         ["answers/*"],
         each=1,
     ),
@@ -248,9 +255,9 @@ COMMANDS = {
         to_torch.main,
         ("--model={}/run", "--out={}/export"),
         ["base", "run"],
-        ["base/*", "run/*"],
+        ["base/*", "run/config.json", "run/checkpoints/2/*"],
         ["export/*"],
-        each=2,
+        each=1,
     ),
     "to_torch_full": Command(
         to_torch.main,

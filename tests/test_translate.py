@@ -484,6 +484,7 @@ def test_two_runs_do_not_share_a_cache(three, tmp_path):
         "UPDATE replies SET text = CAST(x'ff' AS TEXT)",
         "UPDATE replies SET prompt_tokens = 'many'",
         "UPDATE replies SET text = x'00'",
+        "UPDATE replies SET text = text || '!'",
         "DROP TABLE replies; CREATE TABLE replies (request)",
         "pages",
     ],

@@ -29,7 +29,7 @@ from conversion.names import (
     whole_folder,
     write_shards,
 )
-from data_pipeline.artefacts import CONVERTED, read_object
+from data_pipeline.artefacts import CONVERTED, read_object, with_checksum
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.file_hashes import check_files, hash_files
 from data_pipeline.locks import locked
@@ -110,7 +110,7 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
         meta["files"] = hash_files(folder)
-        (folder / BASE_MARK).write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / BASE_MARK).write_text(json.dumps(with_checksum(meta), indent=2) + "\n")
     return meta
 
 

@@ -75,7 +75,8 @@ def check_file(file: Path, remedy: str = "the folder must be complete, as publis
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise UserError(f"{file}: not a file, expected one; {remedy}")
-        open(file, "rb").close()
+        with open(file, "rb", buffering=0) as opened:
+            opened.read(1)  # a broken disk shows only now
     except OSError as error:
         raise UserError(f"{file}: {what_is_wrong(file, error)}; {remedy}") from None
 
@@ -375,7 +376,7 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     folder of its own name, with a mark that names `out`: what a killed run left is known by that, and removed. Raises
     UserError when the disk has less than `num_bytes` free.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     mark = f"redvillm_jax writes {out} here; if no run does, this folder can be deleted\n"
     for left in out.parent.glob(f"{glob.escape(out.name)}.*.tmp/{UNFINISHED}"):

@@ -27,7 +27,7 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline import file_hashes
-from data_pipeline.artefacts import EXPORT, read_object
+from data_pipeline.artefacts import EXPORT, read_object, with_checksum
 from data_pipeline.errors import Parser, UserError, run
 from data_pipeline.locks import locked
 from redvillm_jax.run_config import as_trained
@@ -112,7 +112,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
         else:
             write_safetensors(folder / PROJECTORS, tensors, watch)
         meta["files"] = file_hashes.hash_files(folder)
-        (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / EXPORT_MARK).write_text(json.dumps(with_checksum(meta), indent=2) + "\n")
     return meta
 
 

@@ -4,6 +4,7 @@ A `Form` lists what a file's readers rely on; further fields pass. Files of user
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 import types
@@ -134,9 +135,19 @@ JUDGED = Form(
 VERDICT = Form({"id": str, "video": str, "language": str, "benchmark": str, "values": Each(float)}, _JUDGE_AGAIN)
 
 
+def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object to write, and a hash of all that it says, which `read_object` compares."""
+    said = {name: inner for name, inner in value.items() if name != "checksum"}
+    content = json.dumps(json.loads(json.dumps(said)), sort_keys=True)  # keys are texts then, as they are when read
+    return said | {"checksum": hashlib.sha256(content.encode()).hexdigest()}
+
+
 def read_object(path: str | Path, form: Form) -> dict[str, Any]:
     """Reads a file that is one JSON object. Raises UserError for what is missing, damaged or of another form."""
-    return _parsed(str(path), read_bytes(path, form), form)
+    value = _parsed(str(path), read_bytes(path, form), form)
+    if "checksum" in value and value["checksum"] != with_checksum(value)["checksum"]:
+        raise UserError(f"{path}: was changed after it was written; {form.remedy}")
+    return value
 
 
 def read_lines(

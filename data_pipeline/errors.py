@@ -60,13 +60,16 @@ FILE_REMEDIES = {
     errno.EISDIR: "give a file",
     errno.ENOTDIR: "give a folder",
     errno.ELOOP: "its links lead to one another; remove them",
+    errno.EIO: "its disk is damaged or gone; look there (dmesg), or take a copy on another disk",
 }
 
 
 def file_problem(error: BaseException) -> str | None:
     """What to say if `error` is about a file that cannot be used, None otherwise."""
-    if not (isinstance(error, OSError) and error.filename is not None and error.errno in FILE_REMEDIES):
+    if not (isinstance(error, OSError) and error.errno in FILE_REMEDIES):
         return None
+    if error.filename is None:  # of a file that was open already
+        return f"a file: {error.strerror.lower()}: {FILE_REMEDIES[error.errno]}" if error.errno == errno.EIO else None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else error.filename
     name = name if len(str(name)) <= 100 else f"{name[:60]}…{name[-30:]}"
     return f"{name}: {error.strerror.lower()}: {FILE_REMEDIES[error.errno]}"

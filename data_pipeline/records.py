@@ -115,7 +115,7 @@ def show(value: Any) -> str:
     """A value for a message: on one line, cut where it is long."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
-    line = json.dumps(value, ensure_ascii=False, default=repr)
+    line = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
     return line if len(line) <= 60 else f"{line[:60]}…"
 
 

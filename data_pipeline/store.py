@@ -34,7 +34,17 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from data_pipeline.artefacts import PLAN, QUESTION, STORE, VIDEO, Form, parse_lines, read_bytes, read_object
+from data_pipeline.artefacts import (
+    PLAN,
+    QUESTION,
+    STORE,
+    VIDEO,
+    Form,
+    parse_lines,
+    read_bytes,
+    read_object,
+    with_checksum,
+)
 from data_pipeline.errors import UserError
 from data_pipeline.files import (
     as_path,
@@ -47,7 +57,7 @@ from data_pipeline.files import (
     written_whole,
 )
 from data_pipeline.locks import is_lock
-from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256, with_checksum
+from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256
 
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64

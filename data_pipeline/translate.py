@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -215,7 +216,7 @@ SUFFIXES = {"cache": ".cache.sqlite", "review": ".review.jsonl", "report": ".rep
 def _check(flags: argparse.Namespace, report: Path) -> None:
     if flags.out.suffix != ".jsonl":
         raise UserError(f"--out={flags.out}: expected a name that ends in .jsonl")
-    if flags.out.resolve() == flags.input.resolve():
+    if os.path.realpath(flags.out) == os.path.realpath(flags.input):
         raise UserError(f"--out={flags.out}: is the --input")
     if flags.out.exists() and not report.exists():
         raise UserError(f"--out={flags.out}: exists, and not by this command ({report.name} is not there)")
@@ -228,7 +229,7 @@ def _is_report(file: Path) -> bool:
     """Whether a file is what this command reports."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(report, dict) and {"rows_written", "rows_left_out", "failures"} <= report.keys()
 

@@ -274,7 +274,8 @@ def _open(path: str | Path, threads: int) -> Iterator[tuple[av.container.InputCo
     Nothing but this file is opened, whatever its name or its content says.
     """
     try:
-        container = av.open(f"file:{path}", container_options=ALLOWED)
+        # Titles and other tags may be in any coding.
+        container = av.open(f"file:{path}", container_options=ALLOWED, metadata_errors="replace")
     except av.error.ArgumentError:
         raise VideoError(
             f"{path}: is no video in a format that is read, such as MP4 or MKV (lists of other files, streams, "

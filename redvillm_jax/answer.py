@@ -18,6 +18,7 @@ OUTPUT.report.json lists them, the exit code is then 1, and the same command tri
 import dataclasses
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def show_answer(assistant: Assistant, media: Clip | Picture, question: str, gene
 
 def read_questions(path: Path, output: str) -> list[Row]:
     """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
-    if Path(output).resolve() == path.resolve():
+    if os.path.realpath(output) == os.path.realpath(path):
         raise UserError(f"--output={output}: is the --input")
     if Path(output).is_dir():
         raise UserError(f"--output={output}: is a folder, expected the name of a file")

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
 from conversion import from_torch
 from data_pipeline import moving_shapes, prepare
-from data_pipeline.artefacts import ANSWERS_BEGUN, NUMBERED_ANSWER, Each, Form, read_lines, read_object
+from data_pipeline.artefacts import ANSWERS_BEGUN, NUMBERED_ANSWER, Each, Form, read_lines, read_object, with_checksum
 from data_pipeline.errors import UserError
 from redvillm_jax import evaluate, train
 from redvillm_jax.answer_log import AnswerLog
@@ -198,3 +199,20 @@ def test_every_reader_ends_in_one_line(reader, content, tmp_path):
     missing = content == b"{}\n" and reader.startswith("a run ")  # then it is no run
     if content is not None and not missing:
         assert message.startswith(f"{tmp_path / name}: ") and remedy in message
+
+
+def test_an_object_that_says_something_else_than_was_written_is_refused(tmp_path):
+    form, file = Form({"size": int}, "make it again"), tmp_path / "a.json"
+    said = with_checksum({"size": 32, "of": {10: "b", 9: ("a", 1.5)}})
+    file.write_text(json.dumps(said, indent=1))
+    assert read_object(file, form)["size"] == 32
+    file.write_text(json.dumps(said | {"size": 33}))
+    assert refused(read_object, file, form) == f"{file}: was changed after it was written"
+
+
+def test_bases_and_exports_say_what_they_were_written_with(bases, tmp_path):
+    shutil.copytree(bases["llava"], tmp_path / "base")
+    file = tmp_path / "base" / "base.json"
+    file.write_text(file.read_text().replace('"nearest"', '"bicubic"').replace('"image_size": 32', '"image_size": 48'))
+    with pytest.raises(UserError, match=r"base\.json: was changed after it was written; make the base folder again"):
+        open_base(tmp_path / "base")

@@ -1,6 +1,5 @@
 """The stream cache: trains as frames do, without the encoder, and is refused when it is stale."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
-from helpers import change_store, change_tensor, without_hashes
+from helpers import change_json, change_store, change_tensor, without_hashes
 from test_train import losses, make_config
 
 from data_pipeline.errors import UserError
@@ -71,8 +70,7 @@ def test_a_stale_cache_is_refused_and_says_what_differs(bases, streams, tmp_path
     config = make_config("llava", bases["llava"], streams["llava"])
     other = tmp_path / "base"
     shutil.copytree(bases["llava"], other)
-    meta = json.loads((other / "base.json").read_text()) | {"fingerprint": "0" * 64}
-    (other / "base.json").write_text(json.dumps(meta))
+    change_json(other / "base.json", lambda meta: meta.update(fingerprint="0" * 64))
     for change, message in (
         ({"base": str(other)}, "was made with base="),
         ({"num_frames": 5}, "was made with num_frames=4, this model needs 5"),

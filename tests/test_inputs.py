@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import NUM_FRAMES
 from flax import nnx
-from helpers import without_hashes
+from helpers import change_json, without_hashes
 from safetensors.numpy import load_file, save_file
 from test_prepare import write_video
 from test_train import losses, make_config
@@ -228,12 +228,6 @@ def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
     others.append(of(None, **random, seed=1))
     assert len({run.fingerprint, *others}) == 1 + len(others)
     assert of(None) == of(None, seed=1)
-
-
-def change_json(file: Path, change) -> None:
-    said = json.loads(file.read_text())
-    change(said)
-    file.write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")

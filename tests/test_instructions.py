@@ -241,13 +241,16 @@ def test_odd_rows_are_left_out_with_their_reasons(tmp_path):
         {"id": "2", "image": "p.jpg", "conversations": turns("<image>\nQ", "A")},
         {"id": "3", "video": "v", "conversations": system},
         {"id": "4", "video": "v", "conversations": turns("Q", "A", "Q 2", "A 2")},
+        {"id": "5", "video": "v", "conversations": [{"from": "\ud800", "value": "Q"}]},
     ]
     left_out = []
-    kept = read_instructions(write_json(tmp_path / "q.json", rows), left_out)
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    kept = read_instructions(tmp_path / "q.json", left_out)
     assert [row["id"] for row in kept] == ["1/0", "4/0", "4/1"]
     assert [reason.removeprefix(f"{tmp_path / 'q.json'}: ") for reason in left_out] == [
         "row 2: has no video: expected a field 'video', or <img>path</img> in the text",
         "row 3: turn 1: field 'from' is \"system\", expected human or user",
+        "row 5: turn 1: field 'from' is \"\\ud800\", expected human or user",
     ]
     own = [ROW, {**ROW, "id": "2", "answer": ""}, {**ROW, "id": "3", "answer": "\ud83d"}, {**ROW, "id": "1"}]
     path = tmp_path / "q.jsonl"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
-from helpers import change_store
+from helpers import change_json, change_store
 
 from configs import demo
 from data_pipeline.errors import UserError
@@ -285,8 +285,7 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path, bases, stores):
     other.mkdir()
     for file in bases["llava"].iterdir():
         (other / file.name).write_bytes(file.read_bytes())
-    meta = json.loads((other / "base.json").read_text()) | {"fingerprint": "0" * 64}
-    (other / "base.json").write_text(json.dumps(meta))
+    change_json(other / "base.json", lambda meta: meta.update(fingerprint="0" * 64))
     refused(config | {"base": str(other)}, tmp_path / "run", "was trained on base")
 
 

@@ -361,3 +361,12 @@ def test_names_are_no_addresses(tmp_path, monkeypatch):
     for name in ("concat:a|b.mp4", "subfile,,start,0,end,0,,:x.mp4", "http:x.mp4", "pipe:0", "a%03d.mp4", "data:x"):
         write_numbered(tmp_path / "x.mp4", 12).rename(tmp_path / name)
         assert read(name).total_frames == 12
+
+
+def test_a_title_in_any_coding_is_no_obstacle(tmp_path):
+    path = write_video(tmp_path / "a.mp4", [20, 120, 220])
+    expected = read_video(path, num_frames=3, image_size=8, resize="nearest").frames
+    content = path.read_bytes()
+    assert b"Lavf" in content
+    path.write_bytes(content.replace(b"Lavf", "Ünï".encode("latin-1") + b"x"))
+    assert np.array_equal(read_video(path, num_frames=3, image_size=8, resize="nearest").frames, expected)

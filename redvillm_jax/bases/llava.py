@@ -605,11 +605,12 @@ class Tokenizer:
         self.folder = folder
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+            self.tokenizer.add_tokens(added, special_tokens=True)  # where files add <im_start> as a common word
+            self.decode(self.encode("What happens?"))  # settings of odd types show only in use
         except Exception as error:  # transformers raises many kinds for files that are missing or broken
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}: no tokenizer that can be read ({reason}); copy the model's own files") from None
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        self.tokenizer.add_tokens(added, special_tokens=True)  # where files add <im_start> as a common word
         self.bos_id, self.eos_id = self.special("<s>"), self.special("</s>")
         self.stop_ids = (self.eos_id,)
         self.size = len(self.tokenizer)  # ids that text can become, special ones included

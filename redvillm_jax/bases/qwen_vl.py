@@ -694,7 +694,7 @@ class Tokenizer:
         try:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
             pairs = [(base64.b64decode(token, validate=True), int(rank)) for token, rank in lines]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise UserError(f"{file}: expected lines of 'base64 rank' ({error}); copy it again") from None
         ranks = dict(pairs)
         whole = sorted(ranks.values()) == list(range(len(pairs))) and all(bytes([i]) in ranks for i in range(256))

@@ -102,7 +102,7 @@ def _verdicts(out: Path) -> list[dict[str, Any]]:
     """The lines of verdicts.jsonl, {} for what is none of this project's."""
     try:
         lines = [json.loads(line) for line in (out / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return [{}]
     return [line if isinstance(line, dict) else {} for line in lines]
 

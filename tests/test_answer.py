@@ -56,7 +56,7 @@ def model(bases) -> assistant.Assistant:
 
 
 def shown(text: str) -> str:
-    """A text without a difference that random answers make: beside half a character, whole bytes may show as it does."""
+    """A text as it compares: beside half a character, the whole bytes before it may show as that half does."""
     return re.sub("[\x00-\x1f]", "\N{REPLACEMENT CHARACTER}", text)
 
 

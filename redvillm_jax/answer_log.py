@@ -67,6 +67,9 @@ class AnswerLog:
             part.unlink()
 
 
+BEGIN = '{"made_with"'  # of each part
+
+
 def parts_of(path: Path) -> list[Path]:
     """The parts of a file that are there."""
     found = path.parent.glob(f"{glob.escape(path.name)}.part*")
@@ -86,7 +89,10 @@ def read_made(path: Path, form: Form) -> dict[str, Any] | None:
 
 def read_part(part: Path) -> list[dict[str, Any]]:
     """A part's first line, which says what its answers are made with, and those of its answers."""
-    return read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
+    lines = read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
+    if not lines and not part.read_text(errors="replace").startswith(BEGIN[: part.stat().st_size]):
+        raise UserError(f"{part}: is no part of {part.stem}: move it away, or choose another name for that")
+    return lines
 
 
 def as_lines(answers: Mapping[int, Answer]) -> list[dict[str, Any]]:

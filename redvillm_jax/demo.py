@@ -172,6 +172,7 @@ def draw(
         bars.hlines(values[row], places - 0.45, places + 0.45, label=row, color="black", linestyle=style, linewidth=1.2)
     bars.set_xticks(places, [label(name).replace(" ", "\n") for name in groups], fontsize=8)
     bars.set(ylabel="exact match, %", ylim=(0, 122), title=f"{base}: questions about held-out videos")
+    bars.set_yticks(range(0, 101, 20))
     bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
     for row, file in losses.items():
         lines = read_lines(file, METRICS)

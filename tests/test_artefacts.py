@@ -165,12 +165,12 @@ READERS = {  # who reads: (the file, what a damaged one ends in)
     "scores": (
         lambda folder: evaluate.finished(folder, {}),
         "summary.json",
-        "delete it, then run the command that wrote it again",
+        "or was not written by this command: move it away, or choose another output",
     ),
     "answers begun": (
         lambda folder: AnswerLog(folder / "answers.jsonl", {}, {}),
         "answers.jsonl.part0",
-        "delete it, then run the command that wrote it again",
+        "or was not written by this command: move it away, or choose another output",
     ),
     "a judge's scores": (read_judged, "summary.json", "judge again"),
     "made videos": (read_videos_again, "settings.json", "delete its folder and make the videos again"),

@@ -145,6 +145,8 @@ def unlisted(where: epath.Path) -> str:
     try:
         with alone():
             ocp.checkpointables_metadata(where)
+        if not isinstance(json.loads((where / "_CHECKPOINT_METADATA").read_text()), dict):
+            raise TypeError("_CHECKPOINT_METADATA is no object")
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return ""

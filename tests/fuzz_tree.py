@@ -172,9 +172,9 @@ COMMANDS = {
         train.main,
         (*TRAIN, "--config.data={}/streams", "--workdir={}/run"),
         ["base", "streams", "run"],
+        ["run/config.json", "run/metrics.jsonl", "run/checkpoints/2/*", "run/checkpoints/1/_CHECKPOINT_METADATA"],
         ["run/*"],
-        ["run/*"],
-        each=1,
+        each=0,
     ),
     "evaluate": Command(
         evaluate.main,
@@ -398,7 +398,8 @@ def need(tree: Tree, part: str) -> None:
     else:
         WRITTEN[part](tree, place)
     if part not in ("export", "base"):  # these are whole folders, replaced as such
-        for folder in [place, *(path for path in place.rglob("*") if path.is_dir())]:
+        below = [path for path in place.rglob("*") if path.is_dir() and not {"trainable", "optimizer"} & {*path.parts}]
+        for folder in [place, *below]:  # but Orbax's own
             (folder / STRAY).write_text("mine\n")
 
 

@@ -45,14 +45,14 @@ def run_cases(tree: Tree, name: str, chosen: Callable[[str], bool]) -> tuple[int
 
 
 SAMPLE = {  # one case of so many; the commands that compute are left to -m slow
-    "from_torch": 8,
-    "from_torch_shards": 4,
-    "prepare": 8,
-    "prepare_again": 8,
-    "moving_shapes_again": 2,
-    "show_video": 16,
-    "judge_rule": 4,
-    "judge_compare": 4,
+    "from_torch": 24,
+    "from_torch_shards": 16,
+    "prepare": 16,
+    "prepare_again": 20,
+    "moving_shapes_again": 4,
+    "to_torch_full": 16,
+    "judge_rule": 8,
+    "judge_compare": 8,
     "judge_again": 8,
     "translate_again": 8,
 }

@@ -41,7 +41,7 @@ from redvillm_jax.weights import (
     published_base,
 )
 
-ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "attention", "seed")
+ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "seed")
 
 
 def check_config(config: Mapping[str, Any]) -> None:

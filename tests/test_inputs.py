@@ -314,7 +314,6 @@ CONFIG = {"config": {"family": "llava"}}
             "/moved: not a base folder.*say where with --base=BASE",
         ),
         (edited("run", lambda said: said.pop("streams")), "run: its config does not say streams"),
-        (edited("run", lambda said: said.update(streams="all")), "run: config.streams is 'all', expected one of both"),
         (edited("run", lambda said: said.update(attend=3)), "config.json: attend=3 .* a newer one wrote it"),
         (edited("whole", lambda said: said["method"].update(attend=3)), "redvillm.json: attend=3 .* a newer one wrote"),
         (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: its config does not say extra_mlp"),

@@ -80,7 +80,8 @@ def test_who_does_not_know_the_order_guesses_it(questions):
 
 
 def test_the_table_shows_floors_beside_accuracies(questions, tmp_path):
-    train, test = questions["train"], questions["test"]
+    train = [{"id": str(i), **row} for i, row in enumerate(questions["train"])]
+    test = questions["test"]
     (tmp_path / "videos" / "train").mkdir(parents=True)
     (tmp_path / "videos" / "train" / "instructions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in train))
     work = tmp_path / "llava"

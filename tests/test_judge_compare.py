@@ -132,13 +132,16 @@ def test_what_may_not_be_compared(tmp_path):
         with pytest.raises(UserError, match=r"verdicts\.jsonl: line 1.*; judge again") as error:
             compare(first, other_prompt)
         assert "\n" not in str(error.value)
+    content = (first / "verdicts.jsonl").read_text()
+    (other_prompt / "verdicts.jsonl").write_text(content)
+    summary["verdicts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
     for judge_of_it in ([], "x", {}, {"prompts": [1]}):
         summary["made_with"]["judge"] = judge_of_it
         (other_prompt / "summary.json").write_text(json.dumps(summary))
         with pytest.raises(UserError, match=r"summary\.json: .*; judge again"):
             compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
+    with pytest.raises(UserError, match=r"summary\.json: is not whole JSON; judge again"):
         compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"summary.json: has no .made_with.; judge again"):

@@ -1,4 +1,6 @@
-"""Frozen matrices in 8 bits: one scale per output, so that a 7B language model takes 7 GB instead of 14."""
+"""Frozen matrices in 8 bits, one scale per output, so that a 7B language model takes 9 GB instead of 14."""
+
+from collections.abc import Container
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,7 @@ from flax import nnx
 
 from redvillm_jax.layers import Linear, levels
 
-SCHEME = "cubic levels, wide head"  # in the fingerprint of a model in 8 bits: other rounding gives other answers
-HEAD = ("lm_head",)  # stays wide: its error goes into the logits directly, and it is small beside the layers
+SCHEME = "cubic levels"  # in the fingerprint of a model in 8 bits: other rounding gives other answers
 LEVELS = levels(np.arange(-127, 128), np.float32)
 STEPS = 2**15 - 1  # of a 16-bit number that finds the nearest level in a table
 NEAREST = np.zeros(2**16, np.int8)
@@ -28,14 +29,14 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.take(NEAREST, steps.view(np.uint16)), scale
 
 
-def quantized_shapes(module: nnx.Module) -> dict[tuple, tuple]:
-    """Gives every `Linear` of an abstract module except the output head an int8 weight and a scale.
+def quantized_shapes(module: nnx.Module, wide: Container[tuple]) -> dict[tuple, tuple]:
+    """Gives every `Linear` of an abstract module an int8 weight and a scale, except where `wide` has the path of its weight.
 
     Returns the path of each scale by the path of its weight.
     """
     scales = {}
     for path, linear in nnx.iter_modules(module):
-        if isinstance(linear, Linear) and path != HEAD:
+        if isinstance(linear, Linear) and (*path, "weight") not in wide:
             shape = linear.weight.shape
             linear.weight = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.int8))
             linear.scale = nnx.data(nnx.Param(jax.ShapeDtypeStruct(shape[:-1], jnp.float32)))

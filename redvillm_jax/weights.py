@@ -204,13 +204,14 @@ def load_part(
 ) -> nnx.Module:
     """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers in 8 bits. A base
-    without a folder gives shapes, dtypes and shardings instead of arrays. Raises UserError that lists missing or
-    wrongly shaped tensors.
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers in 8 bits, but for
+    those of the base's `WIDE`. A base without a folder gives shapes, dtypes and shardings instead of arrays. Raises
+    UserError that lists missing or wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
-    scales = quantized_shapes(module) if int8 else {}
+    wide = {leaf.path for name, leaf in table.items() if re.search(base.module.WIDE, name)}
+    scales = quantized_shapes(module, wide) if int8 else {}
     if base.path is not None:
         check_tensors(base, table)
     layers_of: dict[tuple, list[str]] = {}

@@ -592,6 +592,8 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"\.bias$", P()),
 )
 
+WIDE = r"(lm_head|down_proj)\.weight$"  # canonical names that int8 leaves wide: they see the largest activations
+
 # ---- text
 
 

@@ -657,6 +657,8 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"\.bias$", P()),
 )
 
+WIDE = r"(lm_head|mlp\.c_proj)\.weight$"  # canonical names that int8 leaves wide
+
 # ---- text
 
 # Qwen's pre-split: like OpenAI's cl100k, but digits one at a time.

@@ -76,8 +76,8 @@ def levels(integers: Array) -> Array:
 class Linear(nnx.Module):
     """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it.
 
-    A frozen weight may be int8, of which `levels` makes numbers, with scales of the
-    outputs: (out,) and of the inputs: (1, in) (see `redvillm_jax.quantize`).
+    A frozen weight may be int8, of which `levels` makes numbers, with a scale: (out,) and an input_scale: (1, in)
+    (see `redvillm_jax.quantize`).
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):

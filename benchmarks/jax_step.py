@@ -88,7 +88,7 @@ def load(
 
 
 def fill_random(model: nnx.Module) -> nnx.Module:
-    """The model with its shapes made arrays: norms and scales of inputs one, biases zero, int8 uniform, the rest N(0, 0.02)."""
+    """The model with its shapes made arrays: norms and input scales one, biases zero, int8 uniform, else N(0, 0.02)."""
     stacks = {path for path, module in nnx.iter_modules(model) if isinstance(module, Stack)}
     graphdef, state = nnx.split(model)
     flat = {}

@@ -54,12 +54,21 @@ def test_normal_weights_lose_less_than_by_equal_steps():
 
 
 def test_inputs_with_small_weights_lose_no_larger_share_than_the_others():
-    """Scales of outputs alone would lose 40 times the share where weights are 1/64."""
+    """Scales of outputs alone would lose three quarters of the smallest."""
     rng = np.random.default_rng(0)
     sizes = 2.0 ** rng.integers(-6, 3, 256)
     weight = (rng.normal(size=(512, 256)) * sizes * rng.uniform(0.1, 10, (512, 1))).astype(np.float32)
     lost = np.linalg.norm(widened(*quantize(weight)) - weight, axis=0) / np.linalg.norm(weight, axis=0)
     assert lost.max() < 0.008
+
+
+def test_an_output_with_large_weights_decides_no_scale_of_an_input():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 64)).astype(np.float32)
+    sizes = np.exp2(rng.integers(-9, 9, 8)).astype(np.float32)
+    values, scale, input_scale = quantize(weight)
+    for got, want in zip(quantize(weight * sizes[:, None]), (values, scale * sizes, input_scale), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

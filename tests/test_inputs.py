@@ -157,11 +157,8 @@ def test_an_export_in_16_bits_is_close(bases, stores, tmp_path):
 def test_exports_made_before_a_switch_have_its_default(bases, tmp_path):
     run = write_run(tmp_path / "run", "llava", bases["llava"], dtype="float32")
     forms = export(run, "llava", tmp_path)
-    file = forms["whole"] / "redvillm.json"
-    said = json.loads(file.read_text())
     for name in ("sampling", "dtype", "int8"):
-        del said["method"][name]
-    file.write_text(json.dumps(said))
+        change_json(forms["whole"] / "redvillm.json", lambda said, name=name: said["method"].pop(name))
     config = open_model(forms["whole"]).config
     assert config | {"sampling": "uniform", "dtype": "bfloat16", "int8": False, "seed": 0} == config
     assert open_model(forms["whole"]).fingerprint == open_model(run).fingerprint

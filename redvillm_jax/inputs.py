@@ -41,7 +41,7 @@ from redvillm_jax.weights import (
     published_base,
 )
 
-ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "attention", "seed")
+ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "seed")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -227,7 +227,7 @@ def model_fingerprint(base: Base, config: Mapping[str, Any], trained: Mapping[st
         names += ["temporal_init", "seed"] if random else ["temporal_init"]
     switches = {name: config[name] for name in names}
     if config["int8"]:
-        switches["int8"] = SCHEME
+        switches["int8"] = [SCHEME, base.module.WIDE]
     digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
     for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

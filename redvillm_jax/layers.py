@@ -64,25 +64,26 @@ def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: jax.typing.DType
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=dtype or x.dtype)
 
 
-def levels(integers: Array, dtype: jax.typing.DTypeLike) -> Array:
-    """The numbers that int8 weights stand for, up to a scale: 0 … ±254, denser near 0, where most weights lie.
+def levels(integers: Array) -> Array:
+    """The fp32 numbers that int8 weights stand for, up to scales: 0 … ±254, denser near 0, where most weights lie.
 
     Rounded to the nearest of them, normally distributed weights lose three quarters of what equal steps lose.
     """
     x = integers.astype(np.float32)
-    return (x + x * x * x * (1 / 127**2)).astype(dtype)
+    return x + x * x * x * (1 / 127**2)
 
 
 class Linear(nnx.Module):
     """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it.
 
-    A frozen weight may be int8, of which `levels` makes numbers, with a scale: (out,) (see `redvillm_jax.quantize`).
+    A frozen weight may be int8, of which `levels` makes numbers, with a scale: (out,) and an input_scale: (1, in)
+    (see `redvillm_jax.quantize`).
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (out_features, in_features)))
         self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
-        self.scale = None
+        self.scale = self.input_scale = None
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """x: (..., in) -> (..., out); `dtype`: of the result, summed in it (default: of x)."""
@@ -90,7 +91,7 @@ class Linear(nnx.Module):
         if self.scale is None:
             y = product("...i,oi->...o", x, self.weight[...].astype(x.dtype), dtype)
         else:  # scaled in fp32: the largest levels' products would overflow float16
-            weight = levels(self.weight[...], x.dtype)
+            weight = (levels(self.weight[...]) * self.input_scale[...]).astype(x.dtype)
             y = (product("...i,oi->...o", x, weight, jnp.float32) * self.scale[...]).astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

@@ -1,6 +1,7 @@
 """Base folders on disk: which tensor belongs to which weight, and reading slices of them onto devices."""
 
 import dataclasses
+import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -204,13 +205,14 @@ def load_part(
 ) -> nnx.Module:
     """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers in 8 bits. A base
-    without a folder gives shapes, dtypes and shardings instead of arrays. Raises UserError that lists missing or
-    wrongly shaped tensors.
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers, except those of
+    the base's `WIDE`, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
+    and shardings instead of arrays. Raises UserError that lists missing or wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
-    scales = quantized_shapes(module) if int8 else {}
+    wide = {leaf.path for name, leaf in table.items() if re.search(base.module.WIDE, name)}
+    scales = quantized_shapes(module, wide) if int8 else {}
     if base.path is not None:
         check_tensors(base, table)
     layers_of: dict[tuple, list[str]] = {}
@@ -223,6 +225,11 @@ def load_part(
             return read_slice(base, names[0], index)
         return np.stack([read_slice(base, name, index[1:]) for name in names[index[0]]])
 
+    def quantized(path: tuple) -> tuple[np.ndarray, ...]:
+        """int8 and scales of all layers, which need whole matrices, whatever part of them a device holds."""
+        layers = [quantize(read_slice(base, name, ())) for name in layers_of[path]]
+        return layers[0] if table[layers_of[path][0]].layer is None else tuple(map(np.stack, zip(*layers, strict=True)))
+
     def place(path: tuple, shape: tuple[int, ...], dtype: Any, callback: Callable) -> jax.Array | jax.ShapeDtypeStruct:
         name = layers_of[path][0]
         at = sharding(name, shape, table[name].layer is not None)
@@ -233,19 +240,16 @@ def load_part(
     graphdef, state = nnx.split(module)
     flat = dict(nnx.to_flat_state(state))
     for path in layers_of:
-        leaf, shape = flat[path], flat[path].shape
-        if path in scales:  # a scale belongs to a whole row, whatever part of it a device holds
-
-            def rows(index: tuple[slice, ...], path=path) -> tuple[np.ndarray, np.ndarray]:
-                return quantize(read(path, (*index, slice(None))))
-
-            weight = place(path, shape, np.int8, lambda i, rows=rows: rows(i[:-1])[0][..., i[-1]])
-            flat[scales[path]] = flat[scales[path]].replace(
-                place(path, shape[:-1], np.float32, lambda i, rows=rows: rows(i)[1])
-            )
+        if path in scales:
+            arrays = functools.cache(functools.partial(quantized, path))
+            for number, name in enumerate((path, *scales[path])):
+                leaf = flat[name]
+                array = place(path, leaf.shape, leaf.dtype, lambda i, number=number, arrays=arrays: arrays()[number][i])
+                flat[name] = leaf.replace(array)
         else:
-            weight = place(path, shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
-        flat[path] = leaf.replace(weight)
+            leaf = flat[path]
+            array = place(path, leaf.shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
+            flat[path] = leaf.replace(array)
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 

@@ -450,6 +450,7 @@ def test_projectors_of_a_run(tmp_path):
     assert_same_bits(load_file(tmp_path / "projectors_again" / "projectors.safetensors"), rounded)
     said = json.loads((tmp_path / "projectors_again" / "redvillm.json").read_text())
     assert said.pop("files").keys() == meta.pop("files").keys() == {"projectors.safetensors"}
+    assert said.pop("checksum") != meta.pop("checksum")
     assert said == json.loads(json.dumps(meta))
 
 

@@ -80,15 +80,16 @@ def test_who_does_not_know_the_order_guesses_it(questions):
 
 
 def test_the_table_shows_floors_beside_accuracies(questions, tmp_path):
-    train, test = questions["train"], questions["test"]
+    train = [{"id": str(i), **row} for i, row in enumerate(questions["train"])]
+    test = questions["test"]
     (tmp_path / "videos" / "train").mkdir(parents=True)
-    (tmp_path / "videos" / "train" / "instructions.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "videos" / "train" / "instructions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in train))
     work = tmp_path / "llava"
     wrong = {"text_only": 9, "before_training": 5, "seed-7/spatial_only/test": 4, "seed-7/shared_projector/test": 3}
     for folder, every in (wrong | {"seed-7/red_villm/test": 2}).items():
         answers = [{**row, "prediction": None if i % every == 0 else row["answer"]} for i, row in enumerate(test)]
         (work / folder).mkdir(parents=True)
-        (work / folder / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+        (work / folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
     found, hits = demo.results(tmp_path, "llava", 7)
     assert [row["question"] for row in found] == [row["question"] for row in test]
     assert list(hits) == [*demo.FLOORS, demo.UNTRAINED, *demo.ROWS]

@@ -125,20 +125,23 @@ def test_what_may_not_be_compared(tmp_path):
     with pytest.raises(UserError, match=r"verdicts.jsonl is not the one that summary.json is about; judge again"):
         compare(first, other_prompt)
     for foreign in FOREIGN:
-        content = json.dumps(foreign) if not isinstance(foreign, str) else foreign
+        content = json.dumps(foreign) + "\n" if not isinstance(foreign, str) else foreign
         summary["verdicts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
         (other_prompt / "verdicts.jsonl").write_text(content)
         (other_prompt / "summary.json").write_text(json.dumps(summary))
-        with pytest.raises(UserError, match=r"(line 1 is no result|is not) of redvillm_jax.judge") as error:
+        with pytest.raises(UserError, match=r"verdicts\.jsonl: line 1.*; judge again") as error:
             compare(first, other_prompt)
         assert "\n" not in str(error.value)
+    content = (first / "verdicts.jsonl").read_text()
+    (other_prompt / "verdicts.jsonl").write_text(content)
+    summary["verdicts_sha256"] = hashlib.sha256(content.encode()).hexdigest()
     for judge_of_it in ([], "x", {}, {"prompts": [1]}):
         summary["made_with"]["judge"] = judge_of_it
         (other_prompt / "summary.json").write_text(json.dumps(summary))
-        with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
+        with pytest.raises(UserError, match=r"summary\.json: .*; judge again"):
             compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match=r"is not of redvillm_jax.judge"):
+    with pytest.raises(UserError, match=r"summary\.json: is not whole JSON; judge again"):
         compare(first, other_prompt)
     (other_prompt / "summary.json").write_text("{}")
     with pytest.raises(UserError, match=r"summary.json: has no .made_with.; judge again"):

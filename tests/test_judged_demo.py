@@ -55,13 +55,16 @@ def published(folder):
     answers = [{"answer": "one two".split()[i % 2], "type": 7, "question_id": f"v_{i}"} for i in (3, 2, 1, 0)]
     write(activity / "test_q.json", asked)
     write(activity / "test_a.json", answers)
-    choice = {"question": COUNT, "candidates": ["one", "two"], "answer": "one"}
+    choice = {"question": COUNT, "candidates": ["right", "middle"], "answer": "right"}  # it names a place among options
     mvbench = folder / "mvbench"
     write(mvbench / "count.json", [{"video": f"{video(i)}.mp4", **choice} for i in (0, 1, 2)])
     write(mvbench / "part.json", [{"video": f"{video(i)}.mp4", "start": 1, "end": 3.5, **choice} for i in (2, 3)])
     tries = [
         {"video": f"{video(i)}.mp4", "question": FIRST if (i, j) == (0, 3) else COUNT, "type": "cnt", "try": j}
-        | {"options": ["one", "two"] if j % 2 else ["two", "one"], "gt": "one"}
+        | {
+            "options": ["right", "middle"][:: -1 if i and j % 2 == 0 else 1],
+            "gt": "middle" if (i, j) == (2, 1) else "right",
+        }
         for i in (0, 1, 2)
         for j in range(4)
     ]
@@ -213,14 +216,19 @@ def test_vcgbench(answered, judged):
     ]
 
 
+def hit(row):
+    """Whether a prediction is the text of the right option."""
+    return f"{row['answer']}. {row['prediction']}" in row["choices"]
+
+
 def test_multiple_choice(answered, judged):
     rows, found = of(answered, benchmark="mvbench"), judged[0]["mvbench"]["metrics"]["accuracy"]
-    tasks = {kind: [row["prediction"] == "one" for row in of(rows, kind=kind)] for kind in ("count", "part")}
+    tasks = {kind: [hit(row) for row in of(rows, kind=kind)] for kind in ("count", "part")}
     for kind, hits in tasks.items():
         assert found[f"kind:{kind}"]["mean"] == mean(hits)
     assert found["all"]["mean"] == mean(tasks["count"] + tasks["part"]) and 0 < found["all"]["mean"] < 1
     assert found["mean"]["mean"] == mean(sum(hits) / len(hits) for hits in tasks.values())
-    groups = [[row["prediction"] == "one" for row in of(answered, group=f"train-0000{i}")] for i in (0, 1, 2)]
+    groups = [[hit(row) for row in of(answered, group=f"train-0000{i}")] for i in (0, 1, 2)]
     assert list(map(len, groups)) == [4, 4, 4] and any(map(all, groups)) and any(0 < sum(g) < 4 for g in groups)
     found = judged[0]["vnbench"]["metrics"]
     assert found["accuracy"]["all"]["mean"] == mean(map(all, groups))

@@ -24,44 +24,68 @@ def linears(module: nnx.Module) -> dict[tuple, Linear]:
 
 def gaps(values: np.ndarray) -> np.ndarray:
     """The distance from a level to the next one further out."""
-    return np.abs(levels(np.abs(values.astype(np.int32)) + 1, np.float32) - levels(np.abs(values), np.float32))
+    return np.abs(levels(np.abs(values.astype(np.int32)) + 1) - levels(np.abs(values)))
+
+
+def widened(values: np.ndarray, scale: np.ndarray, input_scale: np.ndarray) -> np.ndarray:
+    return levels(values) * input_scale * scale[..., None]
 
 
 def test_rounding_is_to_the_nearest_of_255_levels_per_output():
-    weight = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32)
-    weight[1, 2] = 0
-    values, scale = quantize(weight)
-    assert values.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (3, 5)
+    weight = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    weight[2] = weight[:, 7] = 0
+    values, scale, input_scale = quantize(weight)
+    assert values.dtype == np.int8 and (scale.dtype, scale.shape) == (np.float32, (5,))
+    assert (input_scale.dtype, input_scale.shape) == (np.float32, (1, 64))
     assert (np.abs(values).max(-1)[weight.any(-1)] == 127).all()
-    all_levels = np.asarray(levels(np.arange(-127, 128), np.float32))
-    want = np.abs(weight[..., None] - all_levels * scale[..., None, None]).min(-1)
-    off = np.abs(levels(values, np.float32) * scale[..., None] - weight)
-    assert (off <= want + 0.01 * scale[..., None]).all()
+    all_levels = np.asarray(levels(np.arange(-127, 128)))
+    scales = scale[:, None] * input_scale
+    want = np.abs(weight[..., None] - all_levels * scales[..., None]).min(-1)
+    off = np.abs(widened(values, scale, input_scale) - weight)
+    assert (off <= want + 0.01 * scales).all()
 
 
 def test_normal_weights_lose_less_than_by_equal_steps():
     weight = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
-    values, scale = quantize(weight)
     step = np.abs(weight).max(-1, keepdims=True) / 127
-    lost, equal = (
-        np.linalg.norm(x - weight) for x in (levels(values, np.float32) * scale[:, None], np.rint(weight / step) * step)
-    )
+    lost, equal = (np.linalg.norm(x - weight) for x in (widened(*quantize(weight)), np.rint(weight / step) * step))
     assert lost < 0.78 * equal
     assert lost / np.linalg.norm(weight) < 0.007
+
+
+def test_inputs_with_small_weights_lose_no_larger_share_than_the_others():
+    """Scales of outputs alone would lose three quarters of the smallest."""
+    rng = np.random.default_rng(0)
+    sizes = 2.0 ** rng.integers(-6, 3, 256)
+    weight = (rng.normal(size=(512, 256)) * sizes * rng.uniform(0.1, 10, (512, 1))).astype(np.float32)
+    lost = np.linalg.norm(widened(*quantize(weight)) - weight, axis=0) / np.linalg.norm(weight, axis=0)
+    assert lost.max() < 0.008
+
+
+def test_an_output_with_large_weights_decides_no_scale_of_an_input():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 64)).astype(np.float32)
+    sizes = np.exp2(rng.integers(-9, 9, 8)).astype(np.float32)
+    values, scale, input_scale = quantize(weight)
+    for got, want in zip(quantize(weight * sizes[:, None]), (values, scale * sizes, input_scale), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_but_the_head_is_quantized_and_close(family, bases):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     exact, small = load(bases[family], mesh), load(bases[family], mesh, int8=True)
+    wide = {".".join(path): layer for path, layer in linears(small).items() if layer.scale is None}
+    assert wide.keys() == {"lm_head"}
     for path, layer in linears(small).items():
         want = linears(exact)[path].weight[...]
-        if path == ("lm_head",):
+        if layer.scale is None:
             np.testing.assert_array_equal(layer.weight[...], want)
             continue
         assert layer.weight.dtype == jnp.int8, path
-        got = levels(layer.weight[...], jnp.float32) * layer.scale[...][..., None]
-        assert (jnp.abs(got - want) <= layer.scale[...][..., None] * 0.51 * gaps(layer.weight[...])).all(), path
+        values, scales = layer.weight[...], layer.scale[...][..., None] * layer.input_scale[...]
+        got = levels(values) * scales
+        assert (jnp.abs(got - want) <= scales * 0.51 * gaps(values)).all(), path
     assert small.embed(jnp.zeros((1, 1), jnp.int32), jnp.float32).dtype == jnp.float32
 
     embeds = exact.embed(jnp.arange(40).reshape(2, 20), jnp.float32)
@@ -75,9 +99,9 @@ def test_sums_of_integers_do_not_overflow(dtype, bases):
     """float16 ends at 65504, and 127 * 4 * 1024 is more."""
     weight = np.ones((3, 1024), np.float32)
     linear = nnx.eval_shape(lambda: Linear(1024, 3, rngs=nnx.Rngs(0)))
-    quantized_shapes(linear)
-    values, scale = quantize(weight)
-    linear.weight, linear.scale, linear.bias = nnx.Param(values), nnx.Param(scale), None
+    quantized_shapes(linear, wide=())
+    linear.weight, linear.scale, linear.input_scale = map(nnx.Param, quantize(weight))
+    linear.bias = None
     x = jnp.full((2, 1024), 4, dtype)
     np.testing.assert_array_equal(linear(x), np.full((2, 3), 4096, dtype))
     gradient = jax.grad(lambda x: linear(x).sum().astype(jnp.float32))(x)
@@ -100,7 +124,7 @@ def test_float16_with_8_bits_follows_float32(bases):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_scale_belongs_to_the_whole_row_on_every_mesh(sizes, bases):
+def test_scales_belong_to_whole_rows_and_columns_on_every_mesh(sizes, bases):
     one = load(bases["llava"], make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), int8=True)
     many = load(bases["llava"], make_mesh(sizes), int8=True)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(many))

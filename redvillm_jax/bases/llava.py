@@ -592,6 +592,8 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"\.bias$", P()),
 )
 
+WIDE = r"^language_model\.lm_head\.weight$"  # what int8 leaves wide, by canonical name: its error goes into the logits
+
 # ---- text
 
 

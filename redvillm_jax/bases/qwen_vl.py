@@ -657,6 +657,8 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"\.bias$", P()),
 )
 
+WIDE = r"^lm_head\.weight$"  # what int8 leaves wide, by canonical name: its error goes into the logits
+
 # ---- text
 
 # Qwen's pre-split: like OpenAI's cl100k, but digits one at a time.

@@ -120,8 +120,8 @@ _BENCHMARKS = Each({"questions": int, "videos": int, "statuses": Each(int), "met
 ANSWER = Form({"prediction": str | None}, _ANSWER_AGAIN)
 ANSWERS_BEGUN = Form({"made_with": dict}, _NOT_OURS)  # the first line of unfinished answers
 NUMBERED_ANSWER = Form({"number": int, "answer": {"prediction": str | None}}, _ANSWER_AGAIN)
-ANSWER_REPORT = Form({"made_with": dict, "answered": int, "failed": list}, _NOT_OURS)
-SUMMARY = Form({"benchmarks": _BENCHMARKS, "made_with": dict}, _NOT_OURS)
+ANSWER_REPORT = Form({"made_with": dict, "answered": int, "failed": list, "answers_sha256?": str}, _NOT_OURS)
+SUMMARY = Form({"benchmarks": _BENCHMARKS, "made_with": dict, "answers_sha256?": str}, _NOT_OURS)
 _JUDGE_AGAIN = "judge again"
 JUDGED = Form(
     {

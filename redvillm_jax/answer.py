@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from data_pipeline.artefacts import ANSWER_REPORT
+from data_pipeline.artefacts import ANSWER_REPORT, with_checksum
 from data_pipeline.errors import UserError
 from data_pipeline.files import as_path, write_text
 from data_pipeline.media import Clip, Picture, lost_media, try_media
@@ -161,7 +161,7 @@ def answer_file(
     report_file = report_of(output)
     settings = made_with(assistant, rows, generation)
     report = read_made(report_file, ANSWER_REPORT)
-    known = known_answers(output, rows) if report and report["made_with"] == settings else {}
+    known = known_answers(output, rows, report) if report and report["made_with"] == settings else {}
     if len(known) == len(rows):
         print(f"{output} is whole already")
         return 0
@@ -187,6 +187,7 @@ def answer_file(
     failed = failures(answers)
     if is_first():
         report = {"made_with": settings, "answered": len(rows) - len(failed), "failed": failed}
+        report = with_checksum(report | {"answers_sha256": log.sha256})
         write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         log.forget()
         print(f"{output}: {report['answered']} of {len(rows)} questions answered")

@@ -1,6 +1,7 @@
 """answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
 
 import glob
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class AnswerLog:
     def finish(self, count: int) -> list[Answer]:
         """Puts all `count` answers into the file; every process must come here.
 
-        Returns them; `forget` the parts when nothing is left to do with them. Raises UserError when some are missing:
-        not every process has written into the same folder.
+        Returns them, and `sha256` is then the file's hash; `forget` the parts when nothing is left to do with them.
+        Raises UserError when some are missing: not every process has written into the same folder.
         """
         self.file.close()
         wait_for_all("answers are written")
@@ -57,8 +58,10 @@ class AnswerLog:
             )
         answers = [done[number] for number in range(count)]
         wait_for_all("answers are complete")
+        text = as_text(answers)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         if is_first():
-            write_text(self.path, as_text(answers))
+            write_text(self.path, text)
         return answers
 
     def forget(self) -> None:

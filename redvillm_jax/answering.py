@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from data_pipeline.artefacts import ANSWER, read_lines
+from data_pipeline.artefacts import ANSWER, parse_lines, read_bytes
 from data_pipeline.errors import UserError
 from redvillm_jax.answer_log import AnswerLog
 from redvillm_jax.assistant import Assistant
@@ -62,10 +63,17 @@ def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation)
     return {"model": assistant.identity, "generation": settings, "questions": questions}
 
 
-def known_answers(path: Path, rows: Sequence[Row]) -> dict[int, Row]:
-    """The answers of a file by number of the question, but for what failed and what is not about these rows."""
-    found = enumerate(zip(read_lines(path, ANSWER), rows, strict=False))
-    same = {i: answer for i, (answer, row) in found if answer | row == answer}  # nobody has edited the file
+def known_answers(path: Path, rows: Sequence[Row], report: Mapping[str, Any]) -> dict[int, Row]:
+    """The answers of a file by number of the question, but for what failed and what is not about these rows.
+
+    None where the file is not the one that `report` was written with.
+    """
+    content = read_bytes(path, ANSWER)
+    if report.get("answers_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        print(f"note: {path}: was changed after it was written; all is answered anew", file=sys.stderr)
+        return {}
+    pairs = enumerate(zip(parse_lines(path, content, ANSWER), rows, strict=False))
+    same = {i: answer for i, (answer, row) in pairs if answer | row == answer}
     return {i: answer for i, answer in same.items() if answer.get("prediction") is not None}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.artefacts import REPORT, SUMMARY, read_object
+from data_pipeline.artefacts import REPORT, SUMMARY, read_object, with_checksum
 from data_pipeline.errors import UserError
 from data_pipeline.eval_sets import BENCHMARKS
 from data_pipeline.files import as_path, write_text
@@ -88,7 +88,7 @@ def answer_store(
     if flags["text_only"]:
         settings["text_only"] = True
     summary = finished(out, settings)
-    known = known_answers(out / "answers.jsonl", rows) if summary else {}
+    known = known_answers(out / "answers.jsonl", rows, summary) if summary else {}
     if summary and len(known) == len(rows):
         print(f"{out} is whole already\n{summary_table(summary)}")
         return 0
@@ -110,6 +110,7 @@ def answer_store(
     failed = failures(answers)
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
+        summary = with_checksum(summary | {"answers_sha256": log.sha256})
         write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
         log.forget()
         print(summary_table(summary))

@@ -1,6 +1,7 @@
 """The evaluation command: runs and bases, several processes and devices, kills; scores; what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,22 @@ def test_a_second_run_does_nothing(evaluated, capsys):
     evaluate.main(arguments)
     assert "is whole already" in capsys.readouterr().out
     assert (folder / "out" / "answers.jsonl").stat().st_mtime_ns == before
+
+
+def test_answers_that_were_changed_are_given_anew(evaluated, tmp_path, capsys):
+    folder, arguments = evaluated
+    whole = (folder / "out" / "answers.jsonl").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    rows[3]["prediction"] += "!"
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy(folder / "out" / "summary.json", tmp_path)
+    evaluate.main([*arguments, f"--out={tmp_path}"])
+    assert (tmp_path / "answers.jsonl").read_text() == whole
+    assert "answers.jsonl: was changed after it was written; all is answered anew" in capsys.readouterr().err
+    text = (tmp_path / "summary.json").read_text()
+    (tmp_path / "summary.json").write_text(text.replace('"questions": 72', '"questions": 71'))
+    with pytest.raises(UserError, match=r"summary\.json: was changed after it was written"):
+        evaluate.main([*arguments, f"--out={tmp_path}"])
 
 
 def test_files_of_others_are_not_replaced(evaluated, tmp_path):

@@ -140,7 +140,8 @@ def write_llava(folder: Path, weights: Weights, config: Any, tokenizer: Any) -> 
     for file in folder.glob("*.json"):  # LLaVA's names of the markers at a text's ends
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>"), encoding="utf-8")
-    text = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    of_gguf = {"quantization_config", "_model_name_or_path", "unk_token_id"}
+    text = {key: value for key, value in config.to_dict().items() if key not in of_gguf}
     whole = LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP),
         text_config=LlamaConfig(**text | {"tie_word_embeddings": False}),

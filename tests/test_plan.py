@@ -30,9 +30,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "redvillm_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    # Another worker's program for a TPU cannot be read back from the cache that the tests share.
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    arguments = [sys.executable, "-m", "redvillm_jax.plan", *flags]
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

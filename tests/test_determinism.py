@@ -79,7 +79,7 @@ def stages(work, base):
         "frames": contents(work / base / "frames", "*/*.array_record-*", "*/*.jsonl", "*/store.json"),
         "streams": contents(work / base / "streams", "*/*.array_record-*", "*/*.jsonl", "*/store.json"),
         "training": weights | contents(runs, "*/first_batch.txt"),
-        "answers": contents(runs, "**/answers.jsonl"),
+        "answers": contents(work / base, "**/answers.jsonl"),
         "export": contents(runs / "export", "*.safetensors"),
     }
 

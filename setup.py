@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["redvillm_jax*", "configs*", "data_pipeline*", "conversion*"]),
-    package_data={"redvillm_jax": ["demo_bases/*/*"]},
+    package_data={"redvillm_jax": ["demo/bases/*/*"]},
     install_requires=[
         "absl-py>=2.3,<3",
         "array_record==0.8.*",

@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.jax_stages import stages
 from benchmarks.stage_file import sample
 from configs import llava, qwen
-from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.assemble import load_model
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.weights import open_base
+from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.model.build import load_model
+from redvillm_jax.runtime.sharding import make_mesh
 
 CONFIGS = {"llava": llava, "qwen_vl": qwen}
 NEEDED = ("pixels", "text_ids", "image_ids", "video_prefix_ids", "video_suffix_ids")

@@ -5,8 +5,8 @@ python -m benchmarks.config_fields
 
 from pathlib import Path
 
-from redvillm_jax.config_fields import COMMON, FIXED, NOTHING, READ, Fields
-from redvillm_jax.weights import known_families, load_base_module
+from redvillm_jax.model.base_folder import known_families, load_base_module
+from redvillm_jax.modules.config_fields import COMMON, FIXED, NOTHING, READ, Fields
 
 FILE = Path(__file__).parents[1] / "docs" / "config_fields.md"
 
@@ -18,8 +18,8 @@ nothing**. A field that no table knows is refused, because it may change the com
 the file if you know that it changes nothing. All of this happens when a checkpoint is converted and again when a base
 folder is opened. A field that a file omits has the value of transformers' class (LLaVA) or must be there (Qwen-VL).
 
-`python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/config_fields.py`,
-`redvillm_jax/published_tables.py` and `redvillm_jax/bases/`.
+`python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/config_fields.py`,
+`redvillm_jax/modules/published_tables.py` and `redvillm_jax/bases/`.
 """
 
 

@@ -29,11 +29,12 @@ import numpy as np  # noqa: E402
 from av.video.reformatter import VideoReformatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from data_pipeline import moving_shapes, prepare, store  # noqa: E402
+from data_pipeline import prepare, store  # noqa: E402
+from data_pipeline.common.processes import ordered_map  # noqa: E402
+from data_pipeline.media.decode import resize_nearest  # noqa: E402
+from data_pipeline.media.sampling import uniform_indices  # noqa: E402
 from data_pipeline.packing import Step, fill_row, plan_epoch, row_bounds  # noqa: E402
-from data_pipeline.processes import ordered_map  # noqa: E402
-from data_pipeline.sampling import uniform_indices  # noqa: E402
-from data_pipeline.videos import resize_nearest  # noqa: E402
+from redvillm_jax.demo import moving_shapes  # noqa: E402
 
 # Whatever needs JAX is imported where it is used: the workers import this file, too.
 
@@ -157,10 +158,10 @@ def make_tiny(folder: Path) -> tuple[Any, dict[str, Path]]:
     """The demo's tiny LLaVA, and generated videos as frames and as streams."""
     from conversion import from_torch
     from redvillm_jax import encode
-    from redvillm_jax.weights import open_base
+    from redvillm_jax.model.base_folder import open_base
 
     moving_shapes.main([f"--out={folder}", "--train=24", "--dev=1", "--test=1"])
-    source = ROOT / "redvillm_jax" / "demo_bases" / "llava"
+    source = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
     from_torch.main(["--family=llava", f"--source={source}", f"--out={folder / 'base'}"])
     stores = {kind: folder / kind for kind in ("frames", "streams")}
     data = (f"--videos={folder / 'train' / 'videos'}", f"--instructions={folder / 'train' / 'instructions.jsonl'}")
@@ -173,8 +174,8 @@ def make_tiny(folder: Path) -> tuple[Any, dict[str, Path]]:
 def tiny_plan(base: Any, videos: store.VideoStore) -> tuple[dict[str, Any], Any]:
     """The demo's config and its plan of rows, of as many steps as 60 epochs have."""
     from configs import demo
-    from redvillm_jax.assemble import token_slots
-    from redvillm_jax.rows import plan_rows
+    from redvillm_jax.model.build import token_slots
+    from redvillm_jax.training.rows import plan_rows
 
     config = demo.get_config("llava").to_dict() | {"base": str(base.path), "num_epochs": 60}
     return config, plan_rows(config, base, videos, base.module.Tokenizer(base.path), token_slots(base, config))
@@ -186,10 +187,10 @@ def compare_tiny_step(base: Any, stores: dict[str, Path]) -> None:
     import jax.numpy as jnp
 
     from data_pipeline.pipeline import batches
-    from redvillm_jax.assemble import load_model
-    from redvillm_jax.inputs import needed_parts
-    from redvillm_jax.recipe import make_training
-    from redvillm_jax.sharding import make_mesh, to_global
+    from redvillm_jax.model.build import load_model
+    from redvillm_jax.model.settings import needed_parts
+    from redvillm_jax.runtime.sharding import make_mesh, to_global
+    from redvillm_jax.training.recipe import make_training
 
     print("\ntiny LLaVA on this machine's CPU, 80 questions a step; examples a second")
     for kind, path in stores.items():
@@ -241,8 +242,8 @@ def rate(iterator: Iterator, steps: Sequence[Step], *, least: float = 3.0) -> fl
 def compare_predicted_step(folder: Path, step_seconds: float, step_rows: int, hosts: int) -> None:
     """Prints what one host of several must read and what this machine's loader reads, at the 7B model's sizes."""
     from data_pipeline.pipeline import batches
-    from redvillm_jax.rows import pad_row
-    from redvillm_jax.workload import paper_lengths
+    from redvillm_jax.planning.workload import paper_lengths
+    from redvillm_jax.training.rows import pad_row
 
     question_videos, prefixes, questions = paper_lengths(sum(VIDEO_TOKENS))
     count = 64

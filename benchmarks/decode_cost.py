@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
-from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
-from redvillm_jax.topologies import Chip, parse_topology, tpu_devices
+from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.planning.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
+from redvillm_jax.runtime.chips import Chip, parse_topology, tpu_devices
 
 NEW_TOKENS = 256
 
@@ -70,13 +70,13 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from redvillm_jax.assemble import load_model
-    from redvillm_jax.generate import Rows
-    from redvillm_jax.inference import Inference
-    from redvillm_jax.programs import bytes_per_chip
-    from redvillm_jax.sampler import Sampling
-    from redvillm_jax.sharding import make_mesh
-    from redvillm_jax.weights import load_base_module, sized_base
+    from redvillm_jax.inference.engine import Inference
+    from redvillm_jax.inference.generate import Rows
+    from redvillm_jax.inference.sampler import Sampling
+    from redvillm_jax.model.base_folder import load_base_module, sized_base
+    from redvillm_jax.model.build import load_model
+    from redvillm_jax.planning.programs import bytes_per_chip
+    from redvillm_jax.runtime.sharding import make_mesh
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": -1}, devices)
     base = sized_base(family, next(iter(load_base_module(family).SIZES)))

@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.errors import Parser, run
-from redvillm_jax.demo import KINDS, ROWS, groups_of, results, table
+from data_pipeline.common.errors import Parser, run
+from redvillm_jax.demo.__main__ import KINDS, ROWS, groups_of, results, table
 from redvillm_jax.evaluation.intervals import RESAMPLES, means
 
 

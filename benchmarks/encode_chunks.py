@@ -3,13 +3,13 @@
 python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [--pictures=5,10,25,50,100]
 """
 
-from data_pipeline.errors import run
-from redvillm_jax import model
-from redvillm_jax.cli import parse
+from data_pipeline.common.errors import run
+from redvillm_jax.model import video_llm
+from redvillm_jax.model.base_folder import load_base_module, sized_base
 from redvillm_jax.plan import shapes_only
-from redvillm_jax.programs import compile_encode
-from redvillm_jax.topologies import parse_topology, tpu_devices
-from redvillm_jax.weights import load_base_module, sized_base
+from redvillm_jax.planning.programs import compile_encode
+from redvillm_jax.runtime.chips import parse_topology, tpu_devices
+from redvillm_jax.runtime.cli import parse
 
 OPTIONS = {
     "topology": ("v5e-16", "The slice; the step is that of one of its hosts."),
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     host = [device for device in devices if device.process_index == devices[0].process_index]
     print("pictures at a time  seconds a video and chip  GiB of temporaries")
     for pictures in map(int, flags["pictures"].split(",")):
-        model.IMAGES_PER_DEVICE = pictures
+        video_llm.IMAGES_PER_DEVICE = pictures
         program = compile_encode(config, base, host, chip, len(host), None)
         print(f"{pictures:>18}  {program.seconds:>24.3f}  {program.temporaries / 2**30:>18.2f}", flush=True)
 

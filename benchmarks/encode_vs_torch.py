@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_vs_torch import ROOT, TOLERANCE, big_config, convert
 from benchmarks.variants import Variant, failed, measure, parse, print_table
-from data_pipeline.errors import Parser, run
-from redvillm_jax.weights import load_base_module, read_config
+from data_pipeline.common.errors import Parser, run
+from redvillm_jax.model.base_folder import load_base_module, read_config
 
 VIDEOS = {("llava", "7b"): (2, 100), ("qwen_vl", "7b"): (1, 50)}  # videos and frames of a step; tiny: (4, 16)
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":
-            source, base = ROOT / "redvillm_jax" / "demo_bases" / flags.family, Path(folder) / "base"
+            source, base = ROOT / "redvillm_jax" / "demo" / "bases" / flags.family, Path(folder) / "base"
             config = read_config(module, source)
             convert(flags.family, source, base)
         else:

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_vs_torch import ROOT, big_config, convert
 from benchmarks.variants import Running, Variant, ask, gpu_name, print_table, start, stop
-from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.weights import load_base_module, read_config
+from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.model.base_folder import load_base_module, read_config
 
 BEFORE, QUESTION = {"tiny": 3, "7b": 35}, 24  # tokens before the picture and behind it
 SIDES = {"transformers": "with_transformers", "this project": "with_this_project"}
@@ -112,7 +112,7 @@ def write_tiny(out: Path) -> None:
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    demo = ROOT / "redvillm_jax" / "demo_bases" / "llava"
+    demo = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
     config = LlavaConfig.from_pretrained(demo, dtype="float32")
     config.text_config.initializer_range = config.initializer_range = 0.2
     torch.manual_seed(0)
@@ -276,9 +276,9 @@ def with_this_project(
 
     from benchmarks.jax_step import load, open_mesh, open_sized
     from configs.llava import get_config
-    from redvillm_jax.inference import Generation, Inference
-    from redvillm_jax.prompts import Prompt
-    from redvillm_jax.weights import PARTS
+    from redvillm_jax.inference.engine import Generation, Inference
+    from redvillm_jax.inference.prompts import Prompt
+    from redvillm_jax.model.base_folder import PARTS
 
     mesh = open_mesh(device)
     with jax.set_mesh(mesh):

@@ -101,8 +101,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from redvillm_jax.attention import choose_kernel, row_attention
-from redvillm_jax.layers import attention
+from redvillm_jax.modules.attention import choose_kernel, row_attention
+from redvillm_jax.modules.layers import attention
 
 ROWS, SLOTS, HEADS, SIZE = 2, 2048, 8, 128
 assert choose_kernel("gpu", jnp.bfloat16, SLOTS, SIZE) == "cudnn"

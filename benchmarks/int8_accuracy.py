@@ -17,13 +17,14 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.errors import Parser, run
+from data_pipeline.common.errors import Parser, run
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import load_model, put_trained, token_slots
-from redvillm_jax.inputs import check_store, needed_parts, open_model
-from redvillm_jax.rows import plan_rows
-from redvillm_jax.sharding import make_mesh
+from redvillm_jax.inference.open_model import open_model
+from redvillm_jax.model.build import load_model, put_trained, token_slots
+from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training.rows import plan_rows
 
 VARIANTS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bfloat16, int8": ("bfloat16", True)}
 

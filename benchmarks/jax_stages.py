@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.stage_file import NEW_TOKENS
-from redvillm_jax import generate
-from redvillm_jax.layers import normalize, rotary_angles
-from redvillm_jax.model import VideoLLM
-from redvillm_jax.sampler import Sampling
-from redvillm_jax.weights import Base
+from redvillm_jax.inference import generate
+from redvillm_jax.inference.sampler import Sampling
+from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.modules.layers import normalize, rotary_angles
 
 RENAMED = {  # what stands for both families below -> its name in the reference arrays
     "llava": {

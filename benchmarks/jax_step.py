@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from redvillm_jax.assemble import load_model, token_slots
-from redvillm_jax.layers import Stack
-from redvillm_jax.model import VideoLLM
-from redvillm_jax.recipe import make_training
-from redvillm_jax.sharding import make_mesh, to_global
-from redvillm_jax.weights import Base, load_base_module, open_base
+from redvillm_jax.model.base_folder import Base, load_base_module, open_base
+from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.modules.layers import Stack
+from redvillm_jax.runtime.sharding import make_mesh, to_global
+from redvillm_jax.training.recipe import make_training
 
 CONFIGS = {"llava": "configs.llava", "qwen_vl": "configs.qwen"}
 

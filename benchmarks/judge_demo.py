@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.errors import Parser, UserError, run  # noqa: E402
-from data_pipeline.moving_shapes import TEMPLATES, WORDS  # noqa: E402
-from redvillm_jax.demo import ROWS, UNTRAINED  # noqa: E402
+from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from redvillm_jax.demo.__main__ import ROWS, UNTRAINED  # noqa: E402
+from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS  # noqa: E402
 from redvillm_jax.evaluation.scoring import OWN  # noqa: E402
 from tests.fake_openai import FakeOpenAI, Messages  # noqa: E402
 

@@ -24,8 +24,8 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.errors import Parser, UserError, run  # noqa: E402
-from redvillm_jax.checkpoint import load_trainables  # noqa: E402
+from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from redvillm_jax.training.checkpoint import load_trainables  # noqa: E402
 
 AIMS = ("plan and load", "compile", "step", "save")
 

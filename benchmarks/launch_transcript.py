@@ -16,10 +16,10 @@ import threading
 import time
 from pathlib import Path
 
-from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.common.errors import Parser, UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "redvillm_jax" / "demo_bases" / "llava"
+BASE = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
 NODE = ("--name=red", "--zone=us-west4-a", "--type=v5litepod-16", "--spot")
 PREEMPTED_AT_STEP = 10
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     if work.exists():
         raise UserError(f"--workdir={work} exists: give a new folder")
     videos, base, frames, out = (work / name for name in ("videos", "base", "frames", "run"))
-    command("data_pipeline.moving_shapes", f"--out={videos}", "--train=40", "--dev=1", "--test=1")
+    command("redvillm_jax.demo.moving_shapes", f"--out={videos}", "--train=40", "--dev=1", "--test=1")
     command("conversion.from_torch", "--family=llava", f"--source={BASE}", f"--out={base}")
     data = (f"--videos={videos}/train/videos", f"--instructions={videos}/train/instructions.jsonl")
     command("data_pipeline.prepare", *data, f"--base={base}", "--num_frames=4", "--format=raw", f"--out={frames}")

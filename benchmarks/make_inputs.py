@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.weights import Base, open_base
+from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.model.base_folder import Base, open_base
 
 TEXT = "A red square moves over coloured grain, from left to right. 一个红色的方块从左向右移动。In 2.5 s."
 QUESTION = "What moves, and where does it go?"

@@ -29,11 +29,11 @@ import redvillm_jax  # noqa: E402
 from benchmarks.train_vs_torch import convert  # noqa: E402
 from benchmarks.variants import print_table  # noqa: E402
 from configs.demo import get_config  # noqa: E402
-from data_pipeline.errors import Parser, UserError, run  # noqa: E402
-from data_pipeline.moving_shapes import TEMPLATES, WORDS, moving_scene, render, write_mp4  # noqa: E402
+from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS, moving_scene, render, write_mp4  # noqa: E402
 
 ANSWER = {"max_new_tokens": 16}
-BASES = ROOT / "redvillm_jax" / "demo_bases"
+BASES = ROOT / "redvillm_jax" / "demo" / "bases"
 
 
 def main(argv: list[str]) -> int:

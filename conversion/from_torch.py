@@ -29,11 +29,11 @@ from conversion.names import (
     whole_folder,
     write_shards,
 )
-from data_pipeline.artefacts import CONVERTED, read_object, with_checksum
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.file_hashes import check_files, hash_files
-from data_pipeline.locks import locked
-from redvillm_jax.weights import (
+from data_pipeline.common.artefacts import CONVERTED, read_object, with_checksum
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.file_hashes import check_files, hash_files
+from data_pipeline.common.locks import locked
+from redvillm_jax.model.base_folder import (
     BASE_MARK,
     canonical_name,
     expected_tensors,

@@ -23,9 +23,9 @@ import ml_dtypes  # registers "bfloat16" and the float8 types with numpy  # noqa
 import numpy as np
 from safetensors import safe_open
 
-from data_pipeline.errors import UserError
-from data_pipeline.files import temporary_name
-from redvillm_jax.weights import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import temporary_name
+from redvillm_jax.model.base_folder import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")

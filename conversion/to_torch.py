@@ -26,13 +26,11 @@ from conversion.names import (
     write_safetensors,
     write_shards,
 )
-from data_pipeline import file_hashes
-from data_pipeline.artefacts import EXPORT, read_object, with_checksum
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.locks import locked
-from redvillm_jax.run_config import as_trained
-from redvillm_jax.topologies import quiet_without_tpu
-from redvillm_jax.weights import (
+from data_pipeline.common import file_hashes
+from data_pipeline.common.artefacts import EXPORT, read_object, with_checksum
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.locks import locked
+from redvillm_jax.model.base_folder import (
     BASE_MARK,
     EXPORT_MARK,
     EXTRA_PREFIX,
@@ -41,6 +39,8 @@ from redvillm_jax.weights import (
     open_base,
     projector_names,
 )
+from redvillm_jax.model.run_config import as_trained
+from redvillm_jax.runtime.chips import quiet_without_tpu
 
 METHOD = (  # the run's switches that are needed to rebuild the model, here or in PyTorch, and to answer as it does
     "video",
@@ -125,7 +125,7 @@ def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any
             f"{model}: neither a base folder (base.json) nor a run (checkpoints/); "
             "give the --out of conversion.from_torch or the --workdir of redvillm_jax.train"
         )
-    from redvillm_jax.checkpoint import load_trainables  # Orbax takes seconds to import, and only runs need it
+    from redvillm_jax.training.checkpoint import load_trainables  # Orbax takes seconds to import, and only runs need it
 
     quiet_without_tpu()
     said, trained = load_trainables(model)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 Group = tuple[int, tuple[int, ...]]  # a video and the questions behind its prefix
 Row = tuple[Group, ...]

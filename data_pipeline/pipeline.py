@@ -10,9 +10,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.processes import follow_parent
 from data_pipeline.packing import Row, Step
-from data_pipeline.processes import follow_parent
 from data_pipeline.store import VideoStore
 
 RowFn = Callable[[Row], dict[str, np.ndarray]]

@@ -12,19 +12,19 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline import store
-from data_pipeline.artefacts import BASE, read_object
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.eval_sets import BENCHMARKS, read_benchmark
-from data_pipeline.files import as_path
-from data_pipeline.formats import Row
-from data_pipeline.locks import locked
-from data_pipeline.mixture import read_mixture
+from data_pipeline.common.artefacts import BASE, read_object
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.files import as_path
+from data_pipeline.common.locks import locked
+from data_pipeline.common.processes import ordered_map
+from data_pipeline.media.decode import RESIZE, VideoError, read_video
+from data_pipeline.media.sampling import UNIFORM, sampling_name
+from data_pipeline.media.video_files import VIDEO_EXTENSIONS, VideoFiles, as_text, find_videos, is_text
 from data_pipeline.prepare_report import make_report, summary
-from data_pipeline.processes import ordered_map
-from data_pipeline.records import VIDEO_EXTENSIONS, show
-from data_pipeline.sampling import UNIFORM, sampling_name
-from data_pipeline.video_files import VideoFiles, as_text, find_videos, is_text
-from data_pipeline.videos import RESIZE, VideoError, read_video
+from data_pipeline.questions.eval_sets import BENCHMARKS, read_benchmark
+from data_pipeline.questions.formats import Row
+from data_pipeline.questions.mixture import read_mixture
+from data_pipeline.questions.records import show
 
 HELP = """\
 Decode every video once and store its frames for training and evaluation.

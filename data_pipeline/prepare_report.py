@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.formats import Row
+from data_pipeline.media.video_files import VideoFiles, as_text
+from data_pipeline.questions.formats import Row
 from data_pipeline.store import Shards, Source
-from data_pipeline.video_files import VideoFiles, as_text
 
 
 def make_report(

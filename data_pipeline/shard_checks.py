@@ -18,8 +18,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from data_pipeline.artefacts import PART, read_object
-from data_pipeline.errors import UserError
+from data_pipeline.common.artefacts import PART, read_object
+from data_pipeline.common.errors import UserError
 
 
 def read_part(

@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data_pipeline.artefacts import REPORT, read_object
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.files import as_path, in_bucket, written_whole
-from data_pipeline.lettering import CJK, choose_font, escape, tidy, wrap
-from data_pipeline.locks import locked
+from data_pipeline.common.artefacts import REPORT, read_object
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.files import as_path, in_bucket, written_whole
+from data_pipeline.common.locks import locked
+from data_pipeline.media.lettering import CJK, choose_font, escape, tidy, wrap
 from data_pipeline.store import VideoStore, open_store
 
 HELP = """\

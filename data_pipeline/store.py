@@ -34,7 +34,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from data_pipeline.artefacts import (
+from data_pipeline.common.artefacts import (
     PLAN,
     QUESTION,
     STORE,
@@ -45,8 +45,8 @@ from data_pipeline.artefacts import (
     read_object,
     with_checksum,
 )
-from data_pipeline.errors import UserError
-from data_pipeline.files import (
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import (
     as_path,
     check_bucket,
     explained,
@@ -56,7 +56,7 @@ from data_pipeline.files import (
     write_text,
     written_whole,
 )
-from data_pipeline.locks import is_lock
+from data_pipeline.common.locks import is_lock
 from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256
 
 FORMATS = ("jpeg", "raw")

@@ -11,14 +11,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat_client import Failure, Reply, ReplyCache, Request, ask_all
-from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.files import write_text
-from data_pipeline.instructions import read_instructions
-from data_pipeline.locks import locked
-from data_pipeline.review import decision, read_decisions, write_review
-from data_pipeline.suspicions import chinese_characters, suspicions
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.files import write_text
+from data_pipeline.common.locks import locked
+from data_pipeline.questions.instructions import read_instructions
+from data_pipeline.text.chat_client import Failure, Reply, ReplyCache, Request, ask_all
+from data_pipeline.text.chat_options import (
+    add_endpoint,
+    announce,
+    check_endpoint,
+    cost_of,
+    positive,
+    sampling,
+    too_dear,
+)
+from data_pipeline.text.review import decision, read_decisions, write_review
+from data_pipeline.text.suspicions import chinese_characters, suspicions
 
 HELP = """\
 Translate questions and answers between English and Chinese through any OpenAI-compatible endpoint.

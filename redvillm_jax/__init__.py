@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
     """Names of `assistant`, looked up when they are used: it imports jax, which not every command needs."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from redvillm_jax import assistant
+    from redvillm_jax.inference import assistant
 
     return getattr(assistant, name)

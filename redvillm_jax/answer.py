@@ -27,15 +27,15 @@ from typing import Any
 
 import jax
 
-from data_pipeline.artefacts import ANSWER_REPORT, with_checksum
-from data_pipeline.errors import UserError
-from data_pipeline.files import as_path, write_text
-from data_pipeline.media import Clip, Picture, lost_media, try_media
-from data_pipeline.processes import ordered_map
-from data_pipeline.records import Record, read_records, show, text
-from data_pipeline.sampling import checked_part
-from redvillm_jax.answer_log import AnswerLog, check_own, read_made
-from redvillm_jax.answering import (
+from data_pipeline.common.artefacts import ANSWER_REPORT, with_checksum
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import as_path, write_text
+from data_pipeline.common.processes import ordered_map
+from data_pipeline.media.reading import Clip, Picture, lost_media, try_media
+from data_pipeline.media.sampling import checked_part
+from data_pipeline.questions.records import Record, read_records, show, text
+from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
+from redvillm_jax.inference.answering import (
     OPTIONS,
     WRITTEN,
     Row,
@@ -47,12 +47,12 @@ from redvillm_jax.answering import (
     tell,
     write_answers,
 )
-from redvillm_jax.assistant import Assistant, load
-from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first, locked
-from redvillm_jax.inference import Arrays, Generation
-from redvillm_jax.prompts import Prompt
-from redvillm_jax.shared_folder import require_shared
+from redvillm_jax.inference.assistant import Assistant, load
+from redvillm_jax.inference.engine import Arrays, Generation
+from redvillm_jax.inference.prompts import Prompt
+from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.distributed import command, is_first, locked
+from redvillm_jax.runtime.shared_folder import require_shared
 
 FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),

@@ -21,16 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline import store as stores
-from data_pipeline.errors import UserError
-from data_pipeline.files import absolute
-from redvillm_jax.assemble import load_model
-from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first, locked, wait_for_all
-from redvillm_jax.inputs import check_store, open_config_base, stream_settings
-from redvillm_jax.recipe import make_encode_step
-from redvillm_jax.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
-from redvillm_jax.shared_folder import require_shared
-from redvillm_jax.weights import Base
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import absolute
+from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.settings import check_store, open_config_base, stream_settings
+from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.distributed import command, is_first, locked, wait_for_all
+from redvillm_jax.runtime.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
+from redvillm_jax.runtime.shared_folder import require_shared
+from redvillm_jax.training.recipe import make_encode_step
 
 OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.artefacts import REPORT, SUMMARY, read_object, with_checksum
-from data_pipeline.errors import UserError
-from data_pipeline.eval_sets import BENCHMARKS
-from data_pipeline.files import as_path, write_text
+from data_pipeline.common.artefacts import REPORT, SUMMARY, read_object, with_checksum
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import as_path, write_text
+from data_pipeline.questions.eval_sets import BENCHMARKS
 from data_pipeline.store import VideoStore, open_store
-from redvillm_jax.answer_log import AnswerLog, check_own, read_made
-from redvillm_jax.answering import (
+from redvillm_jax.evaluation.scoring import score, summarize
+from redvillm_jax.evaluation.tables import summary_table
+from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
+from redvillm_jax.inference.answering import (
     OPTIONS,
     Row,
     failures,
@@ -33,15 +35,14 @@ from redvillm_jax.answering import (
     tell,
     write_answers,
 )
-from redvillm_jax.assistant import Assistant
-from redvillm_jax.cli import parse, positive
-from redvillm_jax.distributed import command, is_first, locked
-from redvillm_jax.evaluation.scoring import score, summarize
-from redvillm_jax.evaluation.tables import summary_table
-from redvillm_jax.inference import Arrays, Generation
-from redvillm_jax.inputs import OpenedModel, check_store, needed_parts, open_model
-from redvillm_jax.prompts import Prompt
-from redvillm_jax.shared_folder import require_shared
+from redvillm_jax.inference.assistant import Assistant
+from redvillm_jax.inference.engine import Arrays, Generation
+from redvillm_jax.inference.open_model import OpenedModel, open_model
+from redvillm_jax.inference.prompts import Prompt
+from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.distributed import command, is_first, locked
+from redvillm_jax.runtime.shared_folder import require_shared
 
 FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),

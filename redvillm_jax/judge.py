@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat_client import ReplyCache, Statistics, ask_all
-from data_pipeline.chat_options import add_endpoint, announce, check_endpoint, cost_of, positive, sampling, too_dear
-from data_pipeline.errors import Parser, UserError, run
-from data_pipeline.eval_sets import BENCHMARKS
-from data_pipeline.locks import locked
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.locks import locked
+from data_pipeline.questions.eval_sets import BENCHMARKS
+from data_pipeline.text.chat_client import ReplyCache, Statistics, ask_all
+from data_pipeline.text.chat_options import (
+    add_endpoint,
+    announce,
+    check_endpoint,
+    cost_of,
+    positive,
+    sampling,
+    too_dear,
+)
 from redvillm_jax.evaluation.answer_rows import first, read_answers
 from redvillm_jax.evaluation.comparison import compare
 from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, prompt_hash

@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.errors import UserError, run
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax.assemble import token_slots
-from redvillm_jax.cli import parse, positive
-from redvillm_jax.inputs import check_base, check_config, check_store
-from redvillm_jax.layers import KEPT
-from redvillm_jax.programs import Program, compile_encode, compile_train, model_flops
-from redvillm_jax.rows import plan_rows
-from redvillm_jax.sharding import make_mesh, num_batch_shards
-from redvillm_jax.topologies import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
-from redvillm_jax.weights import Base, load_base_module, open_base, sized_base
-from redvillm_jax.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
+from redvillm_jax.model.base_folder import Base, load_base_module, open_base, sized_base
+from redvillm_jax.model.build import token_slots
+from redvillm_jax.model.settings import check_base, check_config, check_store
+from redvillm_jax.modules.layers import KEPT
+from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
+from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
+from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
+from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.training.rows import plan_rows
 
 OPTIONS = {
     "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),

@@ -19,12 +19,12 @@ from contextlib import ExitStack, contextmanager
 import jax
 from etils import epath
 
-from data_pipeline.errors import Parser, UserError
-from redvillm_jax import distributed
-from redvillm_jax.agreement import Failed, reason, together
-from redvillm_jax.machine_checks import check_collectives, check_data_order, check_devices, check_meshes
-from redvillm_jax.model_checks import check_attention, check_checkpoints, check_encoder, check_training
-from redvillm_jax.shared_folder import check_folder
+from data_pipeline.common.errors import Parser, UserError
+from redvillm_jax.checks.machine_checks import check_collectives, check_data_order, check_devices, check_meshes
+from redvillm_jax.checks.model_checks import check_attention, check_checkpoints, check_encoder, check_training
+from redvillm_jax.runtime import distributed
+from redvillm_jax.runtime.consensus import Failed, reason, together
+from redvillm_jax.runtime.shared_folder import check_folder
 
 LIMIT_SECONDS = 200  # for one check; then some process waits for another that will not come
 NEEDS = {"checkpoints": "folder"}

@@ -13,27 +13,28 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from data_pipeline.artefacts import METRICS, RUN, read_lines, read_object
-from data_pipeline.errors import UserError
-from data_pipeline.files import absolute, as_path, make_folder, write_text
+from data_pipeline.common.artefacts import METRICS, RUN, read_lines, read_object
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import absolute, as_path, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
-from redvillm_jax import checkpoint, distributed
-from redvillm_jax.assemble import load_model, token_slots
-from redvillm_jax.blame import check_steps, in_words
-from redvillm_jax.cli import parse
-from redvillm_jax.flops import matrix_sizes
-from redvillm_jax.inputs import check_store, needed_parts, open_config_base
-from redvillm_jax.lines import LineFile, LineObject, open_lines
-from redvillm_jax.optim import FROZEN, warmup_cosine
-from redvillm_jax.recipe import make_training
-from redvillm_jax.rows import plan_rows, show_rows, supervised_tokens
-from redvillm_jax.run_config import as_trained, check_continues
-from redvillm_jax.sharding import local_rows, make_mesh, num_batch_shards, to_global
-from redvillm_jax.shared_folder import require_shared
-from redvillm_jax.speed import Speed
-from redvillm_jax.stopping import EXIT_CODE, deferred_sigterm
-from redvillm_jax.weights import Base
+from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.run_config import as_trained, check_continues
+from redvillm_jax.model.settings import check_store, needed_parts, open_config_base
+from redvillm_jax.runtime import distributed
+from redvillm_jax.runtime.cli import parse
+from redvillm_jax.runtime.jsonl import LineFile, LineObject, open_lines
+from redvillm_jax.runtime.sharding import local_rows, make_mesh, num_batch_shards, to_global
+from redvillm_jax.runtime.shared_folder import require_shared
+from redvillm_jax.runtime.stopping import EXIT_CODE, deferred_sigterm
+from redvillm_jax.training import checkpoint
+from redvillm_jax.training.diagnose import check_steps, in_words
+from redvillm_jax.training.flops import matrix_sizes
+from redvillm_jax.training.optim import FROZEN, warmup_cosine
+from redvillm_jax.training.recipe import make_training
+from redvillm_jax.training.rows import plan_rows, show_rows, supervised_tokens
+from redvillm_jax.training.throughput import Speed
 
 WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run directory, beside its checkpoints
 

@@ -24,9 +24,10 @@ from flax import nnx  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from conversion import from_torch  # noqa: E402
-from data_pipeline import moving_shapes, prepare  # noqa: E402
-from redvillm_jax.pretrain_demo import published_tensors, write_text_files  # noqa: E402
-from redvillm_jax.weights import load_base_module  # noqa: E402
+from data_pipeline import prepare  # noqa: E402
+from redvillm_jax.demo import moving_shapes  # noqa: E402
+from redvillm_jax.demo.pretrain import published_tensors, write_text_files  # noqa: E402
+from redvillm_jax.model.base_folder import load_base_module  # noqa: E402
 
 
 def pytest_unconfigure() -> None:

@@ -1,8 +1,8 @@
 """Damaged files against the commands that read them: what may be done to a file, and what a command may make of it.
 
 A case is a command, a file that it reads and a damage, COMMAND:FILE:DAMAGE. It fails if the command ends in anything
-but success or a line of `data_pipeline.errors`, hangs, ends with 0 and another result than without the damage, or
-changes or removes a file that is not its own.
+but success or a line of `data_pipeline.common.errors`, hangs, ends with 0 and another result than without the
+damage, or changes or removes a file that is not its own.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax
 
 from conversion.names import load_bin
-from data_pipeline.errors import UserError, file_problem, full_disk
-from redvillm_jax.checkpoint import load_trainables
+from data_pipeline.common.errors import UserError, file_problem, full_disk
+from redvillm_jax.training.checkpoint import load_trainables
 
 LIMIT_SECONDS = 240  # for one command; a loaded machine is slow
 STRAY = "mine.txt"  # a user's own file, in every folder

@@ -16,13 +16,15 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from conversion import from_torch, to_torch
-from data_pipeline import moving_shapes, prepare, show, translate
-from redvillm_jax import answer, assistant, encode, evaluate, judge, train
-from redvillm_jax.sharding import make_mesh
+from data_pipeline import prepare, show, translate
+from redvillm_jax import answer, encode, evaluate, judge, train
+from redvillm_jax.demo import moving_shapes
+from redvillm_jax.inference import assistant
+from redvillm_jax.runtime.sharding import make_mesh
 from tests.fake_openai import FakeOpenAI
 
 ROOT = Path(__file__).parents[1]
-DEMO_BASES = ROOT / "redvillm_jax" / "demo_bases"
+DEMO_BASES = ROOT / "redvillm_jax" / "demo" / "bases"
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 CONFIG = (f"--config={ROOT}/configs/demo.py:llava", "--config.base={}/base", "--config.num_frames=2")
 TRAIN = (*CONFIG, "--config.num_epochs=2", "--config.batch_questions=18", "--config.log_every=1")

@@ -15,10 +15,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from data_pipeline.store import Shards, finish_store, open_store
-from redvillm_jax import generate
-from redvillm_jax.model import VideoLLM
-from redvillm_jax.sampler import Sampling
-from redvillm_jax.weights import name_table
+from redvillm_jax.inference import generate
+from redvillm_jax.inference.sampler import Sampling
+from redvillm_jax.model.base_folder import name_table
+from redvillm_jax.model.video_llm import VideoLLM
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 

@@ -16,9 +16,10 @@ from PIL import Image
 
 import redvillm_jax
 from configs import demo
-from data_pipeline.errors import UserError
-from data_pipeline.media import Clip, Picture
-from redvillm_jax import answer, assistant
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.reading import Clip, Picture
+from redvillm_jax import answer
+from redvillm_jax.inference import assistant
 
 ROOT = Path(__file__).parents[1]
 CONFIG = [f"--config={ROOT / 'configs/demo.py'}:llava", f"--config.num_frames={NUM_FRAMES}"]

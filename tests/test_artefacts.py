@@ -7,15 +7,24 @@ import shutil
 import pytest
 
 from conversion import from_torch
-from data_pipeline import moving_shapes, prepare
-from data_pipeline.artefacts import ANSWERS_BEGUN, NUMBERED_ANSWER, Each, Form, read_lines, read_object, with_checksum
-from data_pipeline.errors import UserError
+from data_pipeline import prepare
+from data_pipeline.common.artefacts import (
+    ANSWERS_BEGUN,
+    NUMBERED_ANSWER,
+    Each,
+    Form,
+    read_lines,
+    read_object,
+    with_checksum,
+)
+from data_pipeline.common.errors import UserError
 from redvillm_jax import evaluate, train
-from redvillm_jax.answer_log import AnswerLog
-from redvillm_jax.checkpoint import load_trainables, read_description
+from redvillm_jax.demo import moving_shapes
 from redvillm_jax.evaluation.judged_folder import read_judged
-from redvillm_jax.inputs import open_model
-from redvillm_jax.weights import open_base
+from redvillm_jax.inference.answer_log import AnswerLog
+from redvillm_jax.inference.open_model import open_model
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.training.checkpoint import load_trainables, read_description
 
 KINDS = {
     "name": str,

@@ -9,14 +9,14 @@ from conftest import FAMILIES
 
 import redvillm_jax
 from configs import demo, llava, qwen
-from data_pipeline.errors import UserError, did_you_mean
-from data_pipeline.media import Clip, Picture
+from data_pipeline.common.errors import UserError, did_you_mean
+from data_pipeline.media.reading import Clip, Picture
 from redvillm_jax import encode, plan, train
-from redvillm_jax.assemble import config_fields, known_videos
-from redvillm_jax.assistant import check_question
-from redvillm_jax.bounds import FIELDS
-from redvillm_jax.inference import Generation
-from redvillm_jax.inputs import check_config
+from redvillm_jax.inference.assistant import check_question
+from redvillm_jax.inference.engine import Generation
+from redvillm_jax.model.build import config_fields, known_videos
+from redvillm_jax.model.config_bounds import FIELDS
+from redvillm_jax.model.settings import check_config
 
 CONFIGS = [llava.get_config(), *map(qwen.get_config, qwen.LANGUAGES), *map(demo.get_config, FAMILIES)]
 

@@ -17,12 +17,13 @@ from conftest import NUM_FRAMES
 from test_encode import ONE
 from test_train import leaves, losses, make_config
 
-from data_pipeline import files
-from data_pipeline.buckets import local_copy
-from data_pipeline.errors import UserError
+from data_pipeline.common import files
+from data_pipeline.common.buckets import local_copy
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import lines, train
-from redvillm_jax.checkpoint import load_trainables
+from redvillm_jax import train
+from redvillm_jax.runtime import jsonl
+from redvillm_jax.training.checkpoint import load_trainables
 
 ROOT = Path(__file__).parents[1]
 LLAVA = "--config=configs/demo.py:llava"
@@ -159,7 +160,7 @@ def test_a_copy_follows_its_bucket(server, tmp_path, monkeypatch):
 def test_processes_of_one_host_copy_once(server, tmp_path):
     data = os.urandom(3_000_000)
     server.store("bucket", "large/x.bin", data, {})
-    code = "from data_pipeline.buckets import local_copy; local_copy('gs://bucket/large')"
+    code = "from data_pipeline.common.buckets import local_copy; local_copy('gs://bucket/large')"
     environment = os.environ | {"REDVILLM_CACHE": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
@@ -179,7 +180,7 @@ def test_metrics_are_written_now_and_then(server, monkeypatch):
         return sum((what, name) == ("write", "bucket/logged/metrics.jsonl") for _, what, name in server.requests)
 
     clock = [0.0]
-    monkeypatch.setattr(lines.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(jsonl.time, "monotonic", lambda: clock[0])
     path = "gs://bucket/logged/metrics.jsonl"
     log = train.open_metrics(path, 0)
     for step in range(1, 41):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
-from redvillm_jax import checkpoint
+from data_pipeline.common.errors import UserError
+from redvillm_jax.training import checkpoint
 
 IDENTITY = {"base": "a" * 64, "data": "d" * 64}
 STATE = {

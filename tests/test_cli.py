@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
-from redvillm_jax import cli, plan
+from data_pipeline.common.errors import UserError
+from redvillm_jax import plan
+from redvillm_jax.runtime import cli
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"topology": (None, "…"), "all": (False, "…"), "question": ([], "…")}
@@ -43,7 +44,7 @@ def test_another_folder_of_that_name_is_not_in_the_way(tmp_path):
     for file in ("__init__.py", "common.py"):
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / file).write_text("")
-    code = f"import sys; sys.path.append({str(ROOT)!r}); from redvillm_jax import cli;"
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from redvillm_jax.runtime import cli;"
     code += "print(cli.parse(['--config=demo:qwen_vl'], '', {})['config']['family'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={})
     assert done.stdout == "qwen_vl\n", done.stderr

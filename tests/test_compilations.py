@@ -9,7 +9,7 @@ from conftest import NUM_FRAMES
 
 import redvillm_jax
 from configs.demo import get_config
-from data_pipeline.moving_shapes import write_mp4
+from redvillm_jax.demo.moving_shapes import write_mp4
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

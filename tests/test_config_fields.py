@@ -11,11 +11,11 @@ from helpers import without_hashes
 
 from benchmarks import config_fields as generator
 from conversion.from_torch import from_torch
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava, qwen_vl
-from redvillm_jax.config_fields import FIXED, NOTHING, READ, read_fields
-from redvillm_jax.published_tables import CLIP, LLAMA, MISTRAL, WHOLE_CLIP, clip_transform, read_transform
-from redvillm_jax.weights import known_families, load_base_module, open_base
+from redvillm_jax.model.base_folder import known_families, load_base_module, open_base
+from redvillm_jax.modules.config_fields import FIXED, NOTHING, READ, read_fields
+from redvillm_jax.modules.published_tables import CLIP, LLAMA, MISTRAL, WHOLE_CLIP, clip_transform, read_transform
 from tests.test_llava import tiny_transformers
 
 # ---- one field changed in what transformers has written

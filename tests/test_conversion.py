@@ -19,12 +19,11 @@ from conversion import names
 from conversion.from_torch import from_torch
 from conversion.from_torch import main as from_torch_command
 from conversion.to_torch import METHOD, to_torch
-from data_pipeline.errors import UserError
-from redvillm_jax import checkpoint, inputs
+from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava
-from redvillm_jax.demo_tokenizers import write_llama_tokenizer
-from redvillm_jax.video import red_villm
-from redvillm_jax.weights import (
+from redvillm_jax.demo.tokenizers import write_llama_tokenizer
+from redvillm_jax.inference import open_model
+from redvillm_jax.model.base_folder import (
     canonical_name,
     expected_tensors,
     known_families,
@@ -33,6 +32,8 @@ from redvillm_jax.weights import (
     name_table,
     open_base,
 )
+from redvillm_jax.training import checkpoint
+from redvillm_jax.video import red_villm
 from tests.helpers import REFERENCE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -457,7 +458,7 @@ def test_projectors_of_a_run(tmp_path):
 def test_an_export_says_every_switch_that_answering_needs():
     bases = [load_base_module(family) for family in known_families()]
     needed = {field.name for field in dataclasses.fields(red_villm.Video)}
-    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(inputs.ANSWERING) - {"seed"}
+    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(open_model.ANSWERING) - {"seed"}
     assert needed <= set(METHOD)
 
 

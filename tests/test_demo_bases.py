@@ -12,25 +12,25 @@ import pytest
 from safetensors import safe_open
 
 from conversion import from_torch
-from data_pipeline.moving_shapes import LANGUAGES, SPATIAL, TEMPLATES, WORDS
-from data_pipeline.shape_stories import KINDS, NOTHING
-from redvillm_jax import pretrain_demo
-from redvillm_jax.demo_tokenizers import CHINESE
-from redvillm_jax.sharding import make_mesh, weight_sharding
-from redvillm_jax.weights import PARTS, load_base_module, load_part, open_base
+from redvillm_jax.demo import pretrain
+from redvillm_jax.demo.moving_shapes import LANGUAGES, SPATIAL, TEMPLATES, WORDS
+from redvillm_jax.demo.shape_stories import KINDS, NOTHING
+from redvillm_jax.demo.tokenizers import CHINESE
+from redvillm_jax.model.base_folder import PARTS, load_base_module, load_part, open_base
+from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 POSITIONS = "transformer.visual.attn_pool.pos_embed"
-FOLDERS = Path(pretrain_demo.__file__).parent / "demo_bases"
+FOLDERS = Path(pretrain.__file__).parent / "bases"
 
 
-@pytest.fixture(params=sorted(pretrain_demo.PHASES))
+@pytest.fixture(params=sorted(pretrain.PHASES))
 def family(request):
     return request.param
 
 
 @pytest.fixture
 def text_folder(family, tmp_path):
-    pretrain_demo.write_text_files(family, tmp_path, pretrain_demo.DTYPE[family])
+    pretrain.write_text_files(family, tmp_path, pretrain.DTYPE[family])
     return tmp_path
 
 
@@ -102,8 +102,8 @@ def test_answers_questions_about_documents(family, tmp_path):
     base, mesh = opened.module, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     place = weight_sharding(mesh, base.SHARDING)
     parts = {part: load_part(opened, part, dtype=jnp.float32, sharding=place) for part in PARTS}
-    rows = pretrain_demo.Rows(base, opened.config, base.Tokenizer(opened.path), pretrain_demo.ROW_LENGTH[family])
-    result = pretrain_demo.accuracy(parts, base, rows, np.random.default_rng(1), 3)
+    rows = pretrain.Rows(base, opened.config, base.Tokenizer(opened.path), pretrain.ROW_LENGTH[family])
+    result = pretrain.accuracy(parts, base, rows, np.random.default_rng(1), 3)
     for kind in KINDS:
         values = [value for (of, _), value in result.items() if of == kind]
         assert np.mean(values) > 0.9, (kind, result)
@@ -113,8 +113,8 @@ def test_answers_questions_about_documents(family, tmp_path):
 def untrained(family, folder):
     base = load_base_module(family)
     config = base.Config.from_published(json.loads((folder / "config.json").read_text()), None)
-    rows = pretrain_demo.Rows(base, config, base.Tokenizer(folder), pretrain_demo.ROW_LENGTH[family])
-    return base, config, rows, pretrain_demo.new_parts(base, config, seed=0)
+    rows = pretrain.Rows(base, config, base.Tokenizer(folder), pretrain.ROW_LENGTH[family])
+    return base, config, rows, pretrain.new_parts(base, config, seed=0)
 
 
 def test_batches_are_a_function_of_seed_and_phase(family, text_folder):
@@ -134,11 +134,11 @@ def test_batches_are_a_function_of_seed_and_phase(family, text_folder):
 
 
 def test_fixed_positions_do_not_train(tmp_path):
-    pretrain_demo.write_text_files("qwen_vl", tmp_path)
+    pretrain.write_text_files("qwen_vl", tmp_path)
     base, config, rows, parts = untrained("qwen_vl", tmp_path)
-    before = pretrain_demo.published_tensors(base, config, parts)
-    parts = pretrain_demo.train_language(parts, base, rows, 0, [pretrain_demo.Phase("align", 2, (), 1.0)])
-    after = pretrain_demo.published_tensors(base, config, parts)
+    before = pretrain.published_tensors(base, config, parts)
+    parts = pretrain.train_language(parts, base, rows, 0, [pretrain.Phase("align", 2, (), 1.0)])
+    after = pretrain.published_tensors(base, config, parts)
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {n for n in before if re.search(r"attn_pool|ln_post|proj$", n)} - {POSITIONS}
 
@@ -146,13 +146,13 @@ def test_fixed_positions_do_not_train(tmp_path):
 @pytest.mark.slow
 def test_making_is_deterministic(family, text_folder):
     """A few steps of both stages, twice: the same bits."""
-    phases = (pretrain_demo.Phase("a", 2, (), 1.0), pretrain_demo.Phase("b", 2, (1, 1, 1, 1), 0.3))
+    phases = (pretrain.Phase("a", 2, (), 1.0), pretrain.Phase("b", 2, (1, 1, 1, 1), 0.3))
 
     def make():
         base, config, rows, parts = untrained(family, text_folder)
-        parts["encoder"] = pretrain_demo.train_encoder(parts["encoder"], base, config, 0, 2)
-        parts = pretrain_demo.train_language(parts, base, rows, 0, phases)
-        return pretrain_demo.published_tensors(base, config, parts)
+        parts["encoder"] = pretrain.train_encoder(parts["encoder"], base, config, 0, 2)
+        parts = pretrain.train_language(parts, base, rows, 0, phases)
+        return pretrain.published_tensors(base, config, parts)
 
     first, second = make(), make()
     for name in first:

@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from data_pipeline.moving_shapes import LANGUAGES, TEMPORAL, WORDS, ask, video_rng, video_scene
-from data_pipeline.shape_floors import commonest_answer, without_order
-from redvillm_jax import demo
+from redvillm_jax.demo import __main__ as demo
+from redvillm_jax.demo.floors import commonest_answer, without_order
+from redvillm_jax.demo.moving_shapes import LANGUAGES, TEMPORAL, WORDS, ask, video_rng, video_scene
 
 ORDERED = ("first_colour", "last_colour", "first_shape", "last_shape")
 

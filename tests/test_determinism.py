@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from redvillm_jax import demo
-from redvillm_jax.checkpoint import load_trainables
+from redvillm_jax.demo import __main__ as demo
+from redvillm_jax.training.checkpoint import load_trainables
 
 ROOT = Path(__file__).parents[1]
 # glibc fills memory that a program gets or gives back with a byte: who reads what nobody wrote reads other numbers.
@@ -19,7 +19,8 @@ MAKINGS = ({"MALLOC_PERTURB_": "1", "PYTHONHASHSEED": "1"}, {"MALLOC_PERTURB_": 
 VIDEOS = """
 import json, sys
 from pathlib import Path
-from data_pipeline import moving_shapes, prepare
+from redvillm_jax.demo import moving_shapes
+from data_pipeline import prepare
 out = Path(sys.argv[1])
 make = lambda i: moving_shapes.make_video(i, folder=out, split="train", seed=0, languages=("en", "zh"))
 (out / "videos").mkdir(parents=True)
@@ -111,7 +112,7 @@ def test_a_thousand_videos_are_the_same_bits(tmp_path):
             [
                 sys.executable,
                 "-m",
-                "data_pipeline.moving_shapes",
+                "redvillm_jax.demo.moving_shapes",
                 f"--out={folder}",
                 "--train=1000",
                 f"--num_workers={n}",

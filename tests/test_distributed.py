@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from test_train import leaves, losses, make_config
 
-from data_pipeline.errors import UserError, run
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax import answer, distributed, encode, evaluate
-from redvillm_jax.verdict import verdict
+from redvillm_jax import answer, encode, evaluate
+from redvillm_jax.runtime import distributed
+from redvillm_jax.runtime.abort_filter import verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,7 +234,8 @@ def test_the_other_commands_of_several_processes_look_at_their_folders_first(tmp
 HANGING = """
 import ctypes, os, signal, threading
 import jax
-from redvillm_jax import distributed, stopping
+from redvillm_jax.runtime import distributed
+from redvillm_jax.runtime import stopping
 
 stopping.STOP_SECONDS = 2
 
@@ -303,7 +305,7 @@ def test_what_cannot_connect_is_refused(monkeypatch):
 
 
 def test_the_log_goes_on_after_a_complaint_of_jax_that_was_none():
-    script = [sys.executable, "-I", "-S", "redvillm_jax/verdict.py"]
+    script = [sys.executable, "-I", "-S", "redvillm_jax/runtime/abort_filter.py"]
     reader = subprocess.Popen(script, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     complaint = b"W1120 17:18:25.292469 21604 coordination_service_agent.cc:1] slow today\n"
     for part in (b"E11", b" is a word\n", b"step 1\r", complaint, b"step 2\n"):

@@ -12,11 +12,12 @@ from conftest import FAMILIES, NUM_FRAMES
 from helpers import change_json, change_store, change_tensor, without_hashes
 from test_train import losses, make_config
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import assemble, encode, train
-from redvillm_jax.model import IMAGES_PER_DEVICE, VideoLLM
-from redvillm_jax.sharding import make_mesh
+from redvillm_jax import encode, train
+from redvillm_jax.model import build
+from redvillm_jax.model.video_llm import IMAGES_PER_DEVICE, VideoLLM
+from redvillm_jax.runtime.sharding import make_mesh
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 ONE = {"mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
@@ -58,10 +59,8 @@ def test_bf16_streams_stay_within_their_rounding(bases, stores, streams, tmp_pat
 
 def test_with_streams_the_encoder_is_not_even_loaded(bases, streams, tmp_path, monkeypatch):
     loaded = []
-    load_part = assemble.load_part
-    monkeypatch.setattr(
-        assemble, "load_part", lambda base, part, **kw: loaded.append(part) or load_part(base, part, **kw)
-    )
+    load_part = build.load_part
+    monkeypatch.setattr(build, "load_part", lambda base, part, **kw: loaded.append(part) or load_part(base, part, **kw))
     train.train(make_config("llava", bases["llava"], streams["llava"]), tmp_path)
     assert set(loaded) == {"projector", "llm"}
 

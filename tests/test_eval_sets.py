@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
-from data_pipeline.eval_sets import ASK_LETTER, BENCHMARKS, read_benchmark
+from data_pipeline.common.errors import UserError
+from data_pipeline.questions.eval_sets import ASK_LETTER, BENCHMARKS, read_benchmark
 
 
 def write(path, value):

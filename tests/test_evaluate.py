@@ -13,7 +13,7 @@ import pytest
 from test_distributed import finish, launch
 from test_train import make_config
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import encode, evaluate, train
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import file_hashes
-from data_pipeline.errors import UserError
-from data_pipeline.files import cache_folder
+from data_pipeline.common import file_hashes
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import cache_folder
 
 AGAIN = "make it again"
 

@@ -20,7 +20,7 @@ import pytest
 from fuzz import call, cases, check, problem, reset, states, undamaged
 from fuzz_tree import COMMANDS, Tree, need, open_tree
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from redvillm_jax.hlo_cost import Unpriced, charges, num_bytes
-from redvillm_jax.topologies import CHIPS
+from redvillm_jax.planning.hlo_cost import Unpriced, charges, num_bytes
+from redvillm_jax.runtime.chips import CHIPS
 
 CHIP = dataclasses.replace(
     CHIPS["v5e"], clock=1e9, hbm_bandwidth=1e9, link_bandwidth=1e9, peak_flops=1e9

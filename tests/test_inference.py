@@ -13,11 +13,11 @@ from flax import nnx
 from helpers import without_hashes
 from test_model import build
 
-from redvillm_jax.assemble import token_slots
-from redvillm_jax.attention import visible
-from redvillm_jax.inference import Asked, Generation, Inference
-from redvillm_jax.prompts import make_prompt
-from redvillm_jax.sharding import make_mesh
+from redvillm_jax.inference.engine import Asked, Generation, Inference
+from redvillm_jax.inference.prompts import make_prompt
+from redvillm_jax.model.build import token_slots
+from redvillm_jax.modules.attention import visible
+from redvillm_jax.runtime.sharding import make_mesh
 
 QUESTIONS = {  # video -> questions; the second video is short
     0: ["What?", "Which direction does the red circle move?"],

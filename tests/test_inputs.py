@@ -20,14 +20,17 @@ from test_train import losses, make_config
 from conversion.from_torch import from_torch
 from conversion.to_torch import to_torch
 from data_pipeline import prepare
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import checkpoint, evaluate, inputs, train
-from redvillm_jax.assemble import load_model, put_trained
-from redvillm_jax.inputs import OpenedModel, check_store, model_fingerprint, open_model
-from redvillm_jax.model import VideoLLM
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.weights import open_base
+from redvillm_jax import evaluate, train
+from redvillm_jax.inference.open_model import OpenedModel, model_fingerprint, open_model
+from redvillm_jax.model import settings
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.model.build import load_model, put_trained
+from redvillm_jax.model.settings import check_store
+from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training import checkpoint
 
 MESH = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -123,7 +126,7 @@ def test_a_whole_export_answers_as_its_run_does(bases, stores, tmp_path):
 def test_a_trained_export_is_no_base_to_train(bases, tmp_path):
     again = export(write_run(tmp_path / "run", "llava", bases["llava"]), "llava", tmp_path)["again"]
     with pytest.raises(UserError, match="again is a trained export; give the base that it was trained on"):
-        inputs.open_config_base(make_config("llava", again, ""))
+        settings.open_config_base(make_config("llava", again, ""))
 
 
 def test_a_base_alone_is_untrained(bases, stores, tmp_path):

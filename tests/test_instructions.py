@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import UserError
-from data_pipeline.formats import FIELDS, guess_language
-from data_pipeline.instructions import read_instructions
-from data_pipeline.mixture import read_mixture, split_weight
-from data_pipeline.video_files import find_videos
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.video_files import find_videos
+from data_pipeline.questions.formats import FIELDS, guess_language
+from data_pipeline.questions.instructions import read_instructions
+from data_pipeline.questions.mixture import read_mixture, split_weight
 from redvillm_jax.bases.qwen_vl import SPECIAL_TOKENS
-from redvillm_jax.pretrain_demo import write_text_files
-from redvillm_jax.rows import check_round_trip
-from redvillm_jax.weights import load_base_module
+from redvillm_jax.demo.pretrain import write_text_files
+from redvillm_jax.model.base_folder import load_base_module
+from redvillm_jax.training.rows import check_round_trip
 
 ROW = {"id": "1", "video": "clip", "language": "zh", "question": "先出现什么颜色？", "answer": "红色"}
 SPECIALS = ("</s>", "<s>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<image>", "<img>", "</img>", "<im_start>")

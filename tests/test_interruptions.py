@@ -13,11 +13,11 @@ import pytest
 from test_distributed import assert_bit_equal, finish, start, train, wait_for_step
 from test_train import make_config
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax import encode
 from redvillm_jax import train as train_command
-from redvillm_jax.blame import check_steps, in_words
+from redvillm_jax.training.diagnose import check_steps, in_words
 
 MESH = (1, 4, 1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax import judge
 from tests.fake_openai import CUT, CUT_MIDWAY, DRIP, EMPTY, INVALID_JSON, STALL, Body, Choice, FakeOpenAI, Status
 

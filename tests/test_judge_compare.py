@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax import judge
 from redvillm_jax.evaluation.comparison import compare
 from tests.fake_openai import FakeOpenAI, Status

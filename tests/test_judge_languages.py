@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_pipeline import translate
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax import judge
 from tests.fake_openai import FakeOpenAI
 from tests.test_judge import MODEL, always, answers, environment, flags, lines, means_of, row

@@ -17,7 +17,7 @@ from benchmarks.judge_demo import judge as rule
 from benchmarks.judge_demo import translate as table
 from conversion import from_torch
 from data_pipeline import prepare, translate
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax import evaluate, judge
 from redvillm_jax.evaluation.comparison import compare
 from redvillm_jax.evaluation.scoring import OWN
@@ -83,7 +83,7 @@ def in_chinese(source, out, *more):
 def evaluated(tmp_path_factory, videos):
     """The answers to four published sets and to the videos' own questions, and to the translations of both."""
     folder = tmp_path_factory.mktemp("judged")
-    source = ROOT / "redvillm_jax" / "demo_bases" / "llava"
+    source = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
     from_torch.main(["--family=llava", f"--source={source}", f"--out={folder / 'base'}"])
     common = [f"--videos={videos / 'videos'}", f"--base={folder / 'base'}", "--num_frames=16", "--num_workers=1"]
     stored = []

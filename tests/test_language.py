@@ -5,12 +5,13 @@ import json
 import pytest
 
 from configs import demo, qwen
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.store import open_store
-from redvillm_jax import cli, train
-from redvillm_jax.assemble import token_slots
-from redvillm_jax.rows import plan_rows
-from redvillm_jax.weights import open_base
+from redvillm_jax import train
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.model.build import token_slots
+from redvillm_jax.runtime import cli
+from redvillm_jax.training.rows import plan_rows
 
 
 def plan(bases, stores, **changes):

@@ -14,7 +14,7 @@ import pytest
 from test_distributed import assert_bit_equal, wait_for_step
 from test_train import losses, make_config
 
-from redvillm_jax.checkpoint import saved_steps
+from redvillm_jax.training.checkpoint import saved_steps
 from tests import fake_gcloud
 
 ROOT = Path(__file__).parents[1]

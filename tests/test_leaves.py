@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.errors import UserError, run
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.packing import Prefix, Question
-from redvillm_jax.attention import visible
-from redvillm_jax.layers import attention
-from redvillm_jax.rows import check_round_trip, lay_out, show_rows, supervised_tokens, tokenize
-from redvillm_jax.sharding import make_mesh, weight_sharding
+from redvillm_jax.model.base_folder import load_base_module, open_base
+from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.layers import attention
+from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 from redvillm_jax.train import open_metrics
-from redvillm_jax.weights import load_base_module, open_base
+from redvillm_jax.training.rows import check_round_trip, lay_out, show_rows, supervised_tokens, tokenize
 
 
 def test_a_token_sees_its_prefix_and_its_own_question():
@@ -60,7 +60,7 @@ def test_weights_lie_by_the_first_matching_rule():
 
 @pytest.mark.parametrize("family", ["llava", "qwen_vl"])
 def test_every_weight_of_a_base_has_a_sharding_rule(family):
-    from redvillm_jax.weights import expected_tensors
+    from redvillm_jax.model.base_folder import expected_tensors
 
     base = load_base_module(family)
     place = weight_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), base.SHARDING)
@@ -73,7 +73,7 @@ def test_a_large_base_lies_in_parts(bases):
     """No weight matrix of the real sizes is whole on every device of an fsdp mesh."""
     for family in bases:
         base = load_base_module(family)
-        from redvillm_jax.weights import expected_tensors
+        from redvillm_jax.model.base_folder import expected_tensors
 
         place = weight_sharding(make_mesh({"data": 1, "fsdp": 8, "tensor": 1}), base.SHARDING)
         size = next(size for name, size in base.SIZES.items() if "7b" in name)

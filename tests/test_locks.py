@@ -18,15 +18,18 @@ from test_train import make_config
 
 from conversion.from_torch import from_torch
 from conversion.to_torch import to_torch
-from data_pipeline import locks, moving_shapes, prepare, show, translate
-from data_pipeline.errors import UserError
-from data_pipeline.files import as_path
-from data_pipeline.locks import LOCK, locked
-from redvillm_jax import answer, demo, encode, evaluate, judge, train
+from data_pipeline import prepare, show, translate
+from data_pipeline.common import locks
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import as_path
+from data_pipeline.common.locks import LOCK, locked
+from redvillm_jax import answer, encode, evaluate, judge, train
+from redvillm_jax.demo import __main__ as demo
+from redvillm_jax.demo import moving_shapes
 
 ROOT = Path(__file__).parents[1]
 HOLD = """import os, sys, time
-from data_pipeline.locks import locked
+from data_pipeline.common.locks import locked
 with locked(sys.argv[1]):
     {}
     time.sleep(60)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_pipeline.errors import UserError
-from redvillm_jax.sharding import AXES, batch_sharding, local_rows, make_mesh, num_batch_shards
-from redvillm_jax.topologies import NAMES, tpu_devices
+from data_pipeline.common.errors import UserError
+from redvillm_jax.runtime.chips import NAMES, tpu_devices
+from redvillm_jax.runtime.sharding import AXES, batch_sharding, local_rows, make_mesh, num_batch_shards
 
 ROWS = 2  # on each device
 

@@ -14,16 +14,16 @@ from configs import demo
 from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
-from redvillm_jax.assemble import load_model, token_slots
-from redvillm_jax.attention import visible
-from redvillm_jax.layers import KEPT
-from redvillm_jax.model import mean_loss
-from redvillm_jax.optim import make_optimizer
-from redvillm_jax.recipe import state_shardings
-from redvillm_jax.rows import make_prefix, plan_rows, tokenize
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.step import join, make_train_step, split_trainable
-from redvillm_jax.weights import open_base
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.video_llm import mean_loss
+from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.layers import KEPT
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training.optim import make_optimizer
+from redvillm_jax.training.recipe import state_shardings
+from redvillm_jax.training.rows import make_prefix, plan_rows, tokenize
+from redvillm_jax.training.step import join, make_train_step, split_trainable
 
 DTYPE = jnp.float32
 

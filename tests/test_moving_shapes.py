@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from data_pipeline import moving_shapes, shape_stories
-from data_pipeline.errors import UserError
-from data_pipeline.moving_shapes import COLOURS, LANGUAGES, TICKS, WORDS, video_rng, video_scene
-from data_pipeline.videos import read_video
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.decode import read_video
+from redvillm_jax.demo import moving_shapes, shape_stories
+from redvillm_jax.demo.moving_shapes import COLOURS, LANGUAGES, TICKS, WORDS, video_rng, video_scene
 
 
 def make(out, *flags):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from redvillm_jax.optim import FROZEN, label_tree, make_optimizer, warmup_cosine
+from redvillm_jax.training.optim import FROZEN, label_tree, make_optimizer, warmup_cosine
 
 RULES = [(r"spatial\.fixed", FROZEN), (r"spatial\.", "spatial"), (r"temporal\.", "temporal")]
 PARAMS = {"spatial": {"fixed": jnp.ones(2), "weight": jnp.ones(2)}, "temporal": {"weight": jnp.ones(2)}}

@@ -12,14 +12,14 @@ import pytest
 from conftest import FAMILIES, NUM_FRAMES
 
 from configs import demo
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, finish_store, open_store, write_shards
-from redvillm_jax.assemble import load_model, token_slots
-from redvillm_jax.rows import plan_rows
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.step import join, split_trainable
-from redvillm_jax.weights import open_base
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training.rows import plan_rows
+from redvillm_jax.training.step import join, split_trainable
 
 FRAMES = (4, 2, 4, 1, 3, 4)  # of each video; those below NUM_FRAMES are short
 QUESTIONS = (10, 2, 9, 3, 4, 2)  # on each video

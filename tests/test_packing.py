@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.packing import Prefix, Question, fill_row, plan_epoch, row_bounds
 
 

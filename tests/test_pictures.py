@@ -7,11 +7,11 @@ from conftest import FAMILIES
 from PIL import Image
 from test_model import DTYPE, build
 
-from data_pipeline.errors import UserError
-from data_pipeline.media import Clip, Reading, read_media
-from data_pipeline.pictures import read_picture
-from redvillm_jax.attention import visible
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.pictures import read_picture
+from data_pipeline.media.reading import Clip, Reading, read_media
 from redvillm_jax.bases import llava, qwen_vl
+from redvillm_jax.modules.attention import visible
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402

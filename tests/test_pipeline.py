@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import store
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from data_pipeline.packing import Prefix, Question, fill_row, plan_epoch, row_bounds
 from data_pipeline.pipeline import batches
 
@@ -318,7 +318,8 @@ def test_workers_read_a_store_in_a_bucket(frame_store):
     steps = [(((i % NUM_VIDEOS, (0,)),), ((i * 2 % NUM_VIDEOS, (0,)),)) for i in range(9)]
     script = """
 import sys
-from data_pipeline import pipeline, store
+from data_pipeline import pipeline
+from data_pipeline import store
 from test_pipeline import digest, one_video
 steps = eval(sys.argv[1])
 if __name__ == "__main__":
@@ -353,7 +354,13 @@ def test_the_pipeline_opens_no_jax_backend_outside_app_run(frame_store):
     """In a fresh process, without absl's app.run, as a user's script would be."""
     script = f"""
 import numpy as np
-from data_pipeline import instructions, moving_shapes, packing, pipeline, prepare, store, videos
+from data_pipeline.questions import instructions
+from redvillm_jax.demo import moving_shapes
+from data_pipeline import packing
+from data_pipeline import pipeline
+from data_pipeline import prepare
+from data_pipeline import store
+from data_pipeline.media import decode
 
 def row(row):
     return {{"videos": np.array([row[0][0] if row else -1])}}

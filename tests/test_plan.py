@@ -15,16 +15,18 @@ import pytest
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.errors import UserError
-from redvillm_jax import distributed, plan, programs, topologies
-from redvillm_jax.attention import row_attention
-from redvillm_jax.flops import kernel_flops, step_flops
-from redvillm_jax.layers import BATCH_AXES, attention
-from redvillm_jax.programs import needed_bytes
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.topologies import NAMES, parse_topology
-from redvillm_jax.weights import sized_base
-from redvillm_jax.workload import Workload
+from data_pipeline.common.errors import UserError
+from redvillm_jax import plan
+from redvillm_jax.model.base_folder import sized_base
+from redvillm_jax.modules.attention import row_attention
+from redvillm_jax.modules.layers import BATCH_AXES, attention
+from redvillm_jax.planning import programs
+from redvillm_jax.planning.programs import needed_bytes
+from redvillm_jax.planning.workload import Workload
+from redvillm_jax.runtime import chips, distributed
+from redvillm_jax.runtime.chips import NAMES, parse_topology
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training.flops import kernel_flops, step_flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +94,7 @@ def test_a_base_and_a_store_of_ones_own_are_planned(bases, stores, capsys):
 
 
 def test_the_packed_kernel_compiles_for_a_tpu():
-    devices = topologies.tpu_devices("v5e-4")
+    devices = chips.tpu_devices("v5e-4")
     mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, devices)
     at = NamedSharding(mesh, P(BATCH_AXES))
     ids = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=at)
@@ -109,7 +111,7 @@ def test_the_packed_kernel_compiles_for_a_tpu():
 
 
 def test_attention_in_float16_compiles_for_a_tpu():
-    at = SingleDeviceSharding(topologies.tpu_devices("v5e-4")[0])
+    at = SingleDeviceSharding(chips.tpu_devices("v5e-4")[0])
     qkv = [jax.ShapeDtypeStruct((1, 8, 2, 16), jnp.float16, sharding=at)] * 3
     hlo = jax.jit(attention).lower(*qkv).compile().as_text()
     assert "f32[" in hlo
@@ -157,7 +159,7 @@ def test_a_small_memory_that_overflows_is_one_line(said, message, capsys):
     line = capsys.readouterr().out
     assert re.fullmatch(rf"  train does not compile: .*{message}; try shorter rows \(--config.row_length\).*\n", line)
     assert not program.known
-    assert topologies.small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
+    assert chips.small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,8 @@ def test_mistakes_end_in_one_line(flags, message):
 def test_a_machine_without_a_tpu_hears_nothing_of_one():
     """libtpu is installed here and looked for by every command that leaves the choice of the device to jax."""
     code = (
-        "import jax; from redvillm_jax.distributed import command; command(lambda _: print(jax.devices()[0].platform))"
+        "import jax; from redvillm_jax.runtime.distributed import command; "
+        "command(lambda _: print(jax.devices()[0].platform))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS" and not k.startswith("TPU_")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -228,24 +231,24 @@ def test_a_machine_without_a_tpu_hears_nothing_of_one():
 
 @pytest.mark.parametrize("there", ["chip", "node", "variable", "none"])
 def test_a_machine_with_a_tpu_hears_all_of_it(there, tmp_path, monkeypatch):
-    before = {k: v for k, v in os.environ.items() if k not in topologies.QUIET_LIBTPU}
+    before = {k: v for k, v in os.environ.items() if k not in chips.QUIET_LIBTPU}
     monkeypatch.setattr(os, "environ", dict(before))
-    monkeypatch.setattr(topologies, "TPU_NODES", (str(tmp_path / "accel*"),))
-    chips = (4, 5) if there == "chip" else (0, None)
-    monkeypatch.setattr(topologies.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: chips)
+    monkeypatch.setattr(chips, "TPU_NODES", (str(tmp_path / "accel*"),))
+    found = (4, 5) if there == "chip" else (0, None)
+    monkeypatch.setattr(chips.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: found)
     if there == "node":
         (tmp_path / "accel0").touch()
     if there == "variable":
         os.environ["TPU_MIN_LOG_LEVEL"] = "0"
         before["TPU_MIN_LOG_LEVEL"] = "0"
-    topologies.quiet_without_tpu()
-    assert os.environ == (before | topologies.QUIET_LIBTPU if there == "none" else before)
+    chips.quiet_without_tpu()
+    assert os.environ == (before | chips.QUIET_LIBTPU if there == "none" else before)
 
 
 def test_a_missing_compiler_ends_in_one_line(monkeypatch):
     def missing(**_):
         raise RuntimeError("no libtpu")
 
-    monkeypatch.setattr(topologies.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", missing)
     with pytest.raises(UserError, match=r"cannot be used \(no libtpu\); pip install -e '.\[tpu\]' brings it"):
-        topologies.tpu_devices("v5e-4")
+        chips.tpu_devices("v5e-4")

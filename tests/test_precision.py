@@ -9,13 +9,13 @@ import pytest
 from conftest import FAMILIES
 
 from configs.common import get_common
-from redvillm_jax import model_checks
-from redvillm_jax.assemble import load_model
-from redvillm_jax.programs import abstract_batch
-from redvillm_jax.recipe import make_encode_step, make_training
-from redvillm_jax.sharding import make_mesh
-from redvillm_jax.weights import sized_base
-from redvillm_jax.workload import Workload
+from redvillm_jax.checks import model_checks
+from redvillm_jax.model.base_folder import sized_base
+from redvillm_jax.model.build import load_model
+from redvillm_jax.planning.programs import abstract_batch
+from redvillm_jax.planning.workload import Workload
+from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.training.recipe import make_encode_step, make_training
 
 ROWS = Workload(questions=4, rows=2, row_length=128, groups=2, targets=16, tokens=0, supervised=0, steps=1)
 PRODUCT = re.compile(r"dot_general .*precision = \[(\w+), .*\](, algorithm.*)? : \(tensor<(.*?)>, tensor<(.*?)>\)")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data_pipeline import prepare, store
-from data_pipeline.errors import UserError, run
-from data_pipeline.videos import read_video
+from data_pipeline.common.errors import UserError, run
+from data_pipeline.media.decode import read_video
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,9 +18,9 @@ from test_prepare import arguments, error, question, write_video
 from test_videos import numbers_of, write_numbered
 
 from data_pipeline import prepare, store
-from data_pipeline.errors import UserError
-from data_pipeline.sampling import uniform_indices
-from data_pipeline.videos import read_video
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.decode import read_video
+from data_pipeline.media.sampling import uniform_indices
 
 ROOT = Path(__file__).parents[1]
 
@@ -402,7 +402,7 @@ def test_an_hour_takes_seconds_and_little_memory(tmp_path):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
     code = (
-        "import resource, sys, time; from data_pipeline.videos import read_video; begin = time.monotonic();"
+        "import resource, sys, time; from data_pipeline.media.decode import read_video; begin = time.monotonic();"
         "video = read_video(sys.argv[1], num_frames=100, image_size=64, resize='nearest', threads=1);"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024;"
         "print(video.total_frames, time.monotonic() - begin, peak, *video.frames[:, 30, 30, 0])"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from data_pipeline.processes import ordered_map
+from data_pipeline.common.processes import ordered_map
 
 
 def run(function, items, num_workers=2, time_limit=60.0):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from redvillm_jax import demo
 from redvillm_jax.bases import llava, qwen_vl
+from redvillm_jax.demo import __main__ as demo
 
 QUESTION, ANSWER = "Which colour appears first?", "red"
 TEMPLATES = [

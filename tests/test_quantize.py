@@ -7,10 +7,10 @@ import pytest
 from conftest import FAMILIES
 from flax import nnx
 
-from redvillm_jax.layers import Linear, levels
-from redvillm_jax.quantize import quantize, quantized_shapes
-from redvillm_jax.sharding import make_mesh, weight_sharding
-from redvillm_jax.weights import load_part, open_base
+from redvillm_jax.model.base_folder import load_part, open_base
+from redvillm_jax.modules.layers import Linear, levels
+from redvillm_jax.modules.quantize import quantize, quantized_shapes
+from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 
 def load(folder, mesh, **options):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import regex
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Tokenizer, prompt
 from tests.helpers import REFERENCE

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 from conversion import from_torch
 from redvillm_jax.bases import qwen_vl
-from redvillm_jax.model import VideoLLM, cross_entropy
-from redvillm_jax.sharding import make_mesh, weight_sharding
-from redvillm_jax.weights import Base, load_part, open_base
+from redvillm_jax.model.base_folder import Base, load_part, open_base
+from redvillm_jax.model.video_llm import VideoLLM, cross_entropy
+from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 from tests.helpers import ParityTable, greedy
 
 SEED = 20261121

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import compare_stages, make_inputs
 from benchmarks.stage_file import MOST, sample
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from tests.helpers import REFERENCE, without_hashes
 from tests.test_llava import tiny_transformers
 

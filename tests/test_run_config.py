@@ -12,14 +12,15 @@ from test_inputs import change_json, write_run
 from test_train import make_config
 
 from configs import demo, llava, qwen
-from data_pipeline.errors import UserError
-from redvillm_jax import run_config, train
-from redvillm_jax.assemble import token_slots
-from redvillm_jax.inputs import ANSWERING, open_model
-from redvillm_jax.optim import warmup_cosine
-from redvillm_jax.rows import plan_rows
+from data_pipeline.common.errors import UserError
+from redvillm_jax import train
+from redvillm_jax.inference.open_model import ANSWERING, open_model
+from redvillm_jax.model import run_config
+from redvillm_jax.model.base_folder import load_base_module
+from redvillm_jax.model.build import token_slots
+from redvillm_jax.training.optim import warmup_cosine
+from redvillm_jax.training.rows import plan_rows
 from redvillm_jax.video import red_villm
-from redvillm_jax.weights import load_base_module
 
 FORMAT = {family: Path(__file__).parent / "run_configs" / f"{family}.json" for family in FAMILIES}
 ADDED = {"sampling": "uniform", "language": "", "int8": False}  # as the code behaved before there were these fields

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from redvillm_jax.sampler import Sampling, choose, keep_likely
+from redvillm_jax.inference.sampler import Sampling, choose, keep_likely
 
 RANDOM = np.random.default_rng(0)
 LOGITS = RANDOM.normal(scale=3, size=(4, 50)).astype(np.float32)

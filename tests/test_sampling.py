@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.sampling import choose_frames, frames_of_part, sampling_name, uniform_indices
+from data_pipeline.media.sampling import choose_frames, frames_of_part, sampling_name, uniform_indices
 
 TEN = np.arange(50) / 10  # five seconds at ten frames a second
 UNEVEN = np.array([0.0, 0.1, 0.2, 3.0, 3.1, 7.0])  # a slide show

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.short_answers import exact_match, token_f1

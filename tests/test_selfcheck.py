@@ -13,10 +13,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from test_distributed import ROOT, free_port
 
-from data_pipeline.errors import UserError
-from redvillm_jax import checkpoint, machine_checks, model_checks, selfcheck
-from redvillm_jax.attention import visible
-from redvillm_jax.layers import attention
+from data_pipeline.common.errors import UserError
+from redvillm_jax import selfcheck
+from redvillm_jax.checks import machine_checks, model_checks
+from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.layers import attention
+from redvillm_jax.training import checkpoint
 
 NAMES = "devices mesh collectives folder data_order attention encoder training checkpoints".split()
 MODEL_CHECKS = ("attention", "encoder", "training", "checkpoints")
@@ -113,12 +115,13 @@ def test_what_goes_wrong_in_one_process_is_said_with_its_number(tmp_path, cache)
         LIGHT
         + """
 import importlib.metadata
-from redvillm_jax import agreement, machine_checks
+from redvillm_jax.runtime import consensus
+from redvillm_jax.checks import machine_checks
 version = importlib.metadata.version
 importlib.metadata.version = lambda name: "9.9" if name == "flax" else version(name)
 def fail(): raise RuntimeError("no encoder\\nhere")
 selfcheck.check_encoder = fail
-def wrong(name, result, want): raise agreement.Failed(f"{name} is wrong")
+def wrong(name, result, want): raise consensus.Failed(f"{name} is wrong")
 machine_checks.check_exact = wrong
 plan = machine_checks.plan_random_rows
 machine_checks.plan_random_rows = lambda *a, **k: plan(*a, **k)._replace(fingerprint=lambda epochs: "another")

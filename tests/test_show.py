@@ -12,8 +12,9 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from data_pipeline import lettering, prepare, show, store
-from data_pipeline.errors import UserError
+from data_pipeline import prepare, show, store
+from data_pipeline.common.errors import UserError
+from data_pipeline.media import lettering
 
 ROOT = Path(__file__).parents[1]
 

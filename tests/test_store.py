@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_pipeline import shard_checks, store
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 
 SETTINGS = {
     "kind": "frames",

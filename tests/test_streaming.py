@@ -3,8 +3,8 @@
 import pytest
 from conftest import FAMILIES
 
-from redvillm_jax.streaming import pieces
-from redvillm_jax.weights import load_base_module
+from redvillm_jax.inference.streaming import pieces
+from redvillm_jax.model.base_folder import load_base_module
 
 TEXTS = ["  A dog runs. \n", "一只狗🐕在奔跑。", "naïve café — 你好 ", "", " \n "]
 

@@ -17,10 +17,11 @@ from conftest import FAMILIES, NUM_FRAMES
 from helpers import change_json, change_store
 
 from configs import demo
-from data_pipeline.errors import UserError
-from redvillm_jax import inputs, train
-from redvillm_jax.checkpoint import load_trainables
-from redvillm_jax.weights import load_part, open_base
+from data_pipeline.common.errors import UserError
+from redvillm_jax import train
+from redvillm_jax.model import settings
+from redvillm_jax.model.base_folder import load_part, open_base
+from redvillm_jax.training.checkpoint import load_trainables
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,7 +237,7 @@ def test_attention_is_chosen_and_may_change_between_runs(tmp_path, runs, bases, 
 
 
 def test_mfu_is_logged_where_the_peak_is_known(tmp_path, bases, stores, monkeypatch):
-    monkeypatch.setattr("redvillm_jax.speed.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("redvillm_jax.training.throughput.peak_flops", lambda device: 1e12)
     train.train(make_config("llava", bases["llava"], stores["llava"]), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     body = 3 * (4 * 96 * 96 + 3 * 96 * 256)  # the matrices of three layers, without the head's share
@@ -290,7 +291,7 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path, bases, stores):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved(tmp_path, bases, stores, monkeypatch):
-    monkeypatch.setattr(inputs, "check_config", lambda config: None)  # which would refuse the rate
+    monkeypatch.setattr(settings, "check_config", lambda config: None)  # which would refuse the rate
     changes = {"learning_rate": float("inf"), "log_every": 3, "checkpoint_every": 2}
     config = make_config("llava", bases["llava"], stores["llava"], **changes)
     refused(config, tmp_path, r"^step 2: loss nan, .*all rows, so the weights rather .*last good checkpoint: none")

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import chat_client, translate
-from data_pipeline.chat_client import Failure, Reply, ReplyCache, ask_all, is_dated
-from data_pipeline.errors import UserError
-from data_pipeline.instructions import read_instructions
-from data_pipeline.numerals import changed_numbers
-from data_pipeline.suspicions import suspicions
+from data_pipeline import translate
+from data_pipeline.common.errors import UserError
+from data_pipeline.questions.instructions import read_instructions
+from data_pipeline.text import chat_client
+from data_pipeline.text.chat_client import Failure, Reply, ReplyCache, ask_all, is_dated
+from data_pipeline.text.numerals import changed_numbers
+from data_pipeline.text.suspicions import suspicions
 from tests.fake_openai import (
     CUT,
     CUT_MIDWAY,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import videos
-from data_pipeline.sampling import uniform_indices
-from data_pipeline.videos import VideoError, read_video, resize_bicubic, resize_nearest
+from data_pipeline.media import decode
+from data_pipeline.media.decode import VideoError, read_video, resize_bicubic, resize_nearest
+from data_pipeline.media.sampling import uniform_indices
 
 
 def write_video(path, levels, *, size=(32, 48), rate=10, codec="libx264", gop=12):
@@ -163,14 +163,14 @@ def test_few_frames_are_reached_without_decoding_the_others(name, tmp_path, monk
     """By seeking, by decoding all, and whatever the file is called: the same frames and times, to the bit."""
     path = write_numbered(tmp_path / name, 150, **CONTAINERS[name])
     decoded = []
-    decode_all = videos._decode_all
-    monkeypatch.setattr(videos, "_decode_all", lambda *arguments: decoded.append(1) or decode_all(*arguments))
+    decode_all = decode._decode_all
+    monkeypatch.setattr(decode, "_decode_all", lambda *arguments: decoded.append(1) or decode_all(*arguments))
     few = read(path, 3)
     assert numbers_of(few) == uniform_indices(150, 3).tolist() == [25, 74, 124]
     np.testing.assert_allclose(few.timestamps, uniform_indices(150, 3) / 10, atol=1e-6)
     whole = name in ("a.gif", "a.ts")  # one has a single key frame, in the other FFmpeg does not reach the right one
     assert len(decoded) == whole
-    monkeypatch.setattr(videos, "_decode_runs", lambda *arguments: None)
+    monkeypatch.setattr(decode, "_decode_runs", lambda *arguments: None)
     all = read(path, 3)
     assert len(decoded) == 1 + whole
     assert np.array_equal(few.frames, all.frames) and np.array_equal(few.timestamps, all.timestamps)
@@ -190,12 +190,12 @@ def test_every_number_of_frames(extension, total, tmp_path):
 
 def test_frames_that_are_not_where_their_packets_say_are_found_by_decoding_all(tmp_path, monkeypatch):
     path = write_numbered(tmp_path / "a.mp4", 150)
-    right, packets = read(path, 3), videos._read_packets(path)
+    right, packets = read(path, 3), decode._read_packets(path)
     times, pts, keys = packets.times[::2], packets.pts[::2], packets.keys // 2  # each second packet gives no frame
-    monkeypatch.setattr(videos, "_read_packets", lambda path: packets._replace(times=times, pts=pts, keys=keys))
+    monkeypatch.setattr(decode, "_read_packets", lambda path: packets._replace(times=times, pts=pts, keys=keys))
     again = read(path, 3)
     assert np.array_equal(again.frames, right.frames) and again.total_frames == 150
-    monkeypatch.setattr(videos, "_read_packets", lambda path: packets._replace(pts=None))
+    monkeypatch.setattr(decode, "_read_packets", lambda path: packets._replace(pts=None))
     assert np.array_equal(read(path, 3).frames, right.frames)
 
 
@@ -234,9 +234,9 @@ def test_rotated_frames_are_turned(degrees, tmp_path):
 
 def test_mirrored_frames_are_mirrored():
     image = np.arange(6).reshape(2, 3, 1)
-    assert videos._upright(image, (-1, 0, 0, 1))[..., 0].tolist() == [[2, 1, 0], [5, 4, 3]]
-    assert videos._upright(image, (1, 0, 0, -1))[..., 0].tolist() == [[3, 4, 5], [0, 1, 2]]
-    assert videos._upright(image, (0, 1, 1, 0))[..., 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert decode._upright(image, (-1, 0, 0, 1))[..., 0].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert decode._upright(image, (1, 0, 0, -1))[..., 0].tolist() == [[3, 4, 5], [0, 1, 2]]
+    assert decode._upright(image, (0, 1, 1, 0))[..., 0].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_odd_sizes_and_ten_bits(tmp_path):

@@ -7,7 +7,8 @@ ORDER: the devices in the order in which the mesh takes them, such as 0,2,1,3; "
 
 import sys
 
-from redvillm_jax import distributed, train
+from redvillm_jax import train
+from redvillm_jax.runtime import distributed
 
 distributed.SILENCE_SECONDS = 10
 rows, order = sys.argv.pop(1), sys.argv.pop(1)

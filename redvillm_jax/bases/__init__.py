@@ -1,0 +1,1 @@
+"""One file per image LLM: its config, encoder, projector, language model, prompt, tokenizer; imports modules alone."""

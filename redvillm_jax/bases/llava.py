@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.errors import UserError
-from redvillm_jax.config_fields import (
+from data_pipeline.common.errors import UserError
+from redvillm_jax.modules.config_fields import (
     COMMON,
     READ,
     REQUIRED,
@@ -33,7 +33,7 @@ from redvillm_jax.config_fields import (
     shown,
     text,
 )
-from redvillm_jax.layers import (
+from redvillm_jax.modules.layers import (
     BATCH_AXES,
     Embedding,
     LayerNorm,
@@ -52,7 +52,7 @@ from redvillm_jax.layers import (
     split_heads,
     update_cache,
 )
-from redvillm_jax.published_tables import (
+from redvillm_jax.modules.published_tables import (
     CLIP,
     KNOWN_CLIPS,
     LAYERS,
@@ -305,7 +305,7 @@ SIZES = {
 
 
 def picture_fit(config: Config) -> str:
-    """How a picture becomes a square (`data_pipeline.pictures.FIT`): v1.5 pads it, v1 takes CLIP's own crop."""
+    """How a picture becomes a square (`data_pipeline.media.pictures.FIT`): v1.5 pads it, v1 takes CLIP's own crop."""
     return "crop" if config.projector == "linear" else "pad"
 
 

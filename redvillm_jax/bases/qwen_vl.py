@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.errors import UserError
-from redvillm_jax.config_fields import (
+from data_pipeline.common.errors import UserError
+from redvillm_jax.modules.config_fields import (
     COMMON,
     REQUIRED,
     Fields,
@@ -31,7 +31,7 @@ from redvillm_jax.config_fields import (
     require,
     text,
 )
-from redvillm_jax.layers import (
+from redvillm_jax.modules.layers import (
     BATCH_AXES,
     Embedding,
     LayerNorm,
@@ -50,7 +50,7 @@ from redvillm_jax.layers import (
     split_heads,
     update_cache,
 )
-from redvillm_jax.published_tables import (
+from redvillm_jax.modules.published_tables import (
     EPS,
     HEADS,
     LAYERS,
@@ -245,7 +245,7 @@ SIZES = {
 
 
 def picture_fit(config: Config) -> str:
-    """How a picture becomes a square (`data_pipeline.pictures.FIT`): squashed, as a video's frames are."""
+    """How a picture becomes a square (`data_pipeline.media.pictures.FIT`): squashed, as a video's frames are."""
     return "squash"
 
 

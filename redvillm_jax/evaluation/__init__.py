@@ -1,1 +1,1 @@
-"""What answers are worth: scores by rule, verdicts of a judge, intervals. Imports no jax."""
+"""Scores answers, by rule or by a judge; knows no JAX."""

@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.errors import UserError
-from data_pipeline.eval_sets import BENCHMARKS
-from data_pipeline.instructions import read_instructions
+from data_pipeline.common.errors import UserError
+from data_pipeline.questions.eval_sets import BENCHMARKS
+from data_pipeline.questions.instructions import read_instructions
 from redvillm_jax.evaluation.scoring import OWN, Row
 
 

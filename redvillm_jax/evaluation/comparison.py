@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax.evaluation.judged_folder import read_judged
 from redvillm_jax.evaluation.scoring import Result, estimates, observations
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.artefacts import JUDGED, VERDICT, parse_lines, read_bytes, read_object
-from data_pipeline.errors import UserError
-from data_pipeline.files import write_text
+from data_pipeline.common.artefacts import JUDGED, VERDICT, parse_lines, read_bytes, read_object
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import write_text
 from redvillm_jax.evaluation.scoring import Result, summarize
 
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from data_pipeline.chat_client import Failure, Reply, ReplyCache, Request, Statistics
-from data_pipeline.errors import UserError
-from data_pipeline.suspicions import chinese_characters
+from data_pipeline.common.errors import UserError
+from data_pipeline.text.chat_client import Failure, Reply, ReplyCache, Request, Statistics
+from data_pipeline.text.suspicions import chinese_characters
 from redvillm_jax.evaluation.judge_prompts import messages, prompt_hash
 from redvillm_jax.evaluation.scoring import Result, Row, protocol
 from redvillm_jax.evaluation.verdicts import Verdict, read_verdict

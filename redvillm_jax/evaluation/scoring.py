@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.common.errors import UserError
 from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
 from redvillm_jax.evaluation.intervals import Interval, means
 from redvillm_jax.evaluation.short_answers import exact_match, token_f1

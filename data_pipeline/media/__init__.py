@@ -1,0 +1,1 @@
+"""Reads videos and pictures, and writes letters on them."""

@@ -1,0 +1,99 @@
+"""A still picture as an image LLM sees it: read from any common file, turned upright, fitted to a square."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.files import as_path, explained
+
+MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
+FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program on what the file says
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
+    *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
+LONGEST = 200  # times as long as wide: what is longer has little left in a square, and costs much memory on the way
+
+
+def crop(picture: Image.Image, size: int) -> Image.Image:
+    """CLIP's own: the shorter side becomes `size`, the middle of the longer one is kept."""
+    width, height = picture.size
+    long = int(size * max(width, height) / min(width, height))
+    wide, high = (long, size) if width > height else (size, long)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return bicubic(picture, wide, high).crop((left, top, left + size, top + size))
+
+
+def pad(picture: Image.Image, size: int) -> Image.Image:
+    """LLaVA-1.5's: in the middle of a square of CLIP's mean colour."""
+    width, height = picture.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return bicubic(square, size, size)
+
+
+def squash(picture: Image.Image, size: int) -> Image.Image:
+    """Qwen-VL's: the whole picture, its aspect ratio not kept."""
+    return bicubic(picture, size, size)
+
+
+def bicubic(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """PIL's resize, which all the originals use."""
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+FIT: dict[str, Callable[[Image.Image, int], Image.Image]] = {"crop": crop, "pad": pad, "squash": squash}
+
+
+def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
+    """A picture file, local or in a bucket, as (S, S, 3) uint8 RGB; `fit`: a key of `FIT`.
+
+    It is turned as its EXIF data say, of an animation the first frame counts, and white stands behind what is
+    transparent. Raises UserError for a file that is missing, broken or of no known format.
+    """
+    try:
+        Image.init()
+        known = [name for name in FORMATS if name in Image.OPEN]
+        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known) as picture:
+            picture.load()
+            picture = as_rgb(upright(picture))
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(
+            f"{path}: not a picture in a known format; save it as JPEG, PNG or WebP (HEIC cannot be read)"
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give a picture") from None
+    except Exception as error:  # PIL raises many kinds for files that are cut off or broken
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path}: cannot be read as a picture ({type(error).__name__}: {reason}); save it again"
+        ) from None
+    if max(picture.size) > LONGEST * min(picture.size):
+        size = f"{picture.width} × {picture.height} pixels"
+        raise UserError(f"{path}: {size}, expected at most {LONGEST} times as long as wide; cut it")
+    return np.asarray(FIT[fit](picture, image_size))
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say; data that cannot be read turn nothing."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB of any mode; 16-bit grey keeps its upper 8 bits. Raises ValueError for pixels without a known range."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {picture.mode} have no known range")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")

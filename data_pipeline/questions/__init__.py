@@ -1,0 +1,1 @@
+"""Reads questions in the formats that people publish them in."""

@@ -1,0 +1,1 @@
+"""Asks chat models, and finds what is suspicious in what they write."""

@@ -1,0 +1,94 @@
+"""The options of commands that ask a chat model: which one, how, and for how much."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.text.chat_client import Statistics, check_address, is_dated
+
+
+def add_endpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds --model and all that says how it is asked. required: whether there is no work without --model."""
+    parser.add_argument("--model", required=required, help="name of the model at the endpoint, with its date")
+    parser.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
+    parser.add_argument("--base_url", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
+    parser.add_argument("--dry_run", action="store_true", help="print the estimate and stop")
+    parser.add_argument("--price_in", type=positive(float), help="price of a million prompt tokens")
+    parser.add_argument("--price_out", type=positive(float), help="price of a million reply tokens")
+    parser.add_argument("--max_cost", type=positive(float), help="refuse to start above it, stop when it is spent")
+    parser.add_argument("--concurrency", type=positive(int), default=16, help="requests at once (default 16)")
+    parser.add_argument("--timeout", type=positive(float), default=120, help="seconds for an answer (default 120)")
+    parser.add_argument(
+        "--max_retries", type=int, choices=range(21), metavar="0..20", default=5, help="of a request (default 5)"
+    )
+    parser.add_argument(
+        "--temperature", type=_temperature, default=0.0, help="of sampling (default 0); none: left to the endpoint"
+    )
+
+
+def check_endpoint(flags: argparse.Namespace) -> None:
+    """Raises UserError for options of `add_endpoint` that do not go together, an address that none can be, or a model
+    without a date."""
+    if flags.model is not None:
+        check_address(flags.base_url)
+    if (flags.price_in is None) != (flags.price_out is None):
+        raise UserError("--price_in and --price_out: give both or none")
+    if flags.max_cost is not None and flags.price_in is None:
+        raise UserError("--max_cost: needs --price_in and --price_out")
+    if flags.model is not None and not flags.allow_undated and not is_dated(flags.model):
+        raise UserError(
+            f"--model={flags.model}: names no dated version (as gpt-4o-mini-2024-07-18 does), so it may change under "
+            "the same name; choose one that does, or say --allow_undated"
+        )
+
+
+def sampling(flags: argparse.Namespace) -> dict[str, Any]:
+    """What a request has beside its messages: "model" and "temperature"."""
+    return {"model": flags.model} | ({} if flags.temperature is None else {"temperature": flags.temperature})
+
+
+def announce(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespace, rule: str) -> None:
+    """Prints the estimate. Raises UserError if it is above --max_cost. rule: how tokens were counted."""
+    cost = cost_of(prompt_tokens, completion_tokens, flags)
+    price = "no cost without --price_in and --price_out" if cost is None else f"cost {cost:.2f}"
+    print(f"estimate: {prompt_tokens} tokens in, {completion_tokens} out, {price} ({rule})", flush=True)
+    if flags.max_cost is not None and cost > flags.max_cost:
+        raise UserError(f"--max_cost={flags.max_cost:g}: nothing was sent; raise it, or do less with --limit")
+
+
+def cost_of(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespace) -> float | None:
+    """What so many tokens cost; None without prices."""
+    if flags.price_in is None:
+        return None
+    return (prompt_tokens * flags.price_in + completion_tokens * flags.price_out) / 1e6
+
+
+def too_dear(statistics: Statistics, flags: argparse.Namespace) -> str | None:
+    """Why nothing more is to be asked once --max_cost is spent, for `ask_all`."""
+    cost = cost_of(statistics.prompt_tokens, statistics.completion_tokens, flags)
+    return None if flags.max_cost is None or cost < flags.max_cost else f"--max_cost={flags.max_cost:g} is spent"
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """A type for argparse: a number above 0."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not value > 0 or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    convert.__name__ = "number"
+    return convert
+
+
+def _temperature(text: str) -> float | None:
+    try:
+        value = None if text == "none" else float(text)
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"expected none or a number from 0, less than 100, got {text!r}")
+    return value

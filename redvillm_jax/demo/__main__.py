@@ -1,0 +1,193 @@
+"""Turns a tiny image LLM into a video LLM on this machine, with the project's own commands.
+
+python -m redvillm_jax.demo [--base=llava|qwen_vl] [--workdir=demo]
+
+Every command is printed before it runs, so that it can be copied. It makes videos of moving shapes, prepares them,
+converts a tiny image LLM that the project carries, encodes the videos with it, trains its projectors three ways,
+answers questions about videos that were held out, and exports the result. Killed, it continues where it was. The table
+at its end begins with what is answered right without the video, or without its order (docs/demo.md).
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.common.artefacts import ANSWER, METRICS, QUESTION, read_lines
+from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.locks import locked
+from redvillm_jax.demo.floors import commonest_answer, without_order
+from redvillm_jax.evaluation.short_answers import exact_match
+
+ROOT = Path(__file__).parents[2]
+BASES = Path(__file__).parent / "bases"
+ROWS = {  # name of the row: (folder, switches)
+    "spatial tokens only": ("spatial_only", ["--config.streams=spatial"]),
+    "one shared projector": ("shared_projector", ["--config.temporal_module=false"]),
+    "RED-VILLM": ("red_villm", []),
+}
+UNTRAINED, TEXT_ONLY = "before training", "text only"
+FLOORS = ("commonest answer", TEXT_ONLY, "what, not when")
+SIZES = ("--train=2000", "--dev=300", "--test=500")  # videos
+KINDS = {
+    "temporal": ("direction", "first_colour", "last_colour", "first_shape", "last_shape"),
+    "spatial": ("colour", "shape", "horizontal", "vertical", "count"),
+}
+LANGUAGES = {"English": "en", "Chinese": "zh"}
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m redvillm_jax.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", choices=sorted(p.name for p in BASES.iterdir()), default="llava", help="(llava)")
+    parser.add_argument("--workdir", type=Path, default=Path("demo"), help="folder for everything it makes (demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the training questions (0)")
+    flags = parser.parse_args(argv)
+    with locked(flags.workdir / flags.base):
+        demonstrate(flags)
+
+
+def demonstrate(flags: argparse.Namespace) -> None:
+    """Runs every command, and prints and draws what came of it."""
+    start, work = time.time(), flags.workdir / flags.base
+    runs = work / f"seed-{flags.seed}"
+    config = f"--config={os.path.relpath(ROOT / 'configs' / 'demo.py')}:{flags.base}"
+    base = work / "base"
+
+    command("redvillm_jax.demo.moving_shapes", f"--out={flags.workdir / 'videos'}", *SIZES)
+    command("conversion.from_torch", f"--family={flags.base}", f"--source={BASES / flags.base}", f"--out={base}")
+    for split in ("train", "test"):
+        videos, frames = flags.workdir / "videos" / split, f"{work / 'frames' / split}"
+        data = (f"--videos={videos / 'videos'}", f"--instructions={videos / 'instructions.jsonl'}")
+        command("data_pipeline.prepare", *data, f"--base={base}", "--num_frames=16", "--format=raw", f"--out={frames}")
+        streams = f"--out={work / 'streams' / split}"
+        command("redvillm_jax.encode", config, f"--config.base={base}", f"--data={frames}", streams)
+
+    test = (f"--data={work / 'streams' / 'test'}", "--max_new_tokens=32", "--batch_size=64")
+    untrained = (f"--model={base}", config, *test)
+    command("redvillm_jax.evaluate", *untrained, "--text_only", f"--out={work / 'text_only'}")
+    command("redvillm_jax.evaluate", *untrained, f"--out={work / 'before_training'}")
+    for name, switches in ROWS.values():
+        inputs = (f"--config.base={base}", f"--config.data={work / 'streams' / 'train'}")
+        command(
+            "redvillm_jax.train", config, f"--workdir={runs / name}", *inputs, f"--config.seed={flags.seed}", *switches
+        )
+        command("redvillm_jax.evaluate", f"--model={runs / name}", *test, f"--out={runs / name / 'test'}")
+    export = runs / "export"
+    command("conversion.to_torch", f"--model={runs / 'red_villm'}", f"--out={export}", "--full")
+
+    questions, hits = results(flags.workdir, flags.base, flags.seed)
+    picture = runs / "result.png"
+    losses = {row: runs / name / "metrics.jsonl" for row, (name, _) in ROWS.items()}
+    draw(picture, flags.base, questions, hits, losses)
+    print(f"\nExact match on {len(questions)} questions about held-out videos, in per cent\n")
+    print(table(questions, hits))
+    print(f"\npicture:  {picture}\nexported: {export}\n{time.time() - start:.0f} seconds")
+
+
+def command(module: str, *arguments: str) -> None:
+    """Prints and runs `python -m module arguments` from the repository; a failure ends the demo."""
+    print(f"\n$ python -m {module} {shlex.join(arguments)}", flush=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    code = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+    if code:
+        raise UserError(f"{module} ended with code {code}; mend what it says above and run the demo again")
+
+
+def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
+    """The test questions, and by column of the table which of them are answered right: (questions,), 0 to 1.
+
+    The floors come first. "text only" is the base asked without visual tokens: what is trained makes nothing but visual
+    tokens, so every other column's model would then say the same.
+    """
+    work, videos = workdir / base, workdir / "videos"
+    folders = {TEXT_ONLY: work / "text_only", UNTRAINED: work / "before_training"}
+    folders |= {row: work / f"seed-{seed}" / name / "test" for row, (name, _) in ROWS.items()}
+    answers = {row: read_lines(folder / "answers.jsonl", ANSWER) for row, folder in folders.items()}
+    hits = {row: np.array(list(map(hit, rows))) for row, rows in answers.items()}
+    questions = answers[UNTRAINED]
+    train = read_lines(videos / "train" / "instructions.jsonl", QUESTION)
+    hits |= {"commonest answer": commonest_answer(train, questions), "what, not when": without_order(questions)}
+    return questions, {row: hits[row] for row in (*FLOORS, UNTRAINED, *ROWS)}
+
+
+def hit(row: Mapping[str, str]) -> float:
+    """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it; no answer is a wrong one."""
+    return exact_match(row["prediction"] or "", row["answer"])
+
+
+def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
+    """Which questions (questions,) are of each kind, of the temporal and spatial kinds, of a language, and all."""
+    kinds, languages = (np.array([question[field] for question in questions]) for field in ("kind", "language"))
+    groups = {}
+    for group, names in KINDS.items():
+        groups |= {name: kinds == name for name in names} | {group: np.isin(kinds, names)}
+    groups |= {name: languages == language for name, language in LANGUAGES.items()}
+    return groups | {"all": np.ones(len(questions), bool)}
+
+
+def label(group: str) -> str:
+    """A group's name as it is shown: a kind in small letters, what holds several in capitals."""
+    return group.replace("_", " ") if any(group in kinds for kinds in KINDS.values()) else group.upper()
+
+
+def table(questions: Sequence[Mapping], hits: Mapping[str, np.ndarray]) -> str:
+    """One line per group of questions, one column per row of the comparison, in per cent."""
+    heads = [textwrap.wrap(row, 12) for row in hits]
+    depth = max(map(len, heads))
+    heads = [[""] * (depth - len(head)) + head for head in heads]
+    lines = [f"{'':>14}" + "".join(f"{head[i]:>14}" for head in heads) for i in range(depth)]
+    for group, members in groups_of(questions).items():
+        lines.append(f"{label(group):>14}" + "".join(f"{100 * of[members].mean():14.1f}" for of in hits.values()))
+    return "\n".join(lines)
+
+
+def draw(
+    path: Path,
+    base: str,
+    questions: Sequence[Mapping],
+    hits: Mapping[str, np.ndarray],
+    losses: Mapping[str, Path],
+) -> None:
+    """Bars of the accuracy by kind of question with the floors as lines across them, and the loss curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 4.5), width_ratios=(2.2, 1), layout="constrained")
+    groups = {name: members for name, members in groups_of(questions).items() if name not in LANGUAGES}
+    values = {row: [100 * of[members].mean() for members in groups.values()] for row, of in hits.items()}
+    places = np.arange(len(groups))
+    colours = dict(zip((UNTRAINED, *ROWS), ("#bbbbbb", "#6baed6", "#fdae6b", "#d62728"), strict=True))
+    for i, (row, colour) in enumerate(colours.items()):
+        bars.bar(places + 0.2 * (i - 1.5), values[row], 0.2, label=row, color=colour)
+    for row, style in zip(FLOORS, ("-", ":", "--"), strict=True):
+        bars.hlines(values[row], places - 0.45, places + 0.45, label=row, color="black", linestyle=style, linewidth=1.2)
+    bars.set_xticks(places, [label(name).replace(" ", "\n") for name in groups], fontsize=8)
+    bars.set(ylabel="exact match, %", ylim=(0, 122), title=f"{base}: questions about held-out videos")
+    bars.set_yticks(range(0, 101, 20))
+    bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
+    for row, file in losses.items():
+        lines = read_lines(file, METRICS)
+        steps, values = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
+        curves.plot(steps, values, color=colours[row], alpha=0.25)
+        window = np.minimum(np.arange(len(values)), 4)  # a mean over the last five logged steps
+        means = [values[i - n : i + 1].mean() for i, n in enumerate(window)]
+        curves.plot(steps, means, label=row, color=colours[row])
+    curves.set(xlabel="step", ylabel="loss", yscale="log", title="training")
+    curves.legend(frameon=False)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Opens a model and generates answers with it; trains nothing."""

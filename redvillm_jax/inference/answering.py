@@ -1,0 +1,169 @@
+"""From question rows to rows of answers.jsonl, for the commands `answer` and `evaluate`."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from tqdm import tqdm
+
+from data_pipeline.common.artefacts import ANSWER, parse_lines, read_bytes
+from data_pipeline.common.errors import UserError
+from redvillm_jax.inference.answer_log import AnswerLog
+from redvillm_jax.inference.assistant import Assistant
+from redvillm_jax.inference.engine import Arrays, Asked, Generation
+from redvillm_jax.inference.prompts import Prompt, check_length, prompt_text
+from redvillm_jax.runtime.cli import number, positive
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+WRITTEN = ("prediction", "error", "finish", "prompt", "num_frames", "generation", "model")  # fields of answers
+
+OPTIONS = {  # of both commands
+    "base": (None, "The base folder: of an export that holds projectors alone, or where a run's own has moved."),
+    "max_new_tokens": ("512", "Longest answer in tokens."),
+    "temperature": ("0", "0 chooses the most likely token; more draws at random."),
+    "top_k": ("0", "Draws among the k most likely tokens, 0 among all."),
+    "top_p": ("1", "Draws among the most likely tokens that reach this probability together."),
+    "repetition_penalty": ("1", "More than 1 makes tokens that were there before less likely."),
+    "seed": ("0", "Of what is drawn; the number of the question decides with it."),
+    "dtype": (None, "bfloat16, float16 or float32; the run's own by default."),
+    "tensor": ("1", "Devices that hold one copy of the model together; others hold further copies."),
+    "batch_size": ("32", "Questions answered at once."),
+    "video_batch_size": ("8", "Videos encoded at once."),
+}
+
+
+def generation_of(flags: Mapping[str, str]) -> Generation:
+    """The generation settings of the command line. Raises UserError naming the flag."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Generation)}
+    try:
+        return Generation(**{name: number(flags, name, kind) for name, kind in kinds.items()})
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith("--") else f"--{message}") from None
+
+
+def sizes_of(flags: Mapping[str, str]) -> dict[str, int]:
+    """The batch sizes of the command line."""
+    return {name: positive(flags, name) for name in ("batch_size", "video_batch_size")}
+
+
+def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation) -> dict[str, Any]:
+    """All that decides the answers."""
+    questions = hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+    settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
+    return {"model": assistant.identity, "generation": settings, "questions": questions}
+
+
+def known_answers(path: Path, rows: Sequence[Row], report: Mapping[str, Any]) -> dict[int, Row]:
+    """The answers of a file by number of the question, but for what failed and what is not about these rows.
+
+    None where the file is not the one that `report` was written with.
+    """
+    content = read_bytes(path, ANSWER)
+    if report.get("answers_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        print(f"note: {path}: was changed after it was written; all is answered anew", file=sys.stderr)
+        return {}
+    pairs = enumerate(zip(parse_lines(path, content, ANSWER), rows, strict=False))
+    same = {i: answer for i, (answer, row) in pairs if answer | row == answer}
+    return {i: answer for i, answer in same.items() if answer.get("prediction") is not None}
+
+
+def failures(answers: Sequence[Row]) -> list[dict[str, Any]]:
+    """The questions without an answer, counted from 1, each with its "error"."""
+    return [{"question": i, "error": row["error"]} for i, row in enumerate(answers, 1) if row["prediction"] is None]
+
+
+def tell(failed: Sequence[Mapping[str, Any]], where: Path) -> None:
+    """Prints the first of the questions that failed; where: the file that has them all."""
+    for failure in failed[:5]:
+        print(f"  question {failure['question']}: {failure['error']}")
+    if failed:
+        print(f"  all {len(failed)} that failed are in {where}; the same command tries them again")
+
+
+def write_answers(
+    log: AnswerLog,
+    assistant: Assistant,
+    rows: Sequence[Row],
+    source: Callable[[Row], Hashable],
+    read: Callable[[list[Any]], Iterator[Arrays | UserError]],
+    make_prompt: Callable[[Row, Arrays], Prompt],
+    generation: Generation,
+    sizes: Mapping[str, int],
+) -> None:
+    """Answers the rows that are not in the log: of this process's share of the videos.
+
+    source(row): which video a row is about; read: for a list of those their arrays, or why there are none, in order.
+    A question that has no answer gets a row with "prediction" null and an "error".
+    """
+    open_questions = [i for i in range(len(rows)) if i not in log.done]
+    by_video: dict[Hashable, list[int]] = {}
+    for i in open_questions:
+        by_video.setdefault(source(rows[i]), []).append(i)
+    kinds = sorted(by_video, key=lambda video: type(video).__name__)  # videos and pictures have other shapes
+    mine = kinds[jax.process_index() :: jax.process_count()]
+    settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
+
+    def failed(row: Row, error: str) -> Row:
+        return row | {"prediction": None, "error": error, "model": assistant.identity}
+
+    def asked() -> Iterator[Asked]:
+        for video, arrays in zip(mine, ahead(read(mine), sizes["video_batch_size"]), strict=True):
+            for i in by_video[video]:
+                try:
+                    if isinstance(arrays, UserError):
+                        raise arrays
+                    prompt = make_prompt(rows[i], arrays)
+                    check_length(prompt, generation.max_new_tokens, assistant.base)
+                except UserError as error:
+                    log.write({i: failed(rows[i], str(error))})
+                    progress.update()
+                else:
+                    yield Asked(prompt, video, arrays, i)
+
+    with tqdm(
+        total=len(rows), initial=len(rows) - len(open_questions), unit="question", disable=None, dynamic_ncols=True
+    ) as progress:
+        for batch in assistant.inference.answers(asked(), generation, **sizes):
+            answers = {}
+            for one, answer in batch:
+                if not answer.finite:
+                    answers[one.number] = failed(rows[one.number], assistant.not_finite)
+                    continue
+                answers[one.number] = rows[one.number] | {
+                    "prediction": assistant.text(answer.ids),
+                    "finish": "stop" if answer.stopped else "length",
+                    "prompt": prompt_text(assistant.tokenizer, one.prompt),
+                    **frames_seen(one),
+                    "generation": settings,
+                    "model": assistant.identity,
+                }
+            log.write(answers)
+            progress.update(len(answers))
+
+
+def frames_seen(one: Asked) -> dict[str, int]:
+    """{"num_frames"} of a question that is asked with a video."""
+    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.slots and "num_frames" in one.arrays else {}
+
+
+def ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, taken by a thread that runs `count` ahead; who stops early waits for one of them at most."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            coming = collections.deque(thread.submit(next, iterator, end) for _ in range(count))
+            while (item := coming.popleft().result()) is not end:
+                coming.append(thread.submit(next, iterator, end))
+                yield item
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,204 @@
+"""A model that is asked about videos and pictures, from Python: `redvillm_jax.load`."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.media.reading import Clip, Picture, Reading, read_media
+from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixes
+from redvillm_jax.inference.open_model import OpenedModel, open_model
+from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
+from redvillm_jax.inference.streaming import pieces
+from redvillm_jax.model.base_folder import PARTS
+from redvillm_jax.model.build import load_model, num_picture_tokens, put_trained, token_slots
+from redvillm_jax.model.config_bounds import whole
+from redvillm_jax.runtime.chips import quiet_without_tpu
+from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+
+DTYPES = ("bfloat16", "float16", "float32")
+DEVICES = whole(1, 2**20)
+TOKENS_AT_ONCE = 4  # while streaming: each call costs some milliseconds beside its tokens
+REMEMBERED = 4  # videos whose keys and values are kept for further questions
+
+
+def load(
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    tensor: int = 1,
+) -> "Assistant":
+    """Opens a run, a base folder (with the config of its switches) or an export, and puts it on the machine's devices.
+
+    base: the base folder of an export that holds projectors alone, or of a run whose base has moved. dtype: of the
+    frozen weights and of all computing, bfloat16, float16 or float32; the config's by default. tensor: how many devices
+    hold one copy of the model together; the others hold further copies. Raises UserError.
+    """
+    quiet_without_tpu()
+    if config is not None:
+        config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
+
+
+class Assistant:
+    """A model on the devices; `ask` and `stream` answer questions.
+
+    The first question about a video decodes and encodes it, further ones find its keys and values.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, *, dtype: str | None = None, tensor: int = 1, parts: tuple[str, ...] = PARTS
+    ):
+        self.base, self.config = opened.base, opened.config
+        self.dtype = dtype or self.config["dtype"]
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if expected := DEVICES(tensor):
+            raise UserError(f"tensor is {tensor!r}, expected {expected}")
+        mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices())
+        with jax.set_mesh(mesh):
+            model = load_model(self.base, self.config, mesh, dtype=jnp.dtype(self.dtype), parts=parts)
+            if opened.trained is not None:
+                put_trained(model, opened.trained)
+        self.identity = {"name": opened.name, "fingerprint": opened.fingerprint}
+        self.tokenizer = self.base.module.Tokenizer(self.base.path)
+        self.inference = Inference(model, mesh, jnp.dtype(self.dtype), self.tokenizer.stop_ids)
+        self.video_slots = token_slots(self.base, self.config)
+        self.picture_tokens = num_picture_tokens(self.base, self.config)
+        self.takes_pictures = "spatial" in model.projectors
+        self.reading = Reading(
+            self.config["num_frames"],
+            self.base.config.image_size,
+            self.base.module.RESIZE,
+            self.config["sampling"],
+            self.base.module.picture_fit(self.base.config),
+        )
+        self._known: dict[tuple, Arrays] = {}
+        self._prefixes: dict[tuple, Prefixes] = {}
+
+    def ask(self, video: str | Path | Clip | Picture, question: str | list[str], **generation: Any) -> str | list[str]:
+        """The answer to a question about a video or `Picture`, or the answers to several, decoded together.
+
+        generation: the fields of `inference.Generation`. Raises UserError.
+        """
+        settings = Generation(**generation)
+        questions = [question] if isinstance(question, str) else list(question)
+        if not questions:
+            return []
+        state = self._start(video, questions, settings)
+        state = self.inference.decode(state, settings, settings.max_new_tokens)
+        answers = self.inference.finished(state, len(questions))
+        if not all(answer.finite for answer in answers):
+            raise UserError(self.not_finite)
+        texts = [self.text(answer.ids) for answer in answers]
+        return texts[0] if isinstance(question, str) else texts
+
+    def stream(self, video: str | Path | Clip | Picture, question: str, **generation: Any) -> Iterator[str]:
+        """The same answer in pieces, as they are written."""
+        settings = Generation(**generation)
+        state = self._start(video, [question], settings)
+
+        def tokens() -> Iterator[int]:
+            nonlocal state
+            shown, ended = 0, False
+            while not ended:
+                (answer,) = self.inference.finished(state, 1, shown)
+                yield from answer.ids
+                if not answer.finite:
+                    raise UserError(self.not_finite)
+                shown += len(answer.ids)
+                ended = answer.stopped or shown == settings.max_new_tokens
+                if not ended:
+                    until = min(shown + TOKENS_AT_ONCE, settings.max_new_tokens)
+                    state = self.inference.decode(state, settings, until)
+
+        return pieces(self.tokenizer.decode, tokens())
+
+    @property
+    def not_finite(self) -> str:
+        """What to say of an answer whose logits are not finite."""
+        other = "; float16 overflows where bfloat16 does not: --dtype=bfloat16" if self.dtype == "float16" else ""
+        return (
+            f"{self.identity['name']} computes numbers that are none (logits NaN or infinite): look for damaged "
+            f"weights with --check_files, for a damaged run or store{other}"
+        )
+
+    def text(self, ids: list[int]) -> str:
+        """What an answer's ids say."""
+        return self.tokenizer.decode(ids).strip()
+
+    def video_prompt(self, question: str, num_frames: int) -> Prompt:
+        """The prompt of a question about a video of so many frames."""
+        most = len(self.video_slots(self.config["num_frames"]))
+        return make_prompt(self.base, self.tokenizer, question, self.video_slots(num_frames), most)
+
+    def picture_prompt(self, question: str) -> Prompt:
+        """The prompt of a question about a picture. Raises UserError where no projector is for pictures."""
+        if not self.takes_pictures:
+            raise UserError("a model with streams=temporal has no projector for pictures: ask it about videos")
+        slots = list(range(self.picture_tokens))
+        return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
+
+    def text_prompt(self, question: str) -> Prompt:
+        """The prompt of a question about a video, without any visual token."""
+        return make_prompt(self.base, self.tokenizer, question, [], 0)
+
+    def _start(self, video: str | Path | Clip | Picture, questions: list[str], settings: Generation) -> Any:
+        for question in questions:
+            check_question(question)
+        media = video if isinstance(video, Clip | Picture) else Clip(video)
+        where, arrays = self._read(media)
+        if isinstance(media, Picture):
+            prompts = [self.picture_prompt(question) for question in questions]
+        else:
+            prompts = [self.video_prompt(question, int(arrays["num_frames"])) for question in questions]
+        for prompt in prompts:
+            check_length(prompt, settings.max_new_tokens, self.base)
+        keys = [(where, self.inference.context_class(prompt.length)) for prompt in prompts]
+        shards = num_batch_shards(self.inference.mesh)
+
+        def prefixes() -> Iterator[Prefixes]:
+            for key, prompt in dict(zip(keys, prompts, strict=True)).items():
+                if key not in self._prefixes:
+                    remember(self._prefixes, key, self.inference.prefill({key: (arrays, prompt)}, shards))
+                yield self._prefixes[key]
+
+        rows = bucket(len(prompts), shards)
+        return self.inference.start(prompts, keys, prefixes(), settings, range(len(prompts)), rows)
+
+    def _read(self, media: Clip | Picture) -> tuple[tuple, Arrays]:
+        """A key of the file as it is now, and its arrays."""
+        try:
+            status = os.stat(media.path)
+        except OSError as error:
+            raise UserError(f"{media.path}: {error.strerror}") from None
+        except ValueError as error:  # a zero byte, or half a character
+            raise UserError(f"{str(media.path)!r}: no file is called that ({error})") from None
+        key = media, status.st_mtime_ns, status.st_size
+        if key not in self._known:
+            remember(self._known, key, read_media(self.reading, media))
+        return key, self._known[key]
+
+
+def check_question(question: str) -> None:
+    """Raises UserError for what is no text, or a text that cannot be asked."""
+    if not isinstance(question, str):
+        raise UserError(f"the question is {question!r:.80}, expected a text")
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the question {question!r:.80} has half a character: write it in UTF-8") from None
+
+
+def remember(known: dict, key: Any, value: Any) -> None:
+    """Puts a value in and forgets the oldest ones."""
+    while len(known) >= REMEMBERED:
+        del known[next(iter(known))]
+    known[key] = value

@@ -1,0 +1,160 @@
+"""Decoding with a key-value cache, in static shapes.
+
+The cache of a row has three ranges of slots: [what stands up to the end of the video | the question | the answer].
+The first is computed once per video (`prefill`) and laid into the rows of its questions (`lay_out`, `place`); `start`
+reads the questions and chooses the first tokens, `decode` the following ones.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from redvillm_jax.inference.sampler import Sampling, choose
+from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.layers import BATCH_AXES, pin_batch
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
+
+
+class Rows(NamedTuple):
+    """R answers while they are written, N tokens at most.
+
+    prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
+    bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last ids, which are not in the cache yet;
+    finite: (R,) bool, whether all logits were finite; step: (), how many ids are chosen.
+    """
+
+    cache: Cache
+    prompt: jax.Array
+    length: jax.Array
+    seen: jax.Array
+    keys: jax.Array
+    ids: jax.Array
+    current: jax.Array
+    finite: jax.Array
+    step: jax.Array
+
+
+def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array]) -> Cache:
+    """Keys and values of what stands up to the end of each video.
+
+    tokens: visual tokens (B, V, K); prefixes: token_ids, video_slots: (B, P) int32, padded on the right, -1 in
+    video_slots for text; length: (B,) int32; context_length: (B,) int32, of the whole prompts (see the bases' `LLM`).
+    """
+    embeds = model.embed(prefixes["token_ids"], prefixes["video_slots"], tokens)
+    rows, width = embeds.shape[:2]
+    slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
+    real = (slots < prefixes["length"][:, None]).astype(jnp.int32)
+    cache = model.llm.init_cache(rows, width, embeds.dtype)
+    mask = visible(real, jnp.zeros_like(real))
+    return model.llm(embeds, slots, mask, cache=cache, context_length=prefixes["context_length"])[1]
+
+
+def lay_out(prefixes: Cache, videos: jax.Array, num_slots: int) -> Cache:
+    """Rows of `num_slots` that begin with prefixes, B of them; videos: (R,) int32, -1 for rows that `place` fills."""
+    room = ((0, 0),) * 4 + ((0, num_slots - prefixes[0].shape[-1]),)
+    return jax.tree.map(lambda x: split_rows(jnp.pad(split_rows(x[:, videos]), room)), prefixes)
+
+
+def place(cache: Cache, prefixes: Cache, videos: jax.Array) -> Cache:
+    """Lays more prefixes into the first slots of the rows; videos: (R,) int32, -1 leaves a row as it is."""
+
+    def lay(rows: jax.Array, prefixes: jax.Array) -> jax.Array:
+        chosen = jnp.where((videos >= 0)[:, None, None, None], prefixes[:, videos], rows[..., : prefixes.shape[-1]])
+        return split_rows(jax.lax.dynamic_update_slice_in_dim(rows, split_rows(chosen), 0, axis=4))
+
+    return jax.tree.map(lay, cache, prefixes)
+
+
+def split_rows(cache: jax.Array) -> jax.Array:
+    """Splits rows, axis 1, over the batch axes of the mesh: left to itself XLA puts all of them on every device."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return cache
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(cache, PartitionSpec(free, BATCH_AXES, free, free, free))
+
+
+def start(
+    model: VideoLLM,
+    cache: Cache,
+    questions: Mapping[str, jax.Array],
+    sampling: Sampling,
+    keys: jax.Array,
+    stop_ids: jax.Array,
+    *,
+    max_new_tokens: int,
+) -> Rows:
+    """Reads the questions behind their prefixes, and chooses the first token of each answer.
+
+    questions: token_ids: (R, Q) int32, padded on the right; length: (R,) int32, 0 for a row that is not used, which has
+    then stopped; prefix_length: (R,) int32; text_ids: (R, any) int32, all text of the prompts, padded with vocab_size.
+    keys: (R,), one per row, so that a row's answer does not depend on the others; stop_ids: (any,) int32. The cache has
+    room for prefixes, Q and `max_new_tokens`.
+    """
+    token_ids, length = questions["token_ids"], questions["length"]
+    (rows, width), slots = token_ids.shape, jnp.arange(cache[0].shape[-1])
+    first = len(slots) - max_new_tokens - width  # the questions' first slot
+    asked = (slots >= first) & (slots < first + jnp.maximum(length, 1)[:, None])  # no softmax is empty
+    prompt = (slots < questions["prefix_length"][:, None]) | asked
+    before = slots <= first + jnp.arange(width)[:, None]
+    total = questions["prefix_length"] + length
+
+    embeds = pin_batch(model.llm.embed(token_ids, cache[0].dtype))
+    mask = (prompt[:, None] & before)[:, :, : first + width]  # the answer's slots are empty yet
+    position_ids = questions["prefix_length"][:, None] + jnp.arange(width)
+    hidden, cache = model.llm(embeds, position_ids, mask, cache=cache, cache_index=first, context_length=total)
+    last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
+    logits = model.llm.logits(last)[:, 0]
+    every_row = jnp.arange(rows)
+    seen = jnp.zeros(logits.shape, bool).at[every_row[:, None], questions["text_ids"]].set(True, mode="drop")
+    chosen = choose(logits, seen, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, 0))
+    finite = jnp.isfinite(logits).all(-1)
+    current = jnp.where((length > 0) & finite, chosen, stop_ids[0])
+    ids = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(current)
+    return Rows(cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1))
+
+
+def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Rows:
+    """Goes on until `until` ids are chosen or every row has met a stop token.
+
+    After a row's first stop token its ids repeat that token, up to the step that was reached. Logits that are not
+    finite say nothing: their row stops.
+    """
+    num_slots, max_new_tokens = state.prompt.shape[1], state.ids.shape[1]
+    slots, first = jnp.arange(num_slots), num_slots - max_new_tokens
+    every_row = jnp.arange(len(state.ids))
+
+    def unfinished(state: Rows) -> jax.Array:
+        return (state.step < until) & ~jnp.isin(state.current, stop_ids).all()
+
+    def one_token(state: Rows) -> Rows:
+        index = first + state.step - 1  # the slot of `current`, behind all prompts
+        mask = state.prompt | ((slots >= first) & (slots <= index))
+        hidden, cache = model.llm(
+            pin_batch(model.llm.embed(state.current[:, None], state.cache[0].dtype)),
+            (state.length + state.step - 1)[:, None],
+            mask[:, None],
+            cache=state.cache,
+            cache_index=index,
+            context_length=state.length,
+        )
+        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+        logits = model.llm.logits(hidden)[:, 0]
+        chosen = choose(logits, state.seen, sampling, keys)
+        stopped = jnp.isin(state.current, stop_ids)
+        finite = stopped | jnp.isfinite(logits).all(-1)
+        current = jnp.where(stopped, state.current, jnp.where(finite, chosen, stop_ids[0]))
+        return state._replace(
+            cache=cache,
+            seen=state.seen.at[every_row, current].set(True),
+            ids=state.ids.at[:, state.step].set(current),
+            current=current,
+            finite=state.finite & finite,
+            step=state.step + 1,
+        )
+
+    return jax.lax.while_loop(unfinished, one_token, state)

@@ -1,0 +1,186 @@
+"""Opens a model that can answer: a run, a base folder or an export."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from data_pipeline.common.artefacts import EXPORT, RUN, Form, read_object
+from data_pipeline.common.buckets import local_copy
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.file_hashes import check_files
+from data_pipeline.common.files import as_path, check_bucket
+from redvillm_jax.model.base_folder import (
+    BASE_MARK,
+    EXPORT_MARK,
+    EXTRA_PREFIX,
+    PROJECTORS,
+    Base,
+    TensorFolder,
+    name_table,
+    open_base,
+    projector_names,
+    published_base,
+    read_export,
+)
+from redvillm_jax.model.build import config_fields, make_video
+from redvillm_jax.model.config_bounds import FIELDS, check_fields
+from redvillm_jax.model.run_config import ADDED_TO_EXPORTS, as_trained
+from redvillm_jax.model.settings import check_base, check_config
+from redvillm_jax.model.video_llm import ExtraMLP
+from redvillm_jax.modules.quantize import SCHEME
+from redvillm_jax.training.checkpoint import load_trainables
+
+ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "seed")
+
+
+class OpenedModel(NamedTuple):
+    """A model that can answer, in whatever form it was given; no frozen weight is read yet.
+
+    config: its switches. trained: its projectors as nested dicts of fp32 numpy arrays, None for an untrained video LLM,
+    as `load_model` makes it. name: its folder's. fingerprint: see `model_fingerprint`.
+    """
+
+    config: Mapping[str, Any]
+    base: Base
+    trained: dict[str, Any] | None
+    name: str
+    fingerprint: str
+
+
+def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base: str | None = None) -> OpenedModel:
+    """Opens a run, a base folder or an export of conversion.to_torch, on a disk or in a bucket.
+
+    A run may have its base elsewhere than its config says, and projectors exported alone need one: `base`. What is
+    untrained needs a config, everything else brings its own. Raises UserError for what is missing or too much.
+    """
+    check_bucket(model)
+    there = as_path(model)
+    export = read_export(there / EXPORT_MARK) if (there / EXPORT_MARK).is_file() else None
+    is_run = export is None and not (there / BASE_MARK).is_file()
+    if is_run:
+        check_run(there)
+    untrained = not is_run and not (export and export["trained"])
+    if untrained and config is None:
+        raise UserError(f"{model} is untrained: give its switches with --config=configs/llava.py (or qwen.py)")
+    if not untrained and config is not None:
+        raise UserError(f"--config is for what is untrained, {model} brings its own config: leave it out")
+    if is_run:
+        said, trained = load_trainables(model)
+        said = as_trained(said, there / "config.json")
+        opened = open_base_of_run(said, base)
+    else:
+        folder = local_copy(model)
+        if export and not (folder / BASE_MARK).is_file():
+            check_files(folder, export.get("files"), EXPORT.remedy)
+        opened = open_base_of_folder(folder, export, base)
+        method = {} if untrained else export["method"] | {"family": export["family"]}
+        said, trained = config if untrained else as_trained(method, folder / EXPORT_MARK, ADDED_TO_EXPORTS), None
+    if untrained:
+        check_config(said)
+        check_base(opened, said)
+    else:
+        check_answering(said, model)
+    if not (untrained or is_run):
+        trained = read_trained(folder, opened, said)
+    digest = model_fingerprint(opened, said, trained)
+    return OpenedModel(said, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
+
+
+def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
+    """Raises UserError unless the config of what is trained says rightly all that its answers depend on."""
+    try:
+        fields = config_fields(config["family"], config["video"])
+        names = [name for name in fields if name in ANSWERING or name not in FIELDS]
+        check_fields({name: config[name] for name in names}, {name: fields[name] for name in names})
+    except KeyError as error:
+        raise UserError(f"{model}: its config does not say {error.args[0]}; is it damaged?") from None
+    except UserError as error:
+        raise UserError(f"{model}: {error}") from None
+
+
+def check_run(folder: Path) -> None:
+    """Raises UserError for a folder that is no run either."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: not a run directory (config.json), a base folder ({BASE_MARK}) or an export ({EXPORT_MARK}); "
+            "give one of these"
+        )
+    if "base" not in read_object(folder / "config.json", Form({}, RUN.remedy)):
+        raise UserError(f"{folder}: published files: make a base folder of them with conversion.from_torch")
+
+
+def open_base_of_run(config: Mapping[str, Any], base: str | None) -> Base:
+    """The base that a run was trained on, where its config says or where `base` does."""
+    try:
+        return open_base(base or config["base"], config["base_fingerprint"])
+    except UserError as error:
+        if base:
+            raise
+        raise UserError(f"{error}; if that base lies elsewhere, say where with --base=BASE") from None
+
+
+def open_base_of_folder(folder: Path, export: Mapping[str, Any] | None, base: str | None) -> Base:
+    """The base that a local folder is, or that an export in it belongs to.
+
+    A whole export has the frozen weights of the base it was made from, and so that base's fingerprint.
+    """
+    alone = export is not None and (folder / PROJECTORS).is_file()
+    if alone and base is None:
+        raise UserError(f"{folder} holds projectors alone: give the base that they belong to with --base=BASE")
+    if base is not None and not alone:
+        raise UserError(f"--base is for a run or for projectors alone, {folder} is a whole model: leave it out")
+    if alone:
+        return open_base(base, export["base_fingerprint"])
+    if export is None:
+        return open_base(folder)
+    return published_base(folder, export["family"], export["base_fingerprint"])
+
+
+def read_trained(folder: Path, base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The projectors of an export in fp32, as `load_trainables` gives those of a run."""
+    tensors, tables = TensorFolder(folder), {}
+    for stream, projector in make_video(config).order():
+        tables[projector] = projector_names(base, projector)
+        if config["extra_mlp"]:
+            extra = f"{EXTRA_PREFIX}{stream}"
+            module = nnx.eval_shape(lambda: ExtraMLP(base.config.hidden_size, rngs=nnx.Rngs(0)))
+            tables[extra] = name_table(module, f"{extra}.")
+    wanted = {name: leaf.shape for table in tables.values() for name, leaf in table.items()}
+    if missing := sorted(wanted.keys() - set(tensors.names())):
+        raise UserError(f"{folder}: lacks {len(missing)} tensors, {', '.join(missing[:4])}; {EXPORT.remedy}")
+    if wrong := [name for name, shape in wanted.items() if tensors.shape(name) != shape]:
+        found = f"{wrong[0]} {tensors.shape(wrong[0])}, expected {wanted[wrong[0]]}"
+        raise UserError(f"{folder}: {len(wrong)} tensors of another shape, {found}; {EXPORT.remedy}")
+    return {
+        group: unflatten_dict({leaf.path: np.asarray(tensors[name][:], np.float32) for name, leaf in table.items()})
+        for group, table in tables.items()
+    }
+
+
+def model_fingerprint(base: Base, config: Mapping[str, Any], trained: Mapping[str, Any] | None) -> str:
+    """64 hexadecimal digits of a model: its base, the switches that shape its answers, its trained weights.
+
+    The same model has the same in every form in which its trained weights are fp32; `dtype` is not part of it.
+    """
+    video = [field.name for field in dataclasses.fields(make_video(config))]
+    names = ["video", "num_frames", "sampling", "extra_mlp", "int8", *video, *base.module.PROJECTOR_OPTIONS]
+    if trained is None:
+        random = config["extra_mlp"] or config["temporal_init"] == "random"
+        names += ["temporal_init", "seed"] if random else ["temporal_init"]
+    switches = {name: config[name] for name in names}
+    if config["int8"]:
+        switches["int8"] = [SCHEME, base.module.WIDE]
+    digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
+    for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

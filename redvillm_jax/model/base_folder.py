@@ -1,0 +1,288 @@
+"""Base folders on disk: which tensor belongs to which weight, and reading slices of them onto devices."""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+
+from data_pipeline.common.artefacts import BASE, EXPORT, Form, read_object
+from data_pipeline.common.buckets import local_copy
+from data_pipeline.common.errors import UserError
+from data_pipeline.common.file_hashes import check_files
+from redvillm_jax.modules.layers import Stack
+from redvillm_jax.modules.quantize import quantize, quantized_shapes
+
+PARTS = ("encoder", "projector", "llm")
+BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
+PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
+TEMPORAL_PREFIX = "temporal_module."  # of names in exports
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
+EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
+REMEDY = BASE.remedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where a published tensor lives in a module: its path, its index in a stacked leaf, its torch shape."""
+
+    path: tuple
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def known_families() -> list[str]:
+    """The image LLMs there are: the files of `redvillm_jax.bases`."""
+    return sorted(p.stem for p in (Path(__file__).parents[1] / "bases").glob("*.py") if p.stem != "__init__")
+
+
+def load_base_module(family: str) -> ModuleType:
+    """Imports `redvillm_jax.bases.<family>`; an unknown family is a UserError that lists the known ones."""
+    known = known_families()
+    if family not in known:
+        raise UserError(f"unknown base family {family!r}: expected one of {', '.join(known)}")
+    return importlib.import_module(f"redvillm_jax.bases.{family}")
+
+
+def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
+    """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
+    modules = dict(nnx.iter_modules(module))
+    table = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        shape = tuple(leaf.shape)
+        at = next((i for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
+        if at is None:
+            table[prefix + ".".join(map(str, path))] = Leaf(path, None, shape)
+            continue
+        for i in range(shape[0]):  # path[at] is the Stack's `block`, on disk the layer's number
+            name = ".".join(map(str, (*path[:at], i, *path[at + 1 :])))
+            table[prefix + name] = Leaf(path, i, shape[1:])
+    return table
+
+
+def abstract_part(base: ModuleType, part: str, config: Any, **options: Any) -> nnx.Module:
+    """The encoder, projector or llm of a base with shapes instead of arrays."""
+    make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
+    return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
+
+
+def expected_tensors(base: ModuleType, config: Any) -> dict[str, Leaf]:
+    """Canonical name -> leaf for everything that the base loads, all parts."""
+    tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
+    return {name: leaf for table in tables for name, leaf in table.items()}
+
+
+def canonical_name(base: ModuleType, published: str) -> str:
+    """The canonical name of a published tensor: the first rule of `base.CANONICAL` that matches applies."""
+    for pattern, replacement in base.CANONICAL:
+        name, count = re.subn(pattern, replacement, published, count=1)
+        if count:
+            return name
+    return published
+
+
+class TensorFolder:
+    """Tensors of a folder's safetensors files, read lazily: `folder[name]` is a slice as numpy, `shape(name)`.
+
+    Covers one file, shards with an index, and the `vision/` subfolder of a base folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors")) + sorted((self.path / "vision").glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{path}: no .safetensors file found; make a base folder with conversion.from_torch")
+        self.files = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except Exception as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from None
+            self.files |= dict.fromkeys(handle.keys(), handle)
+
+    def names(self) -> list[str]:
+        """All published names, sorted."""
+        return sorted(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Any:
+        """A slice object: index it to read just that part."""
+        return self.files[name].get_slice(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base folder, opened: the family's module, its config, the fingerprint and the tensors by canonical name.
+
+    Without a path it is a size without weights, to compute shapes with.
+    """
+
+    path: Path | None
+    family: str
+    module: ModuleType
+    config: Any
+    fingerprint: str
+    tensors: TensorFolder | None
+    published: Mapping[str, str]  # canonical name -> published name
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """A published file that is one JSON object; what is in it is the base's business. Raises UserError."""
+    return read_object(file, Form({}, remedy))
+
+
+def read_export(file: Path) -> dict[str, Any]:
+    """What an export says of itself."""
+    return read_object(file, EXPORT)
+
+
+def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
+    """Opens a folder made by `conversion.from_torch`, from a bucket (gs://) as a local copy.
+
+    Its files are compared with their hashes in base.json the first time (see `data_pipeline.common.file_hashes`).
+    Raises UserError when the folder is missing, is not a base folder or has changed, or, with `fingerprint`, is another
+    base than the one that a run was trained on.
+    """
+    path = local_copy(path)
+    description = path / BASE_MARK
+    if not description.is_file():
+        hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
+        raise UserError(f"{path}: not a base folder (no base.json); {hint}")
+    meta = read_object(description, BASE)
+    if fingerprint is not None and meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path}: is base {meta['fingerprint'][:12]}, the run was trained on {fingerprint[:12]}; put that base back"
+        )
+    check_files(path, meta.get("files"), REMEDY)
+    return published_base(path, meta["family"], meta["fingerprint"])
+
+
+def published_base(path: Path, family: str, fingerprint: str) -> Base:
+    """The base that a local folder of published files is, by the word of whoever calls."""
+    module, tensors = load_base_module(family), TensorFolder(path)
+    published = {canonical_name(module, name): name for name in tensors.names()}
+    return Base(path, family, module, read_config(module, path), fingerprint, tensors, published)
+
+
+def sized_base(family: str, size: str) -> Base:
+    """A base of one of the family's named sizes, without weights; an unknown size is a UserError."""
+    module = load_base_module(family)
+    if size not in module.SIZES:
+        raise UserError(f"unknown size {size!r} of {family}: expected one of {', '.join(module.SIZES)}")
+    return Base(None, family, module, module.SIZES[size], "", None, {})
+
+
+def read_config(base: ModuleType, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
+    """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
+
+    remedy: what to do about a file that cannot be read. Raises UserError for a field, there or in the image
+    processors' files, that the base does not compute.
+    """
+    vision = vision or folder / "vision"
+    files = folder / "config.json", vision / "config.json"
+    vision_config = read_json(files[1], remedy) if files[1].is_file() else None
+    config = base.Config.from_published(read_json(files[0], remedy), vision_config, *map(str, files))
+    for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
+        if file.is_file():
+            base.check_image_processor(config, read_json(file, remedy), str(file))
+    return config
+
+
+def load_part(
+    base: Base,
+    part: str,
+    *,
+    dtype: jax.typing.DTypeLike,
+    sharding: Callable[[str, tuple[int, ...], bool], jax.sharding.Sharding],
+    int8: bool = False,
+    **options: Any,
+) -> nnx.Module:
+    """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
+
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers, except those of
+    the base's `WIDE`, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
+    and shardings instead of arrays. Raises UserError that lists missing or wrongly shaped tensors.
+    """
+    module = abstract_part(base.module, part, base.config, **options)
+    table = name_table(module, base.module.PREFIX[part])
+    wide = {leaf.path for name, leaf in table.items() if re.search(base.module.WIDE, name)}
+    scales = quantized_shapes(module, wide) if int8 else {}
+    if base.path is not None:
+        check_tensors(base, table)
+    layers_of: dict[tuple, list[str]] = {}
+    for name, leaf in table.items():
+        layers_of.setdefault(leaf.path, []).append(name)
+
+    def read(path: tuple, index: tuple[slice, ...]) -> np.ndarray:
+        names = layers_of[path]
+        if table[names[0]].layer is None:
+            return read_slice(base, names[0], index)
+        return np.stack([read_slice(base, name, index[1:]) for name in names[index[0]]])
+
+    def quantized(path: tuple) -> tuple[np.ndarray, ...]:
+        """int8 and scales of all layers, which need whole matrices, whatever part of them a device holds."""
+        layers = [quantize(read_slice(base, name, ())) for name in layers_of[path]]
+        return layers[0] if table[layers_of[path][0]].layer is None else tuple(map(np.stack, zip(*layers, strict=True)))
+
+    def place(path: tuple, shape: tuple[int, ...], dtype: Any, callback: Callable) -> jax.Array | jax.ShapeDtypeStruct:
+        name = layers_of[path][0]
+        at = sharding(name, shape, table[name].layer is not None)
+        if base.path is None:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+        return jax.make_array_from_callback(shape, at, callback)
+
+    graphdef, state = nnx.split(module)
+    flat = dict(nnx.to_flat_state(state))
+    for path in layers_of:
+        if path in scales:
+            arrays = functools.cache(functools.partial(quantized, path))
+            for number, name in enumerate((path, *scales[path])):
+                leaf = flat[name]
+                array = place(path, leaf.shape, leaf.dtype, lambda i, number=number, arrays=arrays: arrays()[number][i])
+                flat[name] = leaf.replace(array)
+        else:
+            leaf = flat[path]
+            array = place(path, leaf.shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
+            flat[path] = leaf.replace(array)
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def projector_names(base: Base, projector: str) -> dict[str, Leaf]:
+    """A projector's leaves by their names in exports: the published ones, the temporal module's under a prefix."""
+    table = name_table(abstract_part(base.module, "projector", base.config), base.module.PREFIX["projector"])
+    check_tensors(base, table)
+    published = {base.published[name]: leaf for name, leaf in table.items()}
+    if projector == "spatial":
+        return published
+    return {TEMPORAL_PREFIX + re.sub(base.module.PROJECTOR_PREFIX, "", name): leaf for name, leaf in published.items()}
+
+
+def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """One slice of a tensor by canonical name."""
+    tensor = base.tensors[base.published[name]]
+    return np.asarray(tensor[index] if index else tensor[:])
+
+
+def check_tensors(base: Base, table: Mapping[str, Leaf]) -> None:
+    """Raises UserError that lists what `table` needs and the folder lacks or has in another shape."""
+    missing = [name for name in table if name not in base.published]
+    wrong = []
+    for name, leaf in table.items():
+        found = base.tensors.shape(base.published[name]) if name in base.published else leaf.shape
+        if found != leaf.shape:
+            wrong.append(f"{name} {found}, expected {leaf.shape}")
+    problems = [f"missing: {name}" for name in missing] + [f"wrong shape: {text}" for text in wrong]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{base.path}: tensors do not fit its config.json: {'; '.join(problems[:8])}{more}; {REMEDY}")

@@ -1,0 +1,71 @@
+"""The config of a run or an export: what one lacks that is older than a field, and what of a run's may change.
+
+A new field of `configs/` needs a line in ADDED; `tests/run_configs/` holds configs that lack it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+from redvillm_jax.model.base_folder import known_families
+from redvillm_jax.model.build import config_fields, known_videos
+from redvillm_jax.model.config_bounds import FIELDS
+
+ADDED = {  # fields that the first runs did not have -> what the code computed with when there was none
+    "sampling": "uniform",
+    "language": "",
+    "int8": False,
+    "attention": "auto",
+}
+ADDED_TO_EXPORTS = ADDED | {"dtype": "bfloat16", "seed": 0}  # runs always said these, exports did not
+BESIDE = {"step", "base_fingerprint"}  # what `checkpoint.load_trainables` adds to a run's config
+
+FREE = {
+    "base",
+    "data",
+    "mesh",
+    "remat",
+    "attention",
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+ROWS = {"seed", "language", "labels", "pack", "row_length", "batch_questions"}
+STEPS = {"learning_rate", "learning_rate_scale", "weight_decay", "warmup_ratio", "clip_norm", "dtype", "int8"}
+
+
+def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, Any] = ADDED) -> dict[str, Any]:
+    """A config with the fields that are younger than it, each as the code behaved before there was that field.
+
+    Raises UserError for a field that only a newer version can know: what it changes is not known here.
+    """
+    options = [config_fields(family, video) for family in known_families() for video in known_videos()]
+    known = set(FIELDS).union(BESIDE, *options)
+    if unknown := sorted(said.keys() - known):
+        raise UserError(
+            f"{where}: {unknown[0]}={said[unknown[0]]!r:.80} is no field that this version knows, so a newer one wrote "
+            "it: use that version of redvillm_jax"
+        )
+    return dict(added) | dict(said)
+
+
+def check_continues(run: Path, known: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises UserError unless a run that was started with `known` can go on with `config`.
+
+    FREE fields may change, as may num_epochs. The others decided the steps that are done.
+    """
+    names = [name for name in known.keys() | config if name not in FREE | {"num_epochs"} | BESIDE]
+    changed = sorted(name for name in names if name not in known or known[name] != config.get(name))
+    if not changed:
+        return
+    name = changed[0]
+    if name not in known:
+        raise UserError(f"{run}/config.json: does not say {name}, as every run does; is it damaged?")
+    why = "which rows a step has" if name in ROWS else "the steps already done" if name in STEPS else "the model"
+    raise UserError(
+        f"{run} is a run with {name}={known[name]!r}, this command says {config.get(name)!r} "
+        f"({', '.join(changed)} differ): it decides {why}, and what is trained so far belongs to it; continue with the "
+        f"same config (but for {', '.join(sorted(FREE))}; num_epochs may grow), or use another --workdir"
+    )

@@ -1,0 +1,165 @@
+"""A video LLM: a base's encoder and language model around the projectors of a video representation."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from redvillm_jax.modules.attention import row_attention
+from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu, normalize, num_batch_parts, pin_batch
+
+IMAGES_PER_DEVICE = 10  # encoded at once: bounds activations, and more of them are not faster (docs/performance.md)
+
+
+class ExtraMLP(nnx.Module):
+    """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
+
+    SHARDING = ((r"weight$", P(BATCH_AXES, None)), (r"\bbias$", P()))
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(features, features, rngs=rngs)
+        self.fc2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class VideoLLM(nnx.Module):
+    """The parts, and how frames and text go through them.
+
+    `projectors` holds all that can be trained: "spatial" and "temporal" projectors, and "extra_mlp_<stream>".
+    `base` is a module of `redvillm_jax.bases`, `video` a `Video` of `redvillm_jax.video`.
+    """
+
+    def __init__(
+        self,
+        base: ModuleType,
+        config: Any,
+        video: Any,
+        *,
+        encoder: nnx.Module | None,
+        projectors: Mapping[str, nnx.Module],
+        llm: nnx.Module | None,
+    ):
+        self.encoder = encoder
+        self.projectors = nnx.Dict(projectors)
+        self.llm = llm
+        self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
+
+    def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
+        b, t = frames.shape[:2]
+        chunks = -(-t // max(1, IMAGES_PER_DEVICE * num_batch_parts() // b))
+        chunk = -(-t // chunks)
+        frames = jnp.pad(frames, ((0, 0), (0, chunks * chunk - t), *[(0, 0)] * 3))
+
+        def encode_chunk(frames: jax.Array) -> jax.Array:
+            pixels = normalize(rearrange(frames, "c b ... -> (b c) ..."), self.mean, self.std, dtype)
+            return rearrange(self.encoder(pin_batch(pixels)), "(b c) n d -> c b n d", b=b)
+
+        features = jax.lax.map(encode_chunk, rearrange(frames, "b (k c) ... -> k c b ...", c=chunk))
+        return pin_batch(rearrange(features, "k c b n d -> b (k c) n d")[:, :t])
+
+    def project(self, streams: Mapping[str, tuple]) -> jax.Array:
+        """Pooled streams -> visual tokens (B, V, K) in the representation's token order.
+
+        Computed in fp32, as the projectors' weights are: their gradients then sum in fp32, at little cost beside
+        the language model's.
+        """
+        tokens = []
+        for stream, projector in self.video.order():
+            tokens.append(self.project_stream(stream, projector, *streams[stream]))
+        return jnp.concatenate(tokens, axis=1)
+
+    def project_stream(
+        self, stream: str, projector: str, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]
+    ) -> jax.Array:
+        """One stream through its projector, and its extra MLP if there is one: (B, M, D) -> (B, num_tokens, K)."""
+        x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
+        if (extra := f"extra_mlp_{stream}") in self.projectors:
+            x = self.projectors[extra](x)
+        return x.astype(features.dtype)
+
+    def picture_tokens(self, pictures: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Visual tokens (B, V, K) of pictures (B, H, W, 3) uint8, the image LLM's own way.
+
+        Their features go through its projector as they are, with no pooling and no temporal stream.
+        """
+        features = self.encode(pictures[:, None], dtype)[:, 0]
+        side = round(features.shape[1] ** 0.5)
+        return self.project_stream("spatial", "spatial", features, jnp.ones(features.shape[:2], bool), (side, side))
+
+    def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+        """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.
+
+        Streams are what `self.video.pool` makes of the frames' features, (B, M, D) each by its name.
+        """
+        num_frames = videos["num_frames"]
+        if "frames" in videos:
+            pooled = self.video.pool(self.encode(videos["frames"], dtype), num_frames)
+        else:
+            pooled = {name: videos[name].astype(dtype) for name in self.video.POOLED}
+        return self.project(self.video.describe(pooled, num_frames))
+
+    def embed(self, token_ids: jax.Array, video_slots: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Text embeddings with visual tokens put in their places.
+
+        token_ids: (R, S) int32; video_slots: (R, S) int32, -1 for text, else an index into the row's visual
+        tokens: (R, G * V, K). Returns (R, S, K).
+        """
+        text = self.llm.embed(token_ids, tokens.dtype)
+        visual = jnp.take_along_axis(tokens, jnp.maximum(video_slots, 0)[:, :, None], axis=1)
+        return pin_batch(jnp.where((video_slots >= 0)[:, :, None], visual, text))
+
+    def target_logits(
+        self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+    ) -> jax.Array:
+        """Logits (R, P, vocab_size) fp32 at every supervised position of a batch of rows (`data_pipeline.packing`).
+
+        batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots: (R, P)
+        int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams (R, G, M, D). remat: see
+        `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at these positions only.
+        """
+        names = [name for name in ("num_frames", "frames", *self.video.POOLED) if name in batch]
+        videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
+        rows = len(batch["token_ids"])
+        tokens = rearrange(self.video_tokens(videos, dtype), "(r g) v k -> r (g v) k", r=rows)
+        embeds = self.embed(batch["token_ids"], batch["video_tokens"], tokens)
+        mask = row_attention(batch["group_ids"], batch["question_ids"], kernel)
+        hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
+        supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
+        return self.llm.logits(pin_batch(supervised))
+
+    def target_losses(
+        self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+    ) -> jax.Array:
+        """Cross-entropy (R, P) fp32 at every supervised position.
+
+        batch: that of `target_logits`, and target_ids: (R, P) int32.
+        """
+        return cross_entropy(self.target_logits(batch, dtype, remat=remat, kernel=kernel), batch["target_ids"])
+
+
+def cross_entropy(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """Losses (R, P) of logits: (R, P, vocab_size) for the tokens ids: (R, P)."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, :, None], axis=-1)[:, :, 0]
+
+
+def mean_loss(
+    model: VideoLLM, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
+) -> tuple[jax.Array, jax.Array]:
+    """Token mean of the loss over the whole batch of rows, weighted by `target_weights`: (R, P) fp32.
+
+    Returns it and the largest loss of a token in each row, (R,) fp32, which tells the row that spoils a step.
+    """
+    logits, weights = model.target_logits(batch, dtype, remat=remat, kernel=kernel), batch["target_weights"]
+    losses = cross_entropy(logits, batch["target_ids"])
+    # Computed apart: a second use of `losses` would make XLA compute the loss itself differently.
+    apart = cross_entropy(jax.lax.optimization_barrier(jax.lax.stop_gradient(logits)), batch["target_ids"])
+    worst = jnp.max(jnp.where(weights > 0, apart, 0), axis=1)
+    return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9), worst

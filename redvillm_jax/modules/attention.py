@@ -1,0 +1,198 @@
+"""Attention within packed rows, fused into one kernel where the device has one."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import (
+    MaskInfo,
+    process_dynamic_mask,
+    process_dynamic_mask_dkv,
+)
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+
+from data_pipeline.common.errors import UserError
+from redvillm_jax.modules.layers import BATCH_AXES, keep
+
+KERNELS = ("auto", "xla", "splash", "cudnn")  # the values of config.attention
+GPUS = ("gpu", "cuda", "rocm")
+LANES = 128  # the TPU kernel's blocks and heads come in multiples of a vector register's width
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What a kernel asks of a device.
+
+    platform: jax's name of it. version: of the platform below jax, which tells CUDA from ROCm. capability: of an
+    NVIDIA GPU, (8, 0) for an A100.
+    """
+
+    platform: str
+    version: str = ""
+    capability: tuple[int, ...] = ()
+
+
+def backend_of(device: Any) -> Backend:
+    """The backend of a device, or of one that a program is only compiled for."""
+    if device.platform not in GPUS:
+        return Backend(device.platform)
+    capability = re.findall(r"\d+", str(getattr(device, "compute_capability", "")))
+    return Backend(device.platform, device.client.platform_version, tuple(map(int, capability)))
+
+
+def choose_kernel(wanted: str, backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+    """The kernel for the language model's attention over rows of `row_length` slots.
+
+    "splash": Pallas, on TPUs. "cudnn": on NVIDIA GPUs. "xla": everywhere. wanted: one of them, or "auto" for the first
+    that can do it. Raises UserError for one that cannot.
+    """
+    obstacles = {
+        "splash": splash_obstacle(backend, dtype, row_length, head_dim),
+        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim),
+        "xla": "",
+    }
+    if wanted == "auto":
+        return next(kernel for kernel, obstacle in obstacles.items() if not obstacle)
+    if obstacles[wanted]:
+        raise UserError(f"config.attention={wanted} cannot be used: {obstacles[wanted]}; use xla or auto")
+    return wanted
+
+
+def splash_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+    """Why splash attention cannot be used, "" where it can."""
+    if backend.platform != "tpu":
+        return f"it needs a TPU, this is a {backend.platform}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it multiplies in bfloat16, config.dtype is {jnp.dtype(dtype)}"
+    if row_length % LANES or head_dim % LANES:
+        return f"it needs rows and heads in multiples of {LANES}, these are {row_length} and {head_dim}"
+    return ""
+
+
+def cudnn_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+    """Why cuDNN's flash attention cannot be used, "" where it can (the conditions of jax's own binding to it)."""
+    if backend.platform not in GPUS or "cuda" not in backend.version:
+        name = backend.platform if backend.platform not in GPUS else backend.version or backend.platform
+        return f"it needs an NVIDIA GPU, this is {' '.join(name.split())}"
+    if backend.capability < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {'.'.join(map(str, backend.capability)) or 'none'}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it needs bfloat16, config.dtype is {jnp.dtype(dtype)}"
+    most = 256 if backend.capability >= (9, 0) else 128
+    if head_dim % 8 or head_dim > most or row_length % 2:
+        return (
+            f"it needs rows of an even length and heads of a multiple of 8, at most {most}, these are "
+            f"{row_length} and {head_dim}"
+        )
+    return ""
+
+
+def row_attention(group_ids: jax.Array, question_ids: jax.Array, kernel: str) -> jax.Array | Partial:
+    """What `layers.attention` takes as its mask for rows of packed questions.
+
+    group_ids, question_ids: (B, S) int32 (see `visible`). kernel: a value of `choose_kernel`. The fused ones
+    come back as a function of query, key, value: (B, S, H, D); build it once, outside the scan over layers.
+    """
+    mask = visible(group_ids, question_ids)
+    if kernel == "xla":
+        return mask
+    if kernel == "cudnn":
+        return Partial(cudnn_attention, mask)
+    return Partial(splash_attention, jax.lax.optimization_barrier(mask))
+
+
+def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
+    """Attention mask of rows that hold several groups, each a shared video prefix with its questions.
+
+    group_ids: (B, S) int32, 0 = padding; question_ids: (B, S) int32, 0 = prefix. Returns (B, S, S) bool: a token
+    sees itself and the earlier tokens of its own group that belong to the prefix or to its own question; padding
+    sees padding, so that no softmax is empty.
+    """
+    slots = jnp.arange(group_ids.shape[1])
+    causal = slots[:, None] >= slots[None, :]
+    same_group = group_ids[:, :, None] == group_ids[:, None, :]
+    reachable = (question_ids[:, None, :] == 0) | (question_ids[:, :, None] == question_ids[:, None, :])
+    return causal & same_group & reachable
+
+
+def cudnn_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """cuDNN's flash attention; mask: (B, S, S) bool."""
+    query = keep(query, "query")
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")
+
+
+def splash_blocks(row_length: int) -> splash.BlockSizes:
+    """The kernels' blocks: the largest that divide the row and fit a v4's 16 MB of vector memory."""
+    large, small = (
+        max(size for size in range(LANES, most + 1, LANES) if row_length % size == 0) for most in (1024, 512)
+    )
+    return splash.BlockSizes(
+        block_q=large,
+        block_kv=large,
+        block_kv_compute=small,
+        block_q_dkv=small,
+        block_kv_dkv=large,
+        block_kv_dkv_compute=small,
+        block_q_dq=small,
+        block_kv_dq=large,
+    )
+
+
+def splash_masks(mask: jax.Array) -> list[MaskInfo]:
+    """What the forward, the dq and the dkv kernel need of mask: (B, S, S) bool.
+
+    The rows lie one behind the other in one sequence, and a block is only ever paired with blocks of its own row;
+    blocks without a visible pair are skipped. All heads share this.
+    """
+    sizes, b = splash_blocks(mask.shape[1]), len(mask)
+    infos = []
+    for process, block_q, block_kv, axis in (  # axis: the one that a kernel walks over within a row
+        (process_dynamic_mask, sizes.block_q, sizes.block_kv, 2),
+        (process_dynamic_mask, sizes.block_q_dq, sizes.block_kv_dq, 2),
+        (process_dynamic_mask_dkv, sizes.block_q_dkv, sizes.block_kv_dkv, 1),
+    ):
+        info, _ = process(mask, (block_q, block_kv), downcast_smem_data=False)  # (B, blocks of q, blocks of kv)
+        first = jnp.arange(b, dtype=jnp.int32)[:, None, None] * info.data_next.shape[axis]
+        lay = "b q k -> 1 (b q) k" if axis == 2 else "b q k -> 1 q (b k)"
+        infos.append(
+            info._replace(
+                data_next=rearrange(info.data_next + first, lay),
+                mask_next=rearrange(info.mask_next, lay),
+                block_mask=rearrange(info.block_mask, lay),
+            )
+        )
+    return infos
+
+
+def splash_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Pallas splash attention on the devices that have the rows; heads are split over the tensor axis.
+
+    mask: (B, S, S) bool; every slot must see one.
+    """
+    query = keep(query * query.shape[-1] ** -0.5, "query")
+
+    def attend(mask: jax.Array, *qkv: jax.Array) -> jax.Array:
+        kernel = splash.SplashAttentionKernel(
+            *splash_masks(mask),
+            is_mqa=False,
+            block_sizes=splash_blocks(mask.shape[1]),
+            save_residuals=False,
+            mask_value=splash.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=None,
+            residual_checkpoint_name="context",
+            mask_function=None,
+            interpret=False,
+        )
+        context = kernel(*(rearrange(x, "b s h d -> h (b s) d") for x in qkv))
+        return rearrange(context, "h (b s) d -> b s h d", b=len(mask))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(mask, query, key, value)
+    heads = P(BATCH_AXES, None, "tensor", None)
+    shard = jax.shard_map(attend, in_specs=(P(BATCH_AXES), heads, heads, heads), out_specs=heads, check_vma=False)
+    return shard(mask, query, key, value)

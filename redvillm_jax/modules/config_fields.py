@@ -1,0 +1,176 @@
+"""What a base does with each field of a published config.json, as tables: reads it, insists on it, or leaves it.
+
+A table is a dict from a field's name to its `Field`. `read_fields` goes through a file with it: a value that the
+base cannot compute with, and a field that no table knows, end in one line. Whoever adds a field says here or in
+the base's own table what becomes of it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from data_pipeline.common.errors import UserError
+
+REQUIRED = object()  # the default of a field that every file must have
+
+READ, FIXED, NOTHING = "read", "must be", "changes nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """What becomes of one field.
+
+    effect: READ, the base computes with the value; FIXED, the base computes one thing, and another value is
+    refused; NOTHING, the value does not matter to what the base computes. accepts: whether a value is supported;
+    values: the same in words. default: what a file that omits the field means, `REQUIRED` if none may omit it.
+    """
+
+    effect: str
+    values: str
+    accepts: Callable[[Any], bool] = lambda value: True
+    default: Any = None
+
+
+Fields = Mapping[str, Field]
+
+
+# ---- kinds of fields
+
+
+def is_count(value: Any, least: int, most: int) -> bool:
+    """Whether a value is a whole number (no boolean, no text) from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def count(default: Any, most: int, *, least: int = 1, null: str = "") -> Field:
+    """A whole number that is read; `null` says what null means, where it is allowed."""
+    values = f"a whole number from {least} to {most}" + (f", or null ({null})" if null else "")
+    return Field(READ, values, lambda v: (bool(null) and v is None) or is_count(v, least, most), default)
+
+
+def number(default: Any, most: float) -> Field:
+    """A finite number above 0 that is read."""
+
+    def accepts(value: Any) -> bool:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        return real and 0 < value <= most  # false for NaN, too
+
+    return Field(READ, f"a number above 0, at most {most:g}", accepts, default)
+
+
+def flag(default: Any) -> Field:
+    """True or false, read."""
+    return Field(READ, "true or false", lambda v: isinstance(v, bool), default)
+
+
+def text(default: Any) -> Field:
+    """A text that is read."""
+    return Field(READ, "a text", lambda v: isinstance(v, str), default)
+
+
+def mapping(default: Any, *, null: bool = False) -> Field:
+    """An object with a table of its own."""
+    values = "an object" + (" or null" if null else "")
+    return Field(READ, values, lambda v: isinstance(v, dict) or (null and v is None), default)
+
+
+def one_of(*choices: Any, default: Any) -> Field:
+    """One of several values, read."""
+    return Field(READ, " or ".join(map(shown, choices)), lambda v: any(same(v, c) for c in choices), default)
+
+
+def only(*choices: Any, default: Any = REQUIRED, values: str = "") -> Field:
+    """Another value than these is refused; without `default` a file that omits the field means the first."""
+    words = values or " or ".join(map(shown, choices))
+    default = choices[0] if default is REQUIRED else default
+    return Field(FIXED, words, lambda v: any(same(v, c) for c in choices), default)
+
+
+def equal_to(words: str) -> Field:
+    """A whole number or null that the base compares with others after reading."""
+    return Field(FIXED, words, lambda v: v is None or is_count(v, 1, 2**31), None)
+
+
+def nothing(*names: str) -> dict[str, Field]:
+    """Fields that change nothing."""
+    return dict.fromkeys(names, Field(NOTHING, "anything"))
+
+
+def same(value: Any, choice: Any) -> bool:
+    """Equality that tells true from 1 and false from 0."""
+    return value == choice and isinstance(value, bool) == isinstance(choice, bool)
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in the file, shortened."""
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    return written if len(written) <= 100 else written[:100] + "…"
+
+
+# ---- reading
+
+
+def read_fields(config: Any, fields: Fields, where: str, path: str = "") -> dict[str, Any]:
+    """The values of all read and fixed fields by name, defaults for those that `config` omits.
+
+    where: the file; path: the keys that lead to `config` in it, such as "text_config.". Raises one UserError that
+    names every refused field with its value and what is supported, or else every field that the table lacks.
+    """
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{where}: {path.rstrip('.') or 'it'} is {shown(config)}, expected an object; copy the file again"
+        )
+    wrong, values = [], {}
+    for name, field in fields.items():
+        if field.effect == NOTHING:
+            continue
+        values[name] = value = config.get(name, field.default)
+        if value is REQUIRED:
+            wrong.append(f"{path}{name} is missing, expected {field.values}")
+        elif not field.accepts(value) and (name in config or field.effect == FIXED):
+            absent = "" if name in config else "absent, which means "
+            wrong.append(f"{path}{name} is {absent}{shown(value)}, supported: {field.values}")
+    if wrong:
+        raise UserError(f"{where}: {'; '.join(wrong)}")
+    if unknown := sorted(config.keys() - fields.keys()):
+        named = ", ".join(f"{path}{name} ({shown(config[name])})" for name in unknown[:5])
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise UserError(
+            f"{where}: not known: {named}{more}; what is not known may change the computation: report it, or remove it "
+            "from the file if you know that it changes nothing"
+        )
+    return values
+
+
+def require(holds: bool, where: str, problem: str) -> None:
+    """Raises UserError with `problem` unless it holds: for what concerns several fields at once."""
+    if not holds:
+        raise UserError(f"{where}: {problem}")
+
+
+# ---- what transformers writes into every config.json
+
+COMMON = nothing(
+    *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    *("_from_model_config", "_flash_attn_2_enabled", "_experts_implementation", "experts_implementation"),
+    *("architectures", "auto_map", "custom_pipelines", "finetuning_task", "gradient_checkpointing", "name_or_path"),
+    *("transformers_version", "torch_dtype", "dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "use_cache"),
+    *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "xla_device"),
+    *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "prefix"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "is_decoder"),
+    *("cross_attention_hidden_size", "tie_encoder_decoder", "initializer_range", "initializer_factor"),
+    # how answers were sampled elsewhere: this project's commands have their own settings
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    # dropout acts while the model itself trains; here the encoder and the language model are frozen
+    *("attention_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"),
+) | {
+    "quantization_config": only(None, values="null (the weights as they were before they were quantised)"),
+    "is_encoder_decoder": only(False),
+    "add_cross_attention": only(False),
+    "pruned_heads": only({}),
+}

@@ -1,0 +1,56 @@
+"""Frozen matrices in 8 bits, so that a 7B language model takes 7 GB instead of 14."""
+
+from collections.abc import Container
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from redvillm_jax.modules.layers import Linear, levels
+
+SCHEME = "cubic levels, scales of inputs"  # in the fingerprint of a model in 8 bits: other rounding gives other answers
+LEVELS = levels(np.arange(-127, 128))
+LARGEST = 2**8  # scale of an input: times the last level it still is a float16
+STEPS = 2**15 - 1  # of a 16-bit number that finds the nearest level in a table
+NEAREST = np.zeros(2**16, np.int8)
+NEAREST[np.arange(-STEPS, STEPS + 1)] = (
+    np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, np.arange(-STEPS, STEPS + 1) * LEVELS[-1] / STEPS) - 127
+)
+
+
+def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """weight: (out, in) -> int8 of the same shape, scale: (out,) and input_scale: (1, in), both float32.
+
+    weight ≈ levels(int8) * input_scale * scale[:, None]. Rounded to the nearest level; the largest value of an output
+    becomes 127. An input's scale is the size of its weights, so that an input with small ones, whose activations
+    are often large, is rounded as finely as the others.
+    """
+    weight = np.asarray(weight, np.float32)
+    tiny = np.finfo(np.float32).tiny
+    of_outputs = np.maximum(np.sqrt(np.square(weight).mean(-1, keepdims=True)), tiny)
+    of_inputs = np.sqrt(np.square(weight / of_outputs).mean(-2, keepdims=True))
+    input_scale = of_inputs.clip(1 / LARGEST, LARGEST)
+    weight = weight / input_scale
+    scale = np.maximum(np.abs(weight).max(-1) / LEVELS[-1], tiny)
+    steps = np.rint(weight / scale[:, None] * (STEPS / LEVELS[-1])).astype(np.int16)
+    return np.take(NEAREST, steps.view(np.uint16)), scale, input_scale
+
+
+def quantized_shapes(module: nnx.Module, wide: Container[tuple]) -> dict[tuple, tuple[tuple, tuple]]:
+    """Gives every `Linear` of an abstract module an int8 weight and scales, except where `wide` has its weight's path.
+
+    Returns the paths of `scale` and `input_scale` by the path of their weight.
+    """
+    scales = {}
+    for path, linear in nnx.iter_modules(module):
+        if isinstance(linear, Linear) and (*path, "weight") not in wide:
+            *layers, out_features, in_features = linear.weight.shape
+            for name, shape, dtype in (
+                ("weight", (*layers, out_features, in_features), jnp.int8),
+                ("scale", (*layers, out_features), jnp.float32),
+                ("input_scale", (*layers, 1, in_features), jnp.float32),
+            ):
+                setattr(linear, name, nnx.data(nnx.Param(jax.ShapeDtypeStruct(shape, dtype))))
+            scales[(*path, "weight")] = (*path, "scale"), (*path, "input_scale")
+    return scales

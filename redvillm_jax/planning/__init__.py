@@ -1,0 +1,1 @@
+"""What a step on a TPU slice takes, by compiling it there; runs nothing."""

@@ -1,0 +1,139 @@
+"""TPU slices by the names that users know, and what one chip of each kind can do."""
+
+import dataclasses
+import glob
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax._src import hardware_utils  # how jax itself looks for a TPU has no public name
+from jax.experimental import topologies
+
+from data_pipeline.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published rates of one chip.
+
+    device_kind: jax's name of it; peak_flops: bf16, per second; hbm: bytes; hbm_bandwidth, link_bandwidth (one
+    link, one direction): bytes per second; clock: Hz, of the compiler's cycle estimates; scoped_vmem: KiB that the
+    compiler may use for one operation's tiles (its default of 16 MiB leaves matrix units waiting where there is more).
+    """
+
+    kind: str
+    device_kind: str
+    peak_flops: float
+    hbm: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    clock: float
+    scoped_vmem: int | None
+
+
+CHIPS = {
+    "v4": Chip("v4", "TPU v4", 275e12, 32 * 2**30, 1228e9, 45e9, 1.05e9, None),
+    "v5e": Chip("v5e", "TPU v5 lite", 197e12, 16 * 2**30, 819e9, 45e9, 1.5e9, None),
+    "v5p": Chip("v5p", "TPU v5", 459e12, 95 * 2**30, 2765e9, 90e9, 1.75e9, 32768),
+    "v6e": Chip("v6e", "TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 90e9, 1.75e9, None),
+}
+GPU_PEAKS = {  # dense bf16 by a part of the name, the first that fits
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+CORES_IN_NAME = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}  # v4-32 and v5p-32 count cores: 16 chips
+SIZES = {  # chips -> grid, as Google Cloud offers them
+    "v4": {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},
+    "v5e": {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+}
+SIZES |= {"v5p": SIZES["v4"], "v6e": SIZES["v5e"]}
+NAMES = tuple(f"{kind}-{chips * CORES_IN_NAME[kind]}" for kind in CHIPS for chips in SIZES[kind])
+
+
+QUIET_LIBTPU = {  # no search for a TPU, no remarks about its absence
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+COMPILE_ONLY = QUIET_LIBTPU | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # and no lock on a TPU
+TPU_NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def quiet_without_tpu() -> None:
+    """Keeps libtpu from writing of a TPU that this machine does not have; call it before jax looks for devices.
+
+    On a machine with one, and where the user has set a variable, nothing changes: all that libtpu says is seen.
+    """
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0] or any(map(glob.glob, TPU_NODES)):
+        return
+    if not any(name in os.environ for name in QUIET_LIBTPU if name != "TPU_SKIP_MDS_QUERY"):  # jax sets that itself
+        os.environ.update(QUIET_LIBTPU)
+
+
+def peak_flops(device: Any) -> float | None:
+    """bf16 flops per second of a device, None where they are not known."""
+    known = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()}
+    if device.platform == "tpu":
+        return known.get(device.device_kind)
+    return next((peak for name, peak in GPU_PEAKS.items() if name in device.device_kind), None)
+
+
+def compiler_options(device: Any) -> dict[str, str]:
+    """XLA options that a train step for this device is compiled with."""
+    vmem = {chip.device_kind: chip.scoped_vmem for chip in CHIPS.values()}.get(device.device_kind)
+    return {"xla_tpu_scoped_vmem_limit_kib": str(vmem)} if vmem else {}
+
+
+def small_memory(said: str) -> str:
+    """In words, which of a chip's small memories a program overflows by the compiler's complaint; "" for others."""
+    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:memory space |space=)([vs])mem", said, re.DOTALL)
+    if not found:
+        return ""
+    memory = {"v": "vector memory (vmem)", "s": "scalar memory (smem)"}[found[1]]
+    sizes = re.search(
+        r"Used \S+ of \d[\d.]*\w?|size \S+ and limit \d[\d.]*\w?|\(size=\d+\) would exceed memory \(size=\d+\)", said
+    )
+    return f"an operation needs more {memory} than a chip has" + (f" ({sizes[0]})" if sizes else "")
+
+
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the grid of a slice such as "v5e-16"; an unknown one is a UserError."""
+    if name not in NAMES:
+        raise UserError(f"--topology={name}: unknown, expected one of {', '.join(NAMES)}")
+    kind, size = name.split("-")
+    return CHIPS[kind], SIZES[kind][int(size) // CORES_IN_NAME[kind]]
+
+
+def tpu_devices(name: str) -> list[Any]:
+    """Compile-only devices of a slice, one per chip, from libtpu on a machine that need not have a TPU.
+
+    Settles for the process that jax computes on the CPU, and that libtpu looks for no TPU. Raises UserError
+    without libtpu.
+    """
+    os.environ.update(COMPILE_ONLY)
+    jax.config.update("jax_platforms", "cpu")
+    chip, grid = parse_topology(name)
+    options: dict[str, Any] = {}
+    if chip.kind == "v4":  # without it each of a chip's two cores is a device
+        bounds = (2, 2, 1)
+        options = {"chip_config_name": "megacore", "chips_per_host_bounds": bounds, "num_slices": 1}
+        options["wrap"] = (False,) * 3
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.kind}:{'x'.join(map(str, grid))}", **options
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"the TPU compiler cannot be used ({reason}); pip install -e '.[tpu]' brings it") from None
+    devices = list(described.devices)
+    if len(devices) != math.prod(grid):
+        raise UserError(f"--topology={name}: libtpu describes {len(devices)} devices, expected {math.prod(grid)}")
+    return devices

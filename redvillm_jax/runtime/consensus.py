@@ -1,0 +1,66 @@
+"""What the processes of a run tell each other: texts, and whether all of them are well."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from data_pipeline.common.errors import UserError
+
+T = TypeVar("T")
+TEXT_BYTES = 1024  # of one process's text; more is cut off
+REASON_LENGTH = 300
+
+
+class Failed(Exception):
+    """Something is not as it must be; the message says what."""
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())[:REASON_LENGTH]
+    return text if isinstance(error, (Failed, UserError)) else f"{type(error).__name__}: {text}"
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order; every process must come here."""
+    mine = np.zeros(TEXT_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
+    mine[: len(encoded)] = encoded
+    everyone = np.reshape(multihost_utils.process_allgather(mine), (-1, TEXT_BYTES))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyone]
+
+
+def together(part: Callable[[], T]) -> T:
+    """Runs `part()` in every process and returns its result when it went well in all of them.
+
+    Raises the same Failed in all processes when it raised in one, naming that process: so none of them waits for one
+    that has left.
+    """
+    try:
+        result, problem = part(), ""
+    except Exception as error:
+        result, problem = None, reason(error) or "failed"
+    problems = gather(problem)
+    bad = [i for i, text in enumerate(problems) if text]
+    if not bad:
+        return result
+    if len(set(problems)) == 1:  # one process, or all of one opinion
+        raise Failed(problems[0])
+    more = f" (so or otherwise in {len(bad)} of {len(problems)} processes)" if len(bad) > 1 else ""
+    raise Failed(f"process {bad[0]}: {problems[bad[0]]}{more}")
+
+
+def same_everywhere(what: str, value: str) -> None:
+    """Raises Failed unless all processes have the same `value`, shown as it is."""
+    values = gather(value)
+    for process, other in enumerate(values):
+        if other != values[0]:
+            raise Failed(f"process {process} has {what} {other}, process 0 has {values[0]}")
+
+
+def place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process holds whole, put where `sharding` says."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])

@@ -1,0 +1,210 @@
+"""Runs of several processes: the hosts of a TPU pod or of a cluster, or processes on one machine.
+
+Processes that compute together can only end together. One that fails tells the others why, and they end at once; one
+that is killed is missed after SILENCE_SECONDS. Either way each prints one line that says which process it was.
+"""
+
+import atexit
+import contextlib
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed as jax_distributed  # its key-value store has no public name
+from jax.experimental import multihost_utils
+
+from data_pipeline.common import locks
+from data_pipeline.common.errors import UserError, run
+from redvillm_jax.runtime import stopping
+from redvillm_jax.runtime.chips import quiet_without_tpu, small_memory
+
+PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+WAIT_SECONDS = 300  # for the other processes at start-up
+SILENCE_SECONDS = 60  # without a sign of life from a process, before the others give up
+NEWS = "redvillm_jax/ended"
+SIGTERM_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's preemption service says so to all
+STDERR = 2  # the file descriptor that jax's C++ code writes to
+
+
+def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool = False) -> None:
+    """Runs `main(argv)` as a command in every process of a run (see `data_pipeline.common.errors.run`).
+
+    saves_when_stopped: whether it asks `stopping` for SIGTERM in every step; otherwise SIGTERM ends it.
+    """
+    reason = ""
+
+    def connected(argv: list[str]) -> int | None:
+        nonlocal reason
+        quiet_without_tpu()
+        if not {"--help", "-h"} & set(argv):
+            connect(saves_when_stopped)
+        try:
+            return with_memory_explained(main, argv)
+        except (Exception, KeyboardInterrupt) as error:
+            if jax_distributed.global_state.client is not None:
+                if isinstance(error, jax.errors.JaxRuntimeError):
+                    time.sleep(SILENCE_SECONDS + 15)  # another's end is often the cause, and then that is told instead
+                reason = " ".join(f"{error}".split())[:500] or type(error).__name__
+            raise
+
+    try:
+        run(connected)
+    except SystemExit as end:
+        if reason:
+            leave(end.code, reason)
+        raise
+
+
+def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    """`main(argv)`; a device without room for it is a UserError."""
+    try:
+        return main(argv)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if problem := small_memory(str(error)):
+            raise UserError(f"{problem}: shorten the rows (--config.row_length) or make batches smaller") from error
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"a device has too little memory ({said}): make batches smaller, or split the model over more devices "
+            "(see --help and docs/performance.md)"
+        ) from error
+
+
+def connect(saves_when_stopped: bool = False) -> None:
+    """Connects this process with the others of its run, if there are any; call it before jax computes anything.
+
+    jax finds the others on a TPU pod and on clusters that it knows. Elsewhere VARIABLES say the host of process 0, how
+    many processes there are and which one this is. The port is the host's (host:port), JAX_COORDINATOR_PORT, or PORT.
+    Raises UserError when only some of VARIABLES are set, or the port is taken.
+    """
+    port = os.environ.setdefault("JAX_COORDINATOR_PORT", PORT)
+    jax.config.update("jax_enable_preemption_service", saves_when_stopped)
+    settings: dict[str, Any] = {"initialization_timeout": WAIT_SECONDS, "heartbeat_timeout_seconds": SILENCE_SECONDS}
+    given = [name for name in VARIABLES if os.environ.get(name)]
+    if given and len(given) < len(VARIABLES):
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise UserError(f"{given[0]} is set, {missing} is not: set all of {', '.join(VARIABLES)}, or none")
+    if given:
+        address, count, index = (os.environ[name] for name in VARIABLES)
+        if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+            raise UserError(f"JAX_PROCESS_ID={index} of JAX_NUM_PROCESSES={count}: expected a number below the other")
+        address = address if ":" in address else f"{address}:{port}"
+        if int(index) == 0:
+            check_free(address.rpartition(":")[2])
+        settings |= {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    restore_stderr = explain_aborts()
+    try:
+        jax.distributed.initialize(**settings)
+    except ValueError:
+        if given:
+            raise
+        restore_stderr()  # nothing says that there are others
+        return
+    over = threading.Event()
+    listener = threading.Thread(target=listen, args=(over,), daemon=True)
+    listener.start()
+    atexit.register(lambda: (over.set(), listener.join()))  # no thread may be inside jax when Python ends
+
+
+def check_free(port: str) -> None:
+    """Raises UserError when something listens on a port of this machine, where jax would crash."""
+    try:
+        socket.create_server(("", int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"port {port} of this machine cannot be used ({error}): choose one by {VARIABLES[0]}") from None
+
+
+def explain_aborts() -> Callable[[], None]:
+    """Sends stderr through `abort_filter.py`: jax aborts the process with a stack trace when another one is gone.
+
+    Returns what undoes it.
+    """
+    script, pipe = Path(__file__).with_name("abort_filter.py"), subprocess.PIPE
+    reader = subprocess.Popen(
+        [sys.executable, "-I", "-S", script], stdin=pipe, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    before = os.dup(STDERR)
+    os.dup2(reader.stdin.fileno(), STDERR)
+    reader.stdin.close()
+
+    def undo() -> None:
+        os.dup2(before, STDERR)
+        reader.wait()
+
+    return undo
+
+
+def listen(over: threading.Event) -> None:
+    """Until `over`, looks for another process's last words, repeats them and ends this process with its exit code.
+
+    It also ends a process that goes on for `stopping.STOP_SECONDS` after SIGTERM has come to one that would save.
+    """
+    deadline = math.inf
+    while not over.wait(1):
+        code, _, words = look_up(NEWS).partition(" ")
+        if words and not words.startswith(me()):
+            print(f"error: {words}", file=sys.stderr, flush=True)
+            os._exit(int(code))
+        if deadline == math.inf and look_up(SIGTERM_NOTICE):
+            deadline = time.monotonic() + stopping.STOP_SECONDS
+        if time.monotonic() > deadline:
+            print(f"error: {stopping.unsaved()}", file=sys.stderr, flush=True)
+            leave(stopping.UNSAVED_CODE, stopping.unsaved())
+
+
+def look_up(key: str) -> str:
+    """What a process has said to all under a name; "" if nothing, or if process 0, which keeps it, is gone."""
+    try:
+        return jax_distributed.global_state.client.key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:  # `abort_filter.py` explains the end of process 0
+        return ""
+
+
+def leave(code: int, reason: str) -> NoReturn:
+    """Ends this process and, through `listen`, all others; a regular exit would wait for them."""
+    try:
+        jax_distributed.global_state.client.key_value_set(NEWS, f"{code} {me()} has ended: {reason}")
+        if jax_distributed.global_state.process_id == 0:
+            time.sleep(3)  # what the others listen to lives in this process
+    except jax.errors.JaxRuntimeError:  # another's last words are there already, or nobody can hear
+        pass
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def me() -> str:
+    """This process in words; asking jax's public functions could wait for the others."""
+    state = jax_distributed.global_state
+    return f"process {state.process_id} of {state.num_processes} on {os.uname().nodename}"
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: logs, configs, reports."""
+    return jax.process_index() == 0
+
+
+def locked(path: str | Path, **how: bool) -> contextlib.AbstractContextManager[None]:
+    """`data_pipeline.common.locks.locked` in the first process of a run, nothing in the others."""
+    return locks.locked(path, **how) if is_first() else contextlib.nullcontext()
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here; `what` names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def true_everywhere(fact: bool) -> bool:
+    """Whether every process says True; each gets the same answer."""
+    return bool(multihost_utils.process_allgather(fact).all()) if jax.process_count() > 1 else fact

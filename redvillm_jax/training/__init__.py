@@ -1,0 +1,1 @@
+"""Rows, optimizer, train step and checkpoints of a run; knows nothing of answering."""

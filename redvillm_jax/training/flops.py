@@ -1,0 +1,37 @@
+"""The arithmetic of a train step: 4·N·D, twice for the forward pass and twice back through frozen weights.
+
+Frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass. What
+rematerialisation computes again is not counted, nor is attention (facts: section F).
+"""
+
+from flax import nnx
+
+from redvillm_jax.modules.layers import Linear
+
+
+def matrix_sizes(llm: nnx.Module) -> tuple[int, int]:
+    """Weights in the matrices of the decoder's body and of its output head; arrays or shapes."""
+    sizes = {path: module.weight.size for path, module in nnx.iter_modules(llm) if isinstance(module, Linear)}
+    head = sizes.pop(("lm_head",))
+    return sum(sizes.values()), head
+
+
+def step_flops(matrices: tuple[int, int], tokens: float, supervised: float) -> float:
+    """Model flops of a step on `tokens` slots, `supervised` of which have logits."""
+    body, head = matrices
+    return 4 * (body * tokens + head * supervised)
+
+
+def attention_pairs(row_length: int) -> int:
+    """Pairs of slots that a causal mask lets see each other; packing shows fewer."""
+    return row_length * (row_length + 1) // 2
+
+
+def kernel_flops(rows: int, row_length: int, num_heads: int, head_dim: int) -> dict[str, float]:
+    """Flops of one call of each splash attention kernel (by the beginning of its name) under a causal mask.
+
+    Matrix products per visible pair: 2 forward; 3 for the gradient of the queries, 4 for keys and values, which
+    both compute the scores again.
+    """
+    product = 2 * rows * attention_pairs(row_length) * num_heads * head_dim
+    return {"splash_mha_fwd": 2 * product, "splash_mha_dq": 3 * product, "splash_mha_dkv": 4 * product}

@@ -1,0 +1,206 @@
+"""Questions as token rows: the prompt of each video and question, checked, counted and shown."""
+
+import functools
+import hashlib
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipeline.common.errors import UserError
+from data_pipeline.packing import Prefix, Question, Row, RowBounds, Step, fill_row, plan_epoch, row_bounds
+from data_pipeline.store import VideoStore
+from redvillm_jax.model.base_folder import Base
+
+PACKED_ROW = 2048  # slots of a packed row, unless one question needs more
+SHORT_ROW, LONG_ROW = 8, 128  # rows are padded to a multiple of this many slots; long ones for the TPU's kernel
+
+
+def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Prefix:
+    """The tokens before the video, then the video's token slots."""
+    ids = [token for token, _ in before] + [0] * len(slots)
+    return Prefix(
+        ids=np.array(ids, np.int32),
+        video_tokens=np.array([-1] * len(before) + list(slots), np.int32),
+        supervised=np.array([flag for _, flag in before] + [False] * len(slots), bool),
+    )
+
+
+class RowPlan(NamedTuple):
+    """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it.
+
+    fingerprint(num_epochs): 64 hexadecimal digits of this plan with so many epochs, which may be fewer or more.
+    """
+
+    instructions: list[dict[str, Any]]
+    steps: list[Step]
+    row_fn: Callable[[Row], dict[str, np.ndarray]]
+    bounds: RowBounds
+    slots_per_row: int
+    fingerprint: Callable[[int], str]
+
+
+def plan_rows(
+    config: Mapping[str, Any], base: Base, store: VideoStore, tokenizer: Any, slots: Callable[[int], list[int]]
+) -> RowPlan:
+    """Tokenises a store's questions in the config's language and plans the rows of every epoch.
+
+    slots(num_frames): the token slots of a video. Raises UserError for questions that cannot be trained on.
+    """
+    instructions = in_language(store, config["language"])
+    before, questions = tokenize(base.module, tokenizer, base.config, instructions, labels=config["labels"])
+    by_frames = {n: make_prefix(before, slots(n)) for n in {v["num_frames"] for v in store.videos}}
+    prefixes = [by_frames[v["num_frames"]] for v in store.videos]
+    index = {v["video"]: i for i, v in enumerate(store.videos)}
+    videos = np.array([index[row["video"]] for row in instructions])
+    prefix_lengths = np.array([len(p.ids) for p in prefixes])
+    lengths = np.array([len(q.ids) for q in questions])
+    longest = int((prefix_lengths[videos] + lengths).max())
+    if longest > base.config.max_position_embeddings:
+        raise UserError(
+            f"the longest question takes {longest} tokens with its video, the base knows "
+            f"{base.config.max_position_embeddings} positions: use fewer frames or spatial_pool=2, or drop it"
+        )
+
+    @functools.cache
+    def epoch_steps(epoch: int) -> list[Step]:
+        return plan_epoch(
+            videos,
+            prefix_lengths,
+            lengths,
+            row_length=config["row_length"] or (max(longest, PACKED_ROW) if config["pack"] else longest),
+            batch_questions=config["batch_questions"],
+            pack=config["pack"],
+            seed=config["seed"],
+            epoch=epoch,
+        )
+
+    def all_steps(num_epochs: int) -> list[Step]:
+        return list(itertools.chain.from_iterable(map(epoch_steps, range(num_epochs))))
+
+    def fingerprint(num_epochs: int) -> str:
+        texts = [(row["id"], row["question"], row["answer"]) for row in instructions]
+        files = [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos]
+        return digest((all_steps(num_epochs), texts, files))
+
+    steps = all_steps(config["num_epochs"])
+    return lay_out(steps, prefixes, questions, instructions, len(slots(config["num_frames"])), fingerprint)
+
+
+def lay_out(
+    steps: list[Step],
+    prefixes: Sequence[Prefix],
+    questions: Sequence[Question],
+    instructions: list[dict[str, Any]],
+    tokens_per_video: int,
+    fingerprint: Callable[[int], str],
+) -> RowPlan:
+    """The plan of rows that holds these steps."""
+    bounds = row_bounds(steps, prefixes, questions)
+    slots_per_row = pad_row(bounds.slots_per_row)
+    row_fn = functools.partial(
+        fill_row,
+        prefixes=prefixes,
+        questions=questions,
+        row_length=slots_per_row,
+        max_groups=bounds.groups_per_row,
+        max_targets=bounds.targets_per_row,
+        tokens_per_video=tokens_per_video,
+    )
+    return RowPlan(instructions, steps, row_fn, bounds, slots_per_row, fingerprint)
+
+
+def supervised_tokens(plan: RowPlan) -> list[int]:
+    """How many supervised tokens a step's loss is the mean of, for each step.
+
+    Those that stand before a video count once for each of its questions.
+    """
+    prefixes = [int(prefix.supervised[1:].sum()) for prefix in plan.row_fn.keywords["prefixes"]]
+    questions = [int(question.supervised.sum()) for question in plan.row_fn.keywords["questions"]]
+    return [
+        sum(len(asked) * prefixes[video] + sum(questions[q] for q in asked) for row in step for video, asked in row)
+        for step in plan.steps
+    ]
+
+
+def digest(identity: Any) -> str:
+    """64 hexadecimal digits of what a plan depends on."""
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def in_language(store: VideoStore, language: str) -> list[dict[str, Any]]:
+    """The store's questions in a language, "" for all. Raises UserError if there are none."""
+    chosen = [row for row in store.instructions if language in ("", row["language"])]
+    if not chosen:
+        found = ", ".join(
+            f"{n} in {name!r}" for name, n in Counter(row["language"] for row in store.instructions).items()
+        )
+        raise UserError(
+            f"{store.path}: has no question in config.language={language!r}, it has {found}; choose one of these, "
+            "or prepare a store with other questions"
+        )
+    return chosen
+
+
+def pad_row(slots: int) -> int:
+    """The number of slots that rows of at most `slots` tokens are given."""
+    multiple = SHORT_ROW if slots < 8 * LONG_ROW else LONG_ROW
+    return -(-slots // multiple) * multiple
+
+
+def tokenize(
+    base: ModuleType, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
+) -> tuple[list[tuple[int, bool]], list[Question]]:
+    """Tokenises every instruction with the base's own chat template.
+
+    Returns what stands before every video, and one Question per instruction. Raises UserError when a text does
+    not survive encoding and decoding, an id is beyond the embedding, or an answer has no supervised token.
+    """
+    before: list[tuple[int, bool]] = []
+    questions = []
+    for row in tqdm(instructions, desc="tokenise", unit="question", delay=3, dynamic_ncols=True):
+        for text in (row["question"], row["answer"]):
+            check_round_trip(tokenizer, text, row["id"])
+        before, after = base.prompt(tokenizer, config, row["question"], row["answer"], labels=labels)
+        ids, supervised = zip(*after, strict=True)
+        largest = max(token for token, _ in (*before, *after))
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"question {row['id']!r}: token id {largest} is beyond the base's {config.vocab_size} embeddings; "
+                "the tokenizer files do not belong to these weights"
+            )
+        if not tokenizer.encode(row["answer"]):
+            raise UserError(f"question {row['id']!r}: the answer has no token to learn; give it a text or remove it")
+        questions.append(Question(ids=np.array(ids, np.int32), supervised=np.array(supervised, bool)))
+    return before, questions
+
+
+def check_round_trip(tokenizer: Any, text: str, where: str) -> None:
+    """Raises UserError unless decode(encode(text)) is the text, up to NFC and white space at its ends."""
+    back = tokenizer.decode(tokenizer.encode(text))
+    if unicodedata.normalize("NFC", back).strip() != unicodedata.normalize("NFC", text).strip():
+        raise UserError(
+            f"question {where!r}: the tokenizer turns {text!r} into {back!r}; "
+            "training on it would teach other words: use the base's own tokenizer files, or mend the text"
+        )
+
+
+def show_rows(tokenizer: Any, batch: Mapping[str, np.ndarray], count: int) -> str:
+    """The first `count` rows of a batch as text: visual tokens counted, supervised tokens between ⟦ and ⟧."""
+    blocks = []
+    for r in range(min(count, len(batch["token_ids"]))):
+        length = int((batch["group_ids"][r] > 0).sum())
+        targets = set((batch["target_slots"][r][batch["target_weights"][r] > 0] + 1).tolist())
+        kinds = ["visual" if batch["video_tokens"][r, s] >= 0 else s in targets for s in range(length)]
+        text = ""
+        for kind, run in itertools.groupby(range(length), key=kinds.__getitem__):
+            run = list(run)
+            words = tokenizer.decode(batch["token_ids"][r, run].tolist(), keep_special=True)
+            text += f"[{len(run)} visual tokens]" if kind == "visual" else f"⟦{words}⟧" if kind else words
+        blocks.append(f"row {r}: {length} tokens, {len(targets)} of them supervised\n{text}\n")
+    return "\n".join(blocks)

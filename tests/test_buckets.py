@@ -218,7 +218,7 @@ def test_mistakes_end_in_one_line(server, tmp_path):
     files.check_bucket("gs://private/run")
     with pytest.raises(UserError, match=r"gs://private/run: no permission .*storage.buckets.get.*legacyBucketReader"):
         files.make_folder("gs://private/run")
-    code = "import sys; sys.modules['gcsfs'] = None\nfrom data_pipeline import errors, files\n"
+    code = "import sys; sys.modules['gcsfs'] = None\nfrom data_pipeline.common import errors, files\n"
     code += "errors.run(lambda argv: files.check_bucket('gs://bucket/base'))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "pip install -e '.[tpu]'" in result.stderr and result.stderr.count("\n") == 1

@@ -136,7 +136,7 @@ def text_layers(model: VideoLLM, ids: jax.Array) -> Arrays:
     c, llm = model.config, model.llm
     qwen = hasattr(llm, "transformer")
     stack, base = (llm.transformer.h, c.rotary_emb_base) if qwen else (llm.model.layers, c.rope_theta)
-    angles = rotary_angles(jnp.arange(ids.shape[1])[None], c.hidden_size // c.num_attention_heads, base)
+    angles = rotary_angles(jnp.arange(ids.shape[1])[None], c.head_dim, base)
     args = (angles, *[None] * qwen, causal(jnp.ones_like(ids)), 0)
     layers = compiled(stack, layer_outputs, llm.embed(ids, FP32), *args)
     return {f"text_layer_{i}": x for i, x in enumerate(layers)}

@@ -110,8 +110,7 @@ def test_a_short_video_equals_a_run_with_fewer_frames(family, bases, frames):
     base, _, model = build(bases[family], family)
     short = frames[:1, :3].copy()
     padded = np.concatenate([short, np.zeros_like(short[:, :1])], axis=1)
-    side = round(base.config.num_patches**0.5)
-    slots = model.video.token_slots(model.projectors["temporal"], (side, side), NUM_FRAMES, 3)
+    slots = model.video.token_slots(model.projectors["temporal"], base.config.grid, NUM_FRAMES, 3)
     got, want = tokens(model, padded, [3])[0][slots], tokens(model, short)[0]
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(
@@ -122,8 +121,7 @@ def test_a_short_video_equals_a_run_with_fewer_frames(family, bases, frames):
 def test_zero_is_video_chatgpts_way_with_short_videos(bases, frames):
     base, _, model = build(bases["llava"], "llava", short_video="zero")
     padded = np.concatenate([frames[:, :3], np.zeros_like(frames[:, :1])], axis=1)
-    side = round(base.config.num_patches**0.5)
-    assert model.video.token_slots(model.projectors["temporal"], (side, side), NUM_FRAMES, 3) == list(
+    assert model.video.token_slots(model.projectors["temporal"], base.config.grid, NUM_FRAMES, 3) == list(
         range(NUM_FRAMES + 16)
     )
     zero = jnp.zeros((1, 1, base.config.vision_hidden_size))

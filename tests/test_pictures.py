@@ -233,7 +233,7 @@ def test_qwen_vl_answers_about_a_picture_as_the_reference_does(bases, photo):
 
     tensors = load_file(bases["qwen_vl"] / "model.safetensors")
     projector = oracle.below(tensors, "transformer.visual.")
-    side = round(base.config.num_patches**0.5)
+    side, _ = base.config.grid
     heads = base.config.resampler_num_attention_heads
     with torch.no_grad():
         features = oracle.vision(tensors, pixels(base, picture), heads=base.config.vision_num_attention_heads)["vit"]

@@ -158,7 +158,7 @@ def test_resampled_pictures_match_torch(small: Model, layout: tuple[int, int]):
     positions = oracle.grid(w["attn_pool.pos_embed"], *layout)
     want = oracle.resample(w, torch.from_numpy(features), positions, heads=2)["visual_out"]
     got = project(small.projector, features, layout)
-    assert got.shape == (2, small.projector.num_tokens(layout), 32)
+    assert got.shape == (2, math.prod(small.projector.token_layout(layout)), 32)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -170,7 +170,7 @@ def test_resampled_sequences_match_torch(small: Model, length: int, kind: str):
     positions = oracle.sequence(w["attn_pool.pos_embed"], length, kind)
     want = oracle.resample(w, torch.from_numpy(features), positions, heads=2)["visual_out"]
     projector = small.with_options(temporal_positions=kind)
-    assert projector.num_tokens((length,)) == 16
+    assert projector.token_layout((length,)) == (16,)
     np.testing.assert_allclose(project(projector, features, (length,)), want, atol=2e-5)
 
 
@@ -178,7 +178,7 @@ def test_per_token_is_one_picture_per_feature(small: Model):
     features = np.random.default_rng(3).standard_normal((1, 12, 24), dtype=np.float32)
     want = oracle.per_token(small.torch_projector(), torch.from_numpy(features[0]), heads=2)
     projector = small.with_options(qwen_align="per_token")
-    assert projector.num_tokens((12,)) == projector.num_tokens((3, 4)) == 12
+    assert (projector.token_layout((12,)), projector.token_layout((3, 4))) == ((12,), (3, 4))
     np.testing.assert_allclose(project(projector, features, (12,))[0], want, atol=2e-5)
 
 

@@ -69,15 +69,15 @@ def test_order_of_streams_and_their_projectors(switches, order):
 class PerToken:
     """A projector with one token per feature."""
 
-    def num_tokens(self, layout):
-        return int(np.prod(layout))
+    def token_layout(self, layout):
+        return layout
 
 
 class Resampler:
     """A projector with seven tokens, whatever comes in."""
 
-    def num_tokens(self, layout):
-        return 7
+    def token_layout(self, layout):
+        return (7,)
 
 
 def test_token_slots_leave_out_what_a_short_video_lacks():

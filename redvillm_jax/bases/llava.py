@@ -108,8 +108,19 @@ class Config:
     system_prompt: str = SYSTEM_PROMPT
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture's patches, which come in raster order."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head of the language model."""
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def vision_layers_used(self) -> int:
@@ -416,9 +427,9 @@ class Projector(nnx.Module):
             self.linear_2 = Linear(config.hidden_size, config.hidden_size, rngs=rngs)
         self.kind = config.projector
 
-    def num_tokens(self, layout: tuple[int, ...]) -> int:
-        """How many tokens come out for a picture (rows, cols) or a sequence (length,)."""
-        return layout[0] * layout[-1] if len(layout) == 2 else layout[0]
+    def token_layout(self, layout: tuple[int, ...]) -> tuple[int, ...]:
+        """How the tokens of a picture (rows, cols) or a sequence (length,) lie: one for each feature."""
+        return layout
 
     def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
         if self.kind == "linear":
@@ -433,8 +444,7 @@ class LlamaAttention(nnx.Module):
     """Causal self-attention with rotary positions; fewer key-value heads than heads are allowed."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        head_dim = config.hidden_size // config.num_attention_heads
-        kv_size = config.num_key_value_heads * head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
         self.k_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
         self.v_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
@@ -502,8 +512,7 @@ class LLM(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Empty keys and values: (num_layers, batch, num_key_value_heads, head_dim, length) each."""
         c = self.config
-        head_dim = c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, head_dim, length)
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, c.head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
@@ -528,8 +537,7 @@ class LLM(nnx.Module):
         context_length is of no use here (LLaMA's rotary base does not depend on it). Returns hidden states
         (B, S, K) and the updated cache.
         """
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        angles = rotary_angles(position_ids, head_dim, self.config.rope_theta)
+        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         x, cache = self.model.layers(embeds, angles, attention_mask, cache_index, cache=cache, remat=remat)
         return self.model.norm(x), cache
 

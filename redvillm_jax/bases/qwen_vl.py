@@ -101,8 +101,19 @@ class Config:
     system_prompt: str = SYSTEM_PROMPT
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture's patches, which come in raster order."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head of the language model."""
+        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_published(
@@ -467,9 +478,12 @@ class Projector(nnx.Module):
         self.qwen_align = qwen_align
         self.temporal_positions = temporal_positions
 
-    def num_tokens(self, layout: tuple[int, ...]) -> int:
-        """How many tokens come out for a picture (rows, cols) or a sequence (length,)."""
-        return self.n_queries if self.qwen_align == "resample" else math.prod(layout)
+    def token_layout(self, layout: tuple[int, ...]) -> tuple[int, ...]:
+        """How the tokens of a picture (rows, cols) or a sequence (length,) lie: the queries stand in a square grid."""
+        if self.qwen_align == "per_token":
+            return layout
+        side = math.isqrt(self.n_queries)
+        return (side, side) if len(layout) == 2 else (self.n_queries,)
 
     def key_positions(self, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
         """Positions of the features: (M, K) of a picture, (B, M, K) of sequences, fp32.
@@ -488,7 +502,7 @@ class Projector(nnx.Module):
         return grid_positions(table, index, side, side)
 
     def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
-        """features: (B, M, D); mask: (B, M) bool, valid features first -> (B, num_tokens(layout), K).
+        """features: (B, M, D); mask: (B, M) bool, valid features first -> tokens (B, those of `token_layout(layout)`, K).
 
         layout: (rows, cols) of a picture or (length,) of a sequence, M features either way.
         """
@@ -563,10 +577,9 @@ def ntk_base(config: Config, context_length: jax.Array) -> jax.Array:
     Published rule: alpha = max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), base * alpha ** (d / (d - 2)).
     Counting the doublings of seq_length that fit gives the exponent in integers.
     """
-    head_dim = config.hidden_size // config.num_attention_heads
     doublings = (context_length[:, None] > config.seq_length * 2 ** jnp.arange(16)).sum(-1)
     alpha = 2.0 ** (doublings + 1) - 1
-    return (config.rotary_emb_base * alpha ** (head_dim / (head_dim - 2)))[:, None, None]
+    return (config.rotary_emb_base * alpha ** (config.head_dim / (config.head_dim - 2)))[:, None, None]
 
 
 class LLM(nnx.Module):
@@ -584,8 +597,7 @@ class LLM(nnx.Module):
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Empty keys and values: (num_layers, batch, num_attention_heads, head_dim, length) each."""
         c = self.config
-        head_dim = c.hidden_size // c.num_attention_heads
-        shape = (c.num_hidden_layers, batch, c.num_attention_heads, head_dim, length)
+        shape = (c.num_hidden_layers, batch, c.num_attention_heads, c.head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
@@ -618,7 +630,7 @@ class LLM(nnx.Module):
             base = ntk_base(c, context_length)
         if context_length is not None and c.use_logn_attn:
             query_scale = jnp.maximum(jnp.log(position_ids + 1.0) / math.log(c.seq_length), 1.0)
-        angles = rotary_angles(position_ids, c.hidden_size // c.num_attention_heads, base)
+        angles = rotary_angles(position_ids, c.head_dim, base)
         x, cache = self.transformer.h(
             embeds, angles, query_scale, attention_mask, cache_index, cache=cache, remat=remat
         )

@@ -158,8 +158,7 @@ def begin(base: Base, config: Mapping[str, Any], mesh: Mesh) -> tuple[Training, 
 
 def random_videos(base: Base, config: Mapping[str, Any]) -> RandomStreams:
     """Streams of the shapes that a base's videos have."""
-    side = round(base.config.num_patches**0.5)
-    layouts = make_video(config).layouts((side, side), NUM_FRAMES)
+    layouts = make_video(config).layouts(base.config.grid, NUM_FRAMES)
     return RandomStreams(NUM_FRAMES, {k: (math.prod(v), base.config.vision_hidden_size) for k, v in layouts.items()})
 
 

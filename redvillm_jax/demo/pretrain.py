@@ -215,7 +215,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Modul
 
     pictures: (B, S, S, 3) uint8; cells: (B, N, 4) int32.
     """
-    resize, side = RESIZE[base.RESIZE], round(config.num_patches**0.5)
+    resize, side = RESIZE[base.RESIZE], config.grid[0]
     return {
         "pictures": np.stack([resize(render(scene, rng)[0], config.image_size) for scene in scenes]),
         "cells": np.stack([cell_labels(scene, side) for scene in scenes]),

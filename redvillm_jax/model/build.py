@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -117,20 +118,18 @@ def random_module(
 
 def token_slots(base: Base, config: Mapping[str, Any]) -> Callable[[int], list[int]]:
     """For a number of frames, which of a video's static token slots hold tokens."""
-    projector, grid = projector_and_grid(base, config)
-    return functools.partial(make_video(config).token_slots, projector, grid, config["num_frames"])
+    projector = abstract_projector(base, config)
+    return functools.partial(make_video(config).token_slots, projector, base.config.grid, config["num_frames"])
 
 
 def num_picture_tokens(base: Base, config: Mapping[str, Any]) -> int:
     """How many visual tokens a picture has."""
-    projector, grid = projector_and_grid(base, config)
-    return projector.num_tokens(grid)
+    return math.prod(abstract_projector(base, config).token_layout(base.config.grid))
 
 
-def projector_and_grid(base: Base, config: Mapping[str, Any]) -> tuple[nnx.Module, tuple[int, int]]:
-    """A projector without weights, and the rows and columns of a frame's patches."""
-    side = round(base.config.num_patches**0.5)
-    return abstract_part(base.module, "projector", base.config, **projector_options(base.module, config)), (side, side)
+def abstract_projector(base: Base, config: Mapping[str, Any]) -> nnx.Module:
+    """A projector without weights."""
+    return abstract_part(base.module, "projector", base.config, **projector_options(base.module, config))
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

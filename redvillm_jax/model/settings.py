@@ -45,10 +45,10 @@ def check_base(base: Base, config: Mapping[str, Any]) -> Base:
             f"{base.path} is a {base.family} base, this config is for {config['family']}: "
             "use the other config file or another base"
         )
-    side = round(base.config.num_patches**0.5)
-    if config["spatial_pool"] > 0 and side % config["spatial_pool"]:
+    rows, cols = base.config.grid
+    if any(side % config["spatial_pool"] for side in (rows, cols)):
         raise UserError(
-            f"config.spatial_pool is {config['spatial_pool']}, the base's {side}×{side} grid needs a divisor"
+            f"config.spatial_pool is {config['spatial_pool']}, the base's {rows}×{cols} grid needs a divisor"
         )
     return base
 

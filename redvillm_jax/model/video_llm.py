@@ -79,7 +79,7 @@ class VideoLLM(nnx.Module):
     def project_stream(
         self, stream: str, projector: str, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]
     ) -> jax.Array:
-        """One stream through its projector, and its extra MLP if there is one: (B, M, D) -> (B, num_tokens, K)."""
+        """One stream through its projector, and its extra MLP if there is one: (B, M, D) -> (B, tokens, K)."""
         x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
         if (extra := f"extra_mlp_{stream}") in self.projectors:
             x = self.projectors[extra](x)
@@ -91,8 +91,8 @@ class VideoLLM(nnx.Module):
         Their features go through its projector as they are, with no pooling and no temporal stream.
         """
         features = self.encode(pictures[:, None], dtype)[:, 0]
-        side = round(features.shape[1] ** 0.5)
-        return self.project_stream("spatial", "spatial", features, jnp.ones(features.shape[:2], bool), (side, side))
+        real = jnp.ones(features.shape[:2], bool)
+        return self.project_stream("spatial", "spatial", features, real, self.config.grid)
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.

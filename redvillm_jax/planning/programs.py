@@ -58,7 +58,7 @@ def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Pa
         work.rows // num_batch_shards(mesh),
         work.row_length,
         heads // math.gcd(heads, mesh.shape["tensor"]),
-        base.config.hidden_size // heads,
+        base.config.head_dim,
     )
     lower = training.step.lower
     return compile_program(
@@ -88,12 +88,11 @@ def compile_encode(config, base: Base, devices, chip: Chip, batch_size: int, dum
 
 def abstract_batch(config, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of rows with their videos' streams."""
-    side = round(base.config.num_patches**0.5)
     video = make_video(config)
     row = empty_row(work, len(token_slots(base, config)(config["num_frames"])))
     shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
     shapes["num_frames"] = (work.groups,), jnp.int32
-    for stream, layout in video.layouts((side, side), config["num_frames"]).items():
+    for stream, layout in video.layouts(base.config.grid, config["num_frames"]).items():
         width = base.config.vision_hidden_size
         shapes[stream] = (work.groups, math.prod(layout), width), jnp.bfloat16
     at = batch_sharding(mesh)

@@ -57,8 +57,10 @@ def make_training(
         moments = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings[1])
     else:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
-    dtype, head_dim = jnp.dtype(config["dtype"]), base.config.hidden_size // base.config.num_attention_heads
-    kernel = choose_kernel(config["attention"], backend_of(mesh.devices.flat[0]), dtype, row_length, head_dim)
+    dtype = jnp.dtype(config["dtype"])
+    kernel = choose_kernel(
+        config["attention"], backend_of(mesh.devices.flat[0]), dtype, row_length, base.config.head_dim
+    )
     step = make_train_step(
         graphdef,
         functools.partial(mean_loss, dtype=dtype, remat=config["remat"], kernel=kernel),

@@ -6,6 +6,7 @@ temporal module, and Q_v = [Q_t ; Q_z].
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -91,13 +92,12 @@ class Video:
     def token_slots(self, projector, grid: tuple[int, int], max_frames: int, num_frames: int) -> list[int]:
         """Which of a video's static token slots hold tokens when it has `num_frames` of `max_frames` frames.
 
-        `projector.num_tokens(layout)` says how many tokens a stream becomes; a stream's tokens stand first in
-        its slots.
+        `projector.token_layout(layout)` says how the tokens of a stream lie; they stand first in its slots.
         """
         slots, start = [], 0
         longest = self.layouts(grid, max_frames)
         actual = self.layouts(grid, num_frames if self.short_video == "mask" else max_frames)
         for stream, _ in self.order():
-            slots += range(start, start + projector.num_tokens(actual[stream]))
-            start += projector.num_tokens(longest[stream])
+            slots += range(start, start + math.prod(projector.token_layout(actual[stream])))
+            start += math.prod(projector.token_layout(longest[stream]))
         return slots

@@ -502,7 +502,7 @@ class Projector(nnx.Module):
         return grid_positions(table, index, side, side)
 
     def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
-        """features: (B, M, D); mask: (B, M) bool, valid features first -> tokens (B, those of `token_layout(layout)`, K).
+        """features: (B, M, D); mask: (B, M) bool, valid features first -> tokens (B, their number, K).
 
         layout: (rows, cols) of a picture or (length,) of a sequence, M features either way.
         """

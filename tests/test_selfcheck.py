@@ -49,7 +49,8 @@ def start(arguments: list[str], devices: int, cache: Path, patches: tuple[str, .
     for index, patch in enumerate(patches):
         command = [sys.executable, "-m", "redvillm_jax.selfcheck", *arguments]
         if patch:
-            run = "\nfrom redvillm_jax import selfcheck\nfrom redvillm_jax.runtime import distributed\ndistributed.command(selfcheck.main)"
+            run = "\nfrom redvillm_jax import selfcheck\nfrom redvillm_jax.runtime.distributed import command\n"
+            run += "command(selfcheck.main)"
             command[1:3] = ["-c", textwrap.dedent(patch) + run]
         more = {"JAX_PROCESS_ID": str(index)} if len(patches) > 1 else {}
         pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -67,7 +68,8 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-LLAVA = "from redvillm_jax.checks import model_checks\nmodel_checks.known_families = lambda: ['llava']"  # half the compiling
+# Half the compiling.
+LLAVA = "from redvillm_jax.checks import model_checks\nmodel_checks.known_families = lambda: ['llava']"
 
 
 @pytest.mark.parametrize(

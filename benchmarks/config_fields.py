@@ -5,7 +5,7 @@ python -m benchmarks.config_fields
 
 from pathlib import Path
 
-from redvillm_jax.model.base_folder import known_families, load_base_module
+from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.modules.config_fields import COMMON, FIXED, NOTHING, READ, Fields
 
 FILE = Path(__file__).parents[1] / "docs" / "config_fields.md"
@@ -39,7 +39,7 @@ def tables() -> str:
     parts = [table("In every file that transformers writes", COMMON)]
     for family in known_families():
         parts.append(f"## --family={family}")
-        for title, fields in load_base_module(family).FIELDS.items():
+        for title, fields in load_family(family).FIELDS.items():
             own = {name: field for name, field in fields.items() if COMMON.get(name) != field}
             parts.append(table(title, own))
     return "\n\n".join(parts) + "\n"

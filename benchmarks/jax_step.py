@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base
 from redvillm_jax.model.build import load_model, token_slots
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.modules.layers import Stack
@@ -74,7 +75,7 @@ def open_sized(family: str, config: Any, folder: Path | None) -> Base:
     """The base in a folder, or one of this config without weights."""
     if folder:
         return open_base(folder)
-    return Base(None, family, load_base_module(family), config, "", None, {})
+    return Base(None, family, load_family(family), config, "", None, {})
 
 
 def load(

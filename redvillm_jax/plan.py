@@ -20,7 +20,8 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base, sized_base
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base, sized_base
 from redvillm_jax.model.build import token_slots
 from redvillm_jax.model.settings import check_base, check_config, check_store
 from redvillm_jax.modules.layers import KEPT
@@ -73,7 +74,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
     if config["base"] and not size:
         base = check_base(open_base(config["base"]), config)
     else:
-        base = check_base(sized_base(family, size or next(iter(load_base_module(family).SIZES))), config)
+        base = check_base(sized_base(family, size or next(iter(load_family(family).SIZES))), config)
     slots = token_slots(base, config)
     if not config["data"]:
         return shapes_only(base), paper_lengths(len(slots(config["num_frames"]))), QUESTIONS

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError
+from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.config_fields import (
     COMMON,
     READ,
@@ -71,6 +72,7 @@ from redvillm_jax.modules.published_tables import (
 PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
 
 MODEL_TYPES = ("llava", "llava_llama")  # what config.json calls it
+VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP, which this names
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -116,6 +118,16 @@ class Config:
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a picture's features."""
+        return self.vision_hidden_size
+
+    @property
+    def window(self) -> None:
+        """Every layer of the language model sees all keys before a query."""
+        return None
 
     @property
     def head_dim(self) -> int:
@@ -408,14 +420,6 @@ class Encoder(nnx.Module):
 # ---- projector: names under `multi_modal_projector.`
 
 
-PROJECTOR_OPTIONS: dict[str, tuple[str, ...]] = {}  # switches of the projector and their values
-
-
-def frozen_projector() -> tuple[str, ...]:
-    """Leaf paths of the projector that never train: none."""
-    return ()
-
-
 class Projector(nnx.Module):
     """Maps every feature to one token: features (B, M, D) -> (B, M, K); the mask and the layout do not matter."""
 
@@ -505,6 +509,11 @@ class LLM(nnx.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         self.config = config
 
+    @property
+    def head(self) -> Linear:
+        """What makes the logits."""
+        return self.lm_head
+
     def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """token_ids: (B, S) int32 -> (B, S, K) in `dtype`."""
         return self.model.embed_tokens(token_ids).astype(dtype)
@@ -563,8 +572,6 @@ CANONICAL = (  # published name -> canonical name: original repository, transfor
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
-PROJECTOR_PREFIX = r"^(model\.mm_projector|(model\.)?multi_modal_projector)\."  # a temporal module's names lack it
-
 IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folder, never loaded
     r"\.inv_freq$",
     r"\.position_ids$",
@@ -599,8 +606,6 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"(layer_?norm\d?|layrnorm|norm)\.(weight|bias)$", P()),
     (r"\.bias$", P()),
 )
-
-WIDE = r"^language_model\.lm_head\.weight$"  # what int8 leaves wide, by canonical name: its error goes into the logits
 
 # ---- text
 
@@ -641,14 +646,6 @@ class Tokenizer:
         if token_id is None or token_id == self.tokenizer.unk_token_id:
             raise UserError(f"{self.folder}: its tokenizer has no {token}; use the files that belong to these weights")
         return token_id
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
-    """Raises UserError when the tokenizer lacks a marker that this model's prompt needs; `published`: config.json."""
-    prompt(tokenizer, config, "What happens?", None)
-
-
-Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
 
 
 def prompt(

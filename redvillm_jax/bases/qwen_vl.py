@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError
+from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.config_fields import (
     COMMON,
     REQUIRED,
@@ -111,6 +112,16 @@ class Config:
         return self.grid[0] * self.grid[1]
 
     @property
+    def feature_size(self) -> int:
+        """Width of a picture's features."""
+        return self.vision_hidden_size
+
+    @property
+    def window(self) -> None:
+        """Every layer of the language model sees all keys before a query."""
+        return None
+
+    @property
     def head_dim(self) -> int:
         """Width of an attention head of the language model."""
         return self.hidden_size // self.num_attention_heads
@@ -119,21 +130,18 @@ class Config:
     def from_published(
         cls,
         config: dict[str, Any],
-        vision_config: dict[str, Any] | None = None,
         where: str = "config.json",
-        vision_where: str = "",
     ) -> "Config":
         """Reads a published config.json; the vision tower's numbers are in its `visual`.
 
         `visual.n_queries` and `visual.n_heads` (the resampler's) are optional: the published code fixes them to
         256 and output_dim / 128. `intermediate_size` counts both branches of the gated MLP, so half of it is the
-        width. where: the file, for messages. Raises UserError for a field that the tables refuse or do not know,
-        for visual tokens that do not have the language model's width, and for a `vision_config`.
+        width. where: the file, for messages. Raises UserError for a field that the tables refuse or do not know, and
+        for visual tokens that do not have the language model's width.
         """
         llm = read_fields(config, QWEN, where)
         visual = read_fields(llm["visual"], VISUAL, where, "visual.")
         check_numbers(llm, visual, where)
-        require(vision_config is None, vision_where, "Qwen-VL has its vision tower in its own files; leave it out")
         return cls(
             image_size=visual["image_size"],
             patch_size=visual["patch_size"],
@@ -253,11 +261,6 @@ SIZES = {
         system_prompt="",
     ),
 }
-
-
-def picture_fit(config: Config) -> str:
-    """How a picture becomes a square (`data_pipeline.media.pictures.FIT`): squashed, as a video's frames are."""
-    return "squash"
 
 
 # ---- positions
@@ -590,6 +593,11 @@ class LLM(nnx.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         self.config = config
 
+    @property
+    def head(self) -> Linear:
+        """What makes the logits."""
+        return self.lm_head
+
     def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """token_ids: (B, S) int32 -> (B, S, K) in `dtype`."""
         return self.transformer.wte(token_ids).astype(dtype)
@@ -645,16 +653,7 @@ class LLM(nnx.Module):
 
 PREFIX = {"encoder": "transformer.visual.", "projector": "transformer.visual.", "llm": ""}
 
-CANONICAL: tuple[tuple[str, str], ...] = ()  # the published names are the attribute names
-
-PROJECTOR_PREFIX = r"^transformer\.visual\."  # what a temporal module's leaf names lack
-
 IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer that some exports carry
-
-
-def unused(config: Config) -> dict[str, tuple[int, ...]]:
-    """Published tensors that are kept but never run: none."""
-    return {}
 
 
 SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
@@ -668,8 +667,6 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"ln_(1|2|f|q|kv|pre|post)\.(weight|bias)$", P()),
     (r"\.bias$", P()),
 )
-
-WIDE = r"^lm_head\.weight$"  # what int8 leaves wide, by canonical name: its error goes into the logits
 
 # ---- text
 
@@ -741,9 +738,6 @@ def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, A
     said, found = published["visual"]["image_start_id"], tokenizer.special("<img>")
     problem = f"visual.image_start_id is {said}, supported: {found}, the id of <img> in qwen.tiktoken"
     require(said == found, f"{where}/config.json", problem)
-
-
-Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
 
 
 def prompt(

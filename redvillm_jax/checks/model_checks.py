@@ -16,9 +16,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_pipeline.pipeline import batches
+from redvillm_jax.bases.contract import known_families
 from redvillm_jax.checks.machine_checks import ALL_FSDP, meshes
 from redvillm_jax.checks.random_data import RandomStreams, plan_random_rows, random_base
-from redvillm_jax.model.base_folder import Base, known_families
+from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import load_model, make_video, token_slots
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention
@@ -159,7 +160,7 @@ def begin(base: Base, config: Mapping[str, Any], mesh: Mesh) -> tuple[Training, 
 def random_videos(base: Base, config: Mapping[str, Any]) -> RandomStreams:
     """Streams of the shapes that a base's videos have."""
     layouts = make_video(config).layouts(base.config.grid, NUM_FRAMES)
-    return RandomStreams(NUM_FRAMES, {k: (math.prod(v), base.config.vision_hidden_size) for k, v in layouts.items()})
+    return RandomStreams(NUM_FRAMES, {k: (math.prod(v), base.config.feature_size) for k, v in layouts.items()})
 
 
 def train(training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh) -> tuple[list[float], Any]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import PARTS, Base, abstract_part, load_base_module, load_part
+from redvillm_jax.bases.contract import Family, load_family
+from redvillm_jax.model.base_folder import PARTS, Base, abstract_part, load_part
 from redvillm_jax.model.config_bounds import FIELDS, Fields, one_of
 from redvillm_jax.model.video_llm import ExtraMLP, VideoLLM
 from redvillm_jax.runtime.sharding import weight_sharding
@@ -40,11 +41,11 @@ def make_video(config: Mapping[str, Any]) -> Any:
 
 def config_fields(family: str, video: str) -> Fields:
     """All fields of a config with their bounds: the common ones, its representation's and its base's."""
-    options = load_video_module(video).OPTIONS | load_base_module(family).PROJECTOR_OPTIONS
+    options = load_video_module(video).OPTIONS | load_family(family).PROJECTOR_OPTIONS
     return FIELDS | {name: one_of(*values) for name, values in options.items()}
 
 
-def projector_options(base: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
+def projector_options(base: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """The switches that this base's projector takes (Qwen-VL: qwen_align, temporal_positions)."""
     return {name: config[name] for name in base.PROJECTOR_OPTIONS}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import known_families
+from redvillm_jax.bases.contract import known_families
 from redvillm_jax.model.build import config_fields, known_videos
 from redvillm_jax.model.config_bounds import FIELDS
 
@@ -41,7 +41,8 @@ def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, A
 
     Raises UserError for a field that only a newer version can know: what it changes is not known here.
     """
-    options = [config_fields(family, video) for family in known_families() for video in known_videos()]
+    families = {*known_families(), *(name for name in [str(said.get("family"))] if "." in name)}
+    options = [config_fields(family, video) for family in families for video in known_videos()]
     known = set(FIELDS).union(BESIDE, *options)
     if unknown := sorted(said.keys() - known):
         raise UserError(

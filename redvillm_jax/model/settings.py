@@ -6,7 +6,8 @@ from typing import Any
 from data_pipeline.common.errors import UserError
 from data_pipeline.media.sampling import UNIFORM
 from data_pipeline.store import VideoStore
-from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, load_base_module, open_base, read_export
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, open_base, read_export
 from redvillm_jax.model.build import config_fields
 from redvillm_jax.model.config_bounds import check_fields
 
@@ -29,7 +30,7 @@ def open_config_base(config: Mapping[str, Any]) -> Base:
     family = config["family"]
     if not config["base"]:
         raise UserError(
-            f"config.base is not set: download {load_base_module(family).PUBLISHED} (docs/real_weights.md), run python "
+            f"config.base is not set: download {load_family(family).PUBLISHED} (docs/real_weights.md), run python "
             f"-m conversion.from_torch --family={family} --source=FOLDER --out=BASE, then pass --config.base=BASE"
         )
     base = open_base(config["base"])

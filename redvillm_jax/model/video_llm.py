@@ -1,7 +1,6 @@
 """A video LLM: a base's encoder and language model around the projectors of a video representation."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from redvillm_jax.bases.contract import Family
 from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu, normalize, num_batch_parts, pin_batch
 
@@ -38,7 +38,7 @@ class VideoLLM(nnx.Module):
 
     def __init__(
         self,
-        base: ModuleType,
+        base: Family,
         config: Any,
         video: Any,
         *,

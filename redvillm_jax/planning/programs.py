@@ -93,7 +93,7 @@ def abstract_batch(config, base: Base, mesh, work: Workload) -> dict[str, jax.Sh
     shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
     shapes["num_frames"] = (work.groups,), jnp.int32
     for stream, layout in video.layouts(base.config.grid, config["num_frames"]).items():
-        width = base.config.vision_hidden_size
+        width = base.config.feature_size
         shapes[stream] = (work.groups, math.prod(layout), width), jnp.bfloat16
     at = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((work.rows, *s), d, sharding=at) for name, (s, d) in shapes.items()}

@@ -19,7 +19,7 @@ the file if you know that it changes nothing. All of this happens when a checkpo
 folder is opened. A field that a file omits has the value of transformers' class (LLaVA) or must be there (Qwen-VL).
 
 `python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/config_fields.py`,
-`redvillm_jax/modules/published_tables.py` and `redvillm_jax/bases/`.
+`redvillm_jax/modules/clip_fields.py`, `redvillm_jax/modules/llama_fields.py` and `redvillm_jax/bases/`.
 """
 
 

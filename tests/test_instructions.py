@@ -14,8 +14,8 @@ from data_pipeline.questions.formats import FIELDS, guess_language
 from data_pipeline.questions.instructions import read_instructions
 from data_pipeline.questions.mixture import read_mixture, split_weight
 from redvillm_jax.bases.contract import load_family
-from redvillm_jax.bases.qwen_vl import SPECIAL_TOKENS
 from redvillm_jax.demo.pretrain import write_text_files
+from redvillm_jax.modules.qwen_tokenizer import SPECIAL_TOKENS
 from redvillm_jax.training.rows import check_round_trip
 
 ROW = {"id": "1", "video": "clip", "language": "zh", "question": "先出现什么颜色？", "answer": "红色"}

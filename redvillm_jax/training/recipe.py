@@ -59,7 +59,12 @@ def make_training(
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
     dtype = jnp.dtype(config["dtype"])
     kernel = choose_kernel(
-        config["attention"], backend_of(mesh.devices.flat[0]), dtype, row_length, base.config.head_dim
+        config["attention"],
+        backend_of(mesh.devices.flat[0]),
+        dtype,
+        row_length,
+        base.config.head_dim,
+        base.config.window,
     )
     step = make_train_step(
         graphdef,

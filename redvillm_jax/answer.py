@@ -179,7 +179,7 @@ def answer_file(
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         if "picture" in row:
             return assistant.picture_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+        return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(output, settings, known)
     write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     generation, sizes, tensor = generation_of(flags), sizes_of(flags), positive(flags, "tensor")
     opened = open_model(flags["model"], flags["config"], flags["base"])
     store = open_store(flags["data"])
-    check_store(store, opened.base, opened.config)
+    check_store(store, opened.base, opened.settings)
     rows = questions(store, flags["benchmark"], flags["language"])
     require_shared("--out", as_path(flags["out"]))
     made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
@@ -98,12 +98,13 @@ def answer_store(
 
     def read(videos: list[str]) -> Iterator[Arrays]:
         for video in videos:
-            yield {name: array[0] for name, array in store.padded([index[video]]).items()}
+            times = {"seconds": store.seconds(index[video])} if assistant.places.has_text else {}
+            yield {name: array[0] for name, array in store.padded([index[video]]).items()} | times
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         if flags["text_only"]:
             return assistant.text_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+        return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(out / "answers.jsonl", settings, known)
     write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)

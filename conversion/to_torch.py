@@ -1,8 +1,8 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
 The projector keeps the published names; a copy such as the temporal module has the same names under
-`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them, and has the hashes of
-all files.
+`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with
+them, and has the hashes of all files.
 """
 
 import argparse

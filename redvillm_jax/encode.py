@@ -26,7 +26,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import absolute
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import load_model
-from redvillm_jax.model.settings import check_store, model_settings, open_config_base, stream_settings
+from redvillm_jax.model.settings import check_store, complete, model_settings, open_config_base, stream_settings
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
@@ -44,7 +44,7 @@ READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS)
+    flags = parse(argv, __doc__, OPTIONS, complete)
     config = flags["config"]
     for name in ("config", "data", "out"):
         if not flags[name]:

@@ -39,7 +39,7 @@ from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt
-from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.model.settings import check_store, complete, needed_parts
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
@@ -57,7 +57,7 @@ FLAGS = {
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no answer."""
-    flags = parse(argv, __doc__, FLAGS)
+    flags = parse(argv, __doc__, FLAGS, complete)
     for name in ("model", "data", "out"):
         if not flags[name]:
             raise UserError(f"--{name} is needed: {FLAGS[name][1]}")

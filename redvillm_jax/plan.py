@@ -22,7 +22,7 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
 from redvillm_jax.model.base_folder import Base, load_base_module, open_base, sized_base
 from redvillm_jax.model.build import VideoPlaces
-from redvillm_jax.model.settings import check_base, check_config, check_store, model_settings
+from redvillm_jax.model.settings import check_base, check_config, check_store, complete, model_settings
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
@@ -51,7 +51,7 @@ BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS)
+    flags = parse(argv, __doc__, OPTIONS, complete)
     config = flags["config"]
     if config is None or not (flags["topology"] or flags["all"]):
         raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")

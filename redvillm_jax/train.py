@@ -21,7 +21,7 @@ from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import VideoPlaces, load_model
 from redvillm_jax.model.run_config import as_trained, check_continues
-from redvillm_jax.model.settings import check_store, model_settings, needed_parts, open_config_base
+from redvillm_jax.model.settings import check_store, complete, model_settings, needed_parts, open_config_base
 from redvillm_jax.runtime import distributed
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.jsonl import LineFile, LineObject, open_lines
@@ -40,7 +40,7 @@ WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run dire
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")})
+    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")}, complete)
     if flags["config"] is None or not flags["workdir"]:
         raise UserError("--config and --workdir are needed, e.g. --config=configs/llava.py --workdir=runs/llava")
     return train(flags["config"], as_path(flags["workdir"]))

@@ -14,15 +14,18 @@ from data_pipeline.media.reading import Clip, Picture
 from redvillm_jax import encode, plan, train
 from redvillm_jax.inference.assistant import check_question
 from redvillm_jax.inference.engine import Generation
-from redvillm_jax.model.build import config_fields, known_videos
 from redvillm_jax.model.config_bounds import FIELDS
-from redvillm_jax.model.settings import check_config
+from redvillm_jax.model.settings import check_config, complete, config_fields, plain_config
+from redvillm_jax.video.contract import known_videos
 
-CONFIGS = [llava.get_config(), *map(qwen.get_config, qwen.LANGUAGES), *map(demo.get_config, FAMILIES)]
+CONFIGS = [
+    complete(config)
+    for config in (llava.get_config(), *map(qwen.get_config, qwen.LANGUAGES), *map(demo.get_config, FAMILIES))
+]
 
 
 def config(family: str = "qwen_vl", **changes) -> dict:
-    return json.loads(demo.get_config(family).to_json()) | changes
+    return plain_config(demo.get_config(family)) | changes
 
 
 def flat(tree, path: str = "") -> set[str]:
@@ -189,7 +192,7 @@ def test_the_nearest_name(name, nearest):
 
 
 def test_the_video_representations_are_known():
-    assert known_videos() == ["red_villm"]
+    assert known_videos() == ["image_grid", "red_villm", "slow_fast"]
 
 
 @pytest.mark.parametrize(

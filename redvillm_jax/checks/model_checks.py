@@ -19,7 +19,7 @@ from redvillm_jax.checks.machine_checks import ALL_FSDP, meshes
 from redvillm_jax.checks.random_data import RandomStreams, plan_random_rows, random_base
 from redvillm_jax.model.base_folder import Base, known_families
 from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
-from redvillm_jax.model.settings import model_settings
+from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention
 from redvillm_jax.runtime.cli import parse
@@ -116,7 +116,7 @@ def check_attention() -> str:
 @contextlib.contextmanager
 def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
     """A tiny base with random weights, and the demo's config for it."""
-    config = parse([f"--config={CONFIG}:{family}"], "", {})["config"]
+    config = parse([f"--config={CONFIG}:{family}"], "", {}, complete)["config"]
     with tempfile.TemporaryDirectory() as folder:
         yield random_base(family, Path(folder)), config | {"num_frames": NUM_FRAMES}
 

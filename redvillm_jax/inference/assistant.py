@@ -17,6 +17,7 @@ from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_pr
 from redvillm_jax.inference.streaming import pieces
 from redvillm_jax.model.base_folder import PARTS
 from redvillm_jax.model.build import VideoPlaces, load_model, num_picture_tokens, put_trained
+from redvillm_jax.model.settings import plain_config
 from redvillm_jax.modules.bounds import whole
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
@@ -45,7 +46,7 @@ def load(
     """
     quiet_without_tpu()
     if config is not None:
-        config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+        config = plain_config(config if isinstance(config, ConfigDict) else ConfigDict(config))
     return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
 
 

@@ -43,8 +43,9 @@ ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # and 
 class OpenedModel(NamedTuple):
     """A model that can answer, in whatever form it was given; no frozen weight is read yet.
 
-    config: its switches. settings: what of them decides the model. trained: its projectors as nested dicts of fp32 numpy arrays, None for an untrained video LLM,
-    as `load_model` makes it. name: its folder's. fingerprint: see `model_fingerprint`.
+    config: its switches. settings: what of them decides the model. trained: its projectors as nested dicts of fp32
+    numpy arrays, None for an untrained video LLM, as `load_model` makes it. name: its folder's. fingerprint: see
+    `model_fingerprint`.
     """
 
     config: Mapping[str, Any]

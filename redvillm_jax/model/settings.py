@@ -1,6 +1,7 @@
 """A config, the base it names and the store it trains on, checked against each other before anything is loaded."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -77,6 +78,11 @@ def complete(config: ConfigDict) -> ConfigDict:
             said = dict(config.get(name, {}))
             config[name] = ConfigDict(groups | said)
     return config
+
+
+def plain_config(config: ConfigDict) -> dict[str, Any]:
+    """A config with all its fields as nested dicts of numbers and texts; the one given stays as it is."""
+    return json.loads(complete(ConfigDict(config.to_dict())).to_json())
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ IMAGES_PER_DEVICE = 10  # encoded at once: bounds activations, and more of them 
 class VideoLLM(nnx.Module):
     """The parts, and how frames and text go through them.
 
-    `projectors` holds all that can be trained: the representation's projectors by their names, and "extra_mlp_<stream>".
+    `projectors` holds all that can be trained: the representation's projectors by their names, and the extra modules as
+    "extra_mlp_<stream>".
     `base` is a module of `redvillm_jax.bases`, `video` a `redvillm_jax.video.contract.Representation`.
     """
 

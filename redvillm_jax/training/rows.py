@@ -53,7 +53,8 @@ def make_prefix(before: Sequence[tuple[int, bool]], placed: Sequence[tuple[int, 
 class RowPlan(NamedTuple):
     """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it.
 
-    prefixes: by the video's number in the store; questions: by number, with their tokens. fingerprint(num_epochs): 64 hexadecimal digits of this plan with so many epochs, which may be fewer or more.
+    prefixes: by the video's number in the store; questions: by number, with their tokens. fingerprint(num_epochs): 64
+    hexadecimal digits of this plan with so many epochs, which may be fewer or more.
     """
 
     instructions: list[dict[str, Any]]

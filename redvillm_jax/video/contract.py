@@ -1,8 +1,8 @@
 """What a video representation is, and how one is found.
 
 A representation is a module with three names: FIELDS, the fields of the config that belong to it; GROUPS, the optimizer
-groups that have a learning rate of their own; and Video, a frozen dataclass below `Representation` with these fields. The
-module lies in this folder or anywhere else: `config.video` may be the dotted path of a module of your own.
+groups that have a learning rate of their own; and Video, a frozen dataclass below `Representation` with these fields.
+The module lies in this folder or anywhere else: `config.video` may be the dotted path of a module of your own.
 """
 
 import dataclasses
@@ -85,7 +85,8 @@ class Representation:
 
         "image": the projector of the image LLM, of which there is one at most; pictures go through it. "copy": a copy
         of it. "random": the same module with random weights. A projector has the same name in checkpoints, and is the
-        optimizer group of that name. An extra module of the stream with the image projector's name serves pictures, too.
+        optimizer group of that name. An extra module of the stream with the image projector's name serves pictures,
+        too.
         """
         raise NotImplementedError
 
@@ -105,8 +106,8 @@ class Representation:
     def text(self, name: str, frame: int | None, seconds: float | None) -> str:
         """The text that stands before a stream's tokens, or, for a layout with frames, before those of each frame.
 
-        frame: counted from 0 within the stream, None for a stream without frames. seconds: when the frame that `frame_of`
-        names is shown, from the first frame on; None where the file does not say, or for a stream without frames.
+        frame: counted from 0 within the stream, None for a stream without frames. seconds: when the frame is shown that
+        `frame_of` names, from the first frame on; None where the file does not say, or for a stream without frames.
         """
         return ""
 

@@ -3,9 +3,9 @@
 SlowFast-LLaVA (arXiv 2407.15841), untrained: every frame goes through the image LLM's projector; then the slow pathway
 pools 10 of 50 frames by 2 within rows, and the fast pathway all frames to 4 × 4 tokens. The settings are those of the
 published 7B configuration (github.com/apple/ml-slowfast-llava: slow_10frms_spatial_1d_max_pool-fast_4x4, 50 frames);
-set config.num_frames=50. fast_module=True gives the fast pathway a copy of the projector, as RED-VILLM duplicates it, to
-be trained with the other. pool_fast="before" pools features instead of tokens: a stored video then holds 16 features of
-a frame instead of all, and for a projector that is not linear the tokens differ from the published ones.
+set config.num_frames=50. fast_module=True gives the fast pathway a copy of the projector, as RED-VILLM duplicates it,
+to be trained with the other. pool_fast="before" pools features instead of tokens: a stored video then holds 16 features
+of a frame instead of all, and for a projector that is not linear the tokens differ from the published ones.
 """
 
 import dataclasses

@@ -6,10 +6,10 @@ The module lies in this folder or anywhere else: `config.video` may be the dotte
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -264,15 +264,14 @@ def known_videos() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "contract"))
 
 
-@functools.cache
 def load_video(name: str) -> ModuleType:
     """The module of a representation: a name of this folder, or a dotted path.
 
     Raises UserError for a name that is not known, a module that cannot be imported, and one that lacks something.
     """
     known = known_videos()
-    if name not in known and "." not in name:
-        near = did_you_mean(name, known)
+    if name not in known and not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)+", name)):
+        near = did_you_mean(str(name), known)
         raise UserError(
             f"config.video is {name!r}, expected one of {', '.join(known)}, or the dotted path of a module{near}"
         )

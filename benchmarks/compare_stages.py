@@ -21,6 +21,7 @@ from configs import llava, qwen
 from data_pipeline.common.errors import Parser, UserError, run
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import load_model
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.runtime.sharding import make_mesh
 
 CONFIGS = {"llava": llava, "qwen_vl": qwen}
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     config = CONFIGS[base.family].get_config()
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        got = stages(load_model(base, config, mesh, dtype=jnp.float32), base, reference)
+        got = stages(load_model(base, model_settings(config), mesh, dtype=jnp.float32), base, reference)
 
     header = ("array", "shape", "dtype", "largest |a-b|", "mean |a-b|", "relative", "limit", "ok")
     print("{:26} {:16} {:8} {:>13} {:>11} {:>9} {:>7}  {}".format(*header))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
 from data_pipeline.common.errors import Parser, UserError, run
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
 from redvillm_jax.runtime.chips import Chip, parse_topology, tpu_devices
 
@@ -81,13 +82,13 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": -1}, devices)
     base = sized_base(family, next(iter(load_family(family).SIZES)))
-    switches = importlib.import_module(CONFIGS[family]).get_config().to_dict()
+    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     with jax.set_mesh(mesh):
-        model = load_model(base, switches, mesh, dtype=jnp.bfloat16, parts=("projector", "llm"))
+        model = load_model(base, model_settings(switches), mesh, dtype=jnp.bfloat16, parts=("projector", "llm"))
         inference = Inference(model, mesh, jnp.bfloat16, [0])
         keys = jax.eval_shape(lambda: model.llm.init_cache(rows, slots, jnp.bfloat16))[0]
         cache = array(keys.shape, keys.dtype, None, None, "tensor")

@@ -35,6 +35,7 @@ from benchmarks.variants import Running, Variant, ask, gpu_name, print_table, st
 from data_pipeline.common.errors import Parser, UserError, run
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import read_config
+from redvillm_jax.model.settings import plain_config
 
 BEFORE, QUESTION = {"tiny": 3, "7b": 35}, 24  # tokens before the picture and behind it
 SIDES = {"transformers": "with_transformers", "this project": "with_this_project"}
@@ -283,7 +284,7 @@ def with_this_project(
 
     mesh = open_mesh(device)
     with jax.set_mesh(mesh):
-        _, model = load(open_sized("llava", config, folder), get_config().to_dict(), mesh, dtype, PARTS)
+        _, model = load(open_sized("llava", config, folder), plain_config(get_config()), mesh, dtype, PARTS)
     inference = Inference(model, mesh, jnp.dtype(dtype), [-1])  # no id stops an answer
     del model
     slots = list(range(config.num_patches))

@@ -31,6 +31,7 @@ from benchmarks.variants import print_table  # noqa: E402
 from configs.demo import get_config  # noqa: E402
 from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
 from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS, moving_scene, render, write_mp4  # noqa: E402
+from redvillm_jax.model.settings import plain_config  # noqa: E402
 
 ANSWER = {"max_new_tokens": 16}
 BASES = ROOT / "redvillm_jax" / "demo" / "bases"
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
         copies = [Path(shutil.copy(clip, clip.with_stem(f"clip-{number}"))) for number in range(len(questions) + 2)]
         base = Path(folder) / "base"
         convert(flags.base, BASES / flags.base, base)
-        config = get_config(flags.base).to_dict() | {"num_frames": flags.frames}
+        config = plain_config(get_config(flags.base)) | {"num_frames": flags.frames}
         model = redvillm_jax.load(base, config=config)
 
         def fresh() -> tuple[list[str], list[float]]:

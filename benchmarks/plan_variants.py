@@ -7,7 +7,6 @@ with one thing changed; a variant that does not fit says what it would need. Com
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline.common.errors import Parser, run
 from redvillm_jax.model.base_folder import sized_base
-from redvillm_jax.model.build import token_slots
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.plan import BEST, gb
 from redvillm_jax.planning.programs import compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, fill_rows, paper_lengths
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     chip, _ = parse_topology(flags.topology)
     devices = tpu_devices(flags.topology)
     module, size = CONFIGS[flags.family]
-    config, base = json.loads(importlib.import_module(module).get_config().to_json()), sized_base(flags.family, size)
-    tokens = len(token_slots(base, config)(config["num_frames"]))
+    config, base = plain_config(importlib.import_module(module).get_config()), sized_base(flags.family, size)
+    tokens = VideoPlaces(base, model_settings(config)).most
     print(
         "| variant | rows a chip | bound | real tokens | ms | compute, kernels, collectives, copies | GB | compiled |"
     )

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import temporary_name
 from redvillm_jax.bases.contract import Family
-from redvillm_jax.model.base_folder import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
+from redvillm_jax.model.base_folder import ADDED, BASE_MARK, canonical_name, expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
@@ -258,7 +258,7 @@ def listed(items: Iterable[str], limit: int = 20) -> str:
 
 def is_extra(name: str) -> bool:
     """Whether a tensor was added by an export of a trained run."""
-    return name.startswith((TEMPORAL_PREFIX, EXTRA_PREFIX))
+    return ADDED.match(name) is not None
 
 
 def find_names(base: Family, names: Iterable[str]) -> dict[str, list[str]]:

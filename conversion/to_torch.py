@@ -1,8 +1,8 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
-The projector keeps the published names; the temporal module has the same names under `temporal_module.`, extra
-MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them, and has the hashes of
-all files.
+The projector keeps the published names; a copy such as the temporal module has the same names under
+`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with
+them, and has the hashes of all files.
 """
 
 import argparse
@@ -40,26 +40,11 @@ from redvillm_jax.model.base_folder import (
     projector_names,
 )
 from redvillm_jax.model.run_config import as_trained
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.runtime.chips import quiet_without_tpu
+from redvillm_jax.video.contract import Representation, image_projector, load_video
 
-METHOD = (  # the run's switches that are needed to rebuild the model, here or in PyTorch, and to answer as it does
-    "video",
-    "num_frames",
-    "streams",
-    "stream_order",
-    "temporal_module",
-    "temporal_init",
-    "train_spatial",
-    "extra_mlp",
-    "spatial_pool",
-    "short_video",
-    "qwen_align",
-    "temporal_positions",
-    "labels",
-    "sampling",
-    "dtype",
-    "int8",
-)
+IMAGE = "image"  # the group of the image LLM's projector in exports of a run that does not use it
 
 
 def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
@@ -80,8 +65,8 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
     tensors = read_folder(base.path)
     separate_vision = (base.path / "vision").is_dir()
     tower = read_folder(base.path / "vision") if any(base.path.glob("vision/*.safetensors")) else {}
-    own = projector_names(base, "spatial")
-    new = trained_tensors(base, tensors, trained)
+    own = projector_names(base, None)
+    new = {} if config is None else trained_tensors(base, model_settings(config).video, tensors, trained)
     if full:
         dtype = tensors[next(iter(own))].dtype
         rounded = {n: array.astype(tensors[n].dtype if n in tensors else dtype) for n, array in new.items()}
@@ -142,15 +127,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
-def trained_tensors(base: Base, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def trained_tensors(
+    base: Base, video: Representation, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
+    image = image_projector(video) or IMAGE
     arrays = {}
-    for group, tree in ({"spatial": {}} | dict(trained) if trained else {}).items():
+    for group, tree in ({image: {}} | dict(trained)).items():
         flat = flatten(tree)
         if group.startswith(EXTRA_PREFIX):
             arrays |= {f"{group}.{path}": np.asarray(array, np.float32) for path, array in flat.items()}
             continue
-        names = zip(projector_names(base, group).items(), projector_names(base, "spatial"), strict=True)
+        copy = None if group == image else group
+        names = zip(projector_names(base, copy).items(), projector_names(base, None), strict=True)
         for (name, leaf), published in names:
             path = ".".join(leaf.path)
             arrays[name] = np.asarray(flat[path] if path in flat else tensors[published].read(), np.float32)
@@ -174,8 +163,15 @@ def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
         "resize": base.module.RESIZE,
         "mean": base.module.MEAN,
         "std": base.module.STD,
-        "method": {name: config[name] for name in METHOD if name in config} if config else {},
+        "method": {name: config[name] for name in method_fields(config)} if config else {},
     }
+
+
+def method_fields(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a run that are needed to rebuild its model, here or in PyTorch, and to answer as it does."""
+    settings = model_settings(config)
+    own = [*load_video(settings.representation).FIELDS, *settings.projector_options]
+    return ["video", "num_frames", *own, "labels", "sampling", "dtype", "int8"]
 
 
 def point_at_vision(file: Path, field: str) -> None:

@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import tempfile
@@ -160,6 +161,17 @@ class VideoStore:
             if record[name].shape != wanted:
                 raise UserError(f"{where} has {name} of shape {record[name].shape}, expected {wanted}; {mend}")
         return record
+
+    def seconds(self, index: int) -> list[float]:
+        """The times of a video's frames, from its first on, NaN where the file does not say.
+
+        A store of streams has them where they were encoded for a representation with text between the visual tokens.
+        """
+        if self.meta["kind"] == "frames":
+            return self[index]["timestamps"].tolist()
+        if "seconds" not in self.videos[index]:
+            raise UserError(f"{self.path}: does not say when frames are shown; encode the frames again")
+        return [math.nan if at is None else at for at in self.videos[index]["seconds"]]
 
     def padded(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Reads records into arrays of static shape, zeros where a record is shorter or the index is -1.

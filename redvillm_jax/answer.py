@@ -50,6 +50,7 @@ from redvillm_jax.inference.answering import (
 from redvillm_jax.inference.assistant import Assistant, load
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.prompts import Prompt
+from redvillm_jax.model.settings import complete
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
@@ -69,7 +70,7 @@ FLAGS = {
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question of --input has no answer."""
-    flags = parse(argv, __doc__, FLAGS)
+    flags = parse(argv, __doc__, FLAGS, complete)
     if not flags["model"]:
         raise UserError(f"--model is needed: {FLAGS['model'][1]}")
     generation, sizes, workers = generation_of(flags), sizes_of(flags), positive(flags, "num_workers")
@@ -179,7 +180,7 @@ def answer_file(
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         if "picture" in row:
             return assistant.picture_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+        return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(output, settings, known)
     write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)

@@ -10,6 +10,7 @@ processes share the shards. Each device has the whole encoder and encodes videos
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,12 +26,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import absolute
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import load_model
-from redvillm_jax.model.settings import check_store, open_config_base, stream_settings
+from redvillm_jax.model.settings import check_store, complete, model_settings, open_config_base, stream_settings
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
 from redvillm_jax.runtime.shared_folder import require_shared
 from redvillm_jax.training.recipe import make_encode_step
+from redvillm_jax.video.contract import Representation, has_text
 
 OPTIONS = {
     "data": (None, "A frame store made by data_pipeline.prepare."),
@@ -42,7 +44,7 @@ READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS)
+    flags = parse(argv, __doc__, OPTIONS, complete)
     config = flags["config"]
     for name in ("config", "data", "out"):
         if not flags[name]:
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
     base, frames = open_config_base(config), stores.open_store(flags["data"])
     if frames.meta["kind"] != "frames":
         raise UserError(f"{flags['data']} holds streams already; give the frame store they were made from")
-    check_store(frames, base, config)
+    check_store(frames, base, model_settings(config))
     require_shared("--out", flags["out"])
     with locked(flags["out"]):
         encode_store(flags, base, frames)
@@ -61,12 +63,13 @@ def main(argv: list[str]) -> None:
 def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore) -> None:
     """Writes the shards that are missing, and what describes them."""
     config = flags["config"]
+    made_for = model_settings(config)
     mesh = make_mesh(DATA_PARALLEL, jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-positive(flags, "batch_size") // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
     with jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=dtype, parts=("encoder",))
+        model = load_model(base, made_for, mesh, dtype=dtype, parts=("encoder",))
         pooled_streams, weights = make_encode_step(model, dtype)
         shapes = jax.eval_shape(
             pooled_streams,
@@ -77,7 +80,7 @@ def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore
         settings = {
             "kind": "streams",
             **{key: frames.meta[key] for key in ("num_frames", "sampling", "image_size", "resize")},
-            **stream_settings(base, config),
+            **stream_settings(base, made_for),
             "computed_in": config["dtype"],
             "dtype": flags["dtype"],
             "streams": {name: list(x.shape[1:]) for name, x in shapes.items()},
@@ -97,7 +100,7 @@ def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore
                 for i, video in enumerate(videos):
                     record = {name: x[i] for name, x in streams.items()}
                     check_finite(record, frames.videos[video]["video"], str(base.path), flags["dtype"])
-                    yield {"line": frames.videos[video], "record": record}
+                    yield {"line": frames.videos[video] | times(frames, video, made_for.video), "record": record}
                 bar.update(len(videos))
             bar.close()
 
@@ -115,6 +118,13 @@ def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore
     values = sum(int(np.prod(shape)) for shape in settings["streams"].values())
     size = f"{values * jnp.dtype(flags['dtype']).itemsize:,} bytes each"
     print(f"{flags['out']}: {len(shards.videos)} videos, {size}; train with --config.data={flags['out']}")
+
+
+def times(frames: stores.VideoStore, video: int, representation: Representation) -> dict[str, list[float | None]]:
+    """{"seconds"} of a video's frames for a representation that puts text between the visual tokens."""
+    if not has_text(representation):
+        return {}
+    return {"seconds": [None if math.isnan(at) else at for at in frames.seconds(video)]}
 
 
 def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype: str) -> None:

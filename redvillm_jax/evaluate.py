@@ -39,7 +39,7 @@ from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt
-from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.model.settings import check_store, complete, needed_parts
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
@@ -57,14 +57,14 @@ FLAGS = {
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no answer."""
-    flags = parse(argv, __doc__, FLAGS)
+    flags = parse(argv, __doc__, FLAGS, complete)
     for name in ("model", "data", "out"):
         if not flags[name]:
             raise UserError(f"--{name} is needed: {FLAGS[name][1]}")
     generation, sizes, tensor = generation_of(flags), sizes_of(flags), positive(flags, "tensor")
     opened = open_model(flags["model"], flags["config"], flags["base"])
     store = open_store(flags["data"])
-    check_store(store, opened.base, opened.config)
+    check_store(store, opened.base, opened.settings)
     rows = questions(store, flags["benchmark"], flags["language"])
     require_shared("--out", as_path(flags["out"]))
     made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
@@ -98,12 +98,13 @@ def answer_store(
 
     def read(videos: list[str]) -> Iterator[Arrays]:
         for video in videos:
-            yield {name: array[0] for name, array in store.padded([index[video]]).items()}
+            times = {"seconds": store.seconds(index[video])} if assistant.places.has_text else {}
+            yield {name: array[0] for name, array in store.padded([index[video]]).items()} | times
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         if flags["text_only"]:
             return assistant.text_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+        return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(out / "answers.jsonl", settings, known)
     write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)

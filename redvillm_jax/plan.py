@@ -22,15 +22,15 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base, sized_base
-from redvillm_jax.model.build import token_slots
-from redvillm_jax.model.settings import check_base, check_config, check_store
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import check_base, check_config, check_store, complete, model_settings
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
 from redvillm_jax.runtime.cli import parse, positive
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
-from redvillm_jax.training.rows import plan_rows
+from redvillm_jax.training.rows import plan_rows, row_settings
 
 OPTIONS = {
     "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
@@ -52,7 +52,7 @@ BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS)
+    flags = parse(argv, __doc__, OPTIONS, complete)
     config = flags["config"]
     if config is None or not (flags["topology"] or flags["all"]):
         raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")
@@ -70,23 +70,22 @@ def main(argv: list[str]) -> None:
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
     """The base, the questions' lengths and how many questions an epoch has."""
-    family = config["family"]
+    family, settings = config["family"], model_settings(config)
     if config["base"] and not size:
-        base = check_base(open_base(config["base"]), config)
+        base = check_base(open_base(config["base"]), settings)
     else:
-        base = check_base(sized_base(family, size or next(iter(load_family(family).SIZES))), config)
-    slots = token_slots(base, config)
+        base = check_base(sized_base(family, size or next(iter(load_family(family).SIZES))), settings)
+    places = VideoPlaces(base, settings)
     if not config["data"]:
-        return shapes_only(base), paper_lengths(len(slots(config["num_frames"]))), QUESTIONS
+        return shapes_only(base), paper_lengths(places.most), QUESTIONS
     if base.path is None:
         raise UserError("--config.data needs --config.base, whose tokenizer counts its questions")
     store = open_store(config["data"])
-    check_store(store, base, config)
-    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), slots)
-    questions = plan.row_fn.keywords["questions"]
+    check_store(store, base, settings)
+    plan = plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
     index = {video["video"]: i for i, video in enumerate(store.videos)}
     videos = np.array([index[row["video"]] for row in plan.instructions])
-    return shapes_only(base), (videos, plan.row_fn.keywords["prefixes"], questions), len(questions)
+    return shapes_only(base), (videos, plan.prefixes, plan.questions), len(plan.questions)
 
 
 def shapes_only(base: Base) -> Base:

@@ -19,9 +19,9 @@ from data_pipeline.common.files import absolute, as_path, make_folder, write_tex
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.build import VideoPlaces, load_model
 from redvillm_jax.model.run_config import as_trained, check_continues
-from redvillm_jax.model.settings import check_store, needed_parts, open_config_base
+from redvillm_jax.model.settings import check_store, complete, model_settings, needed_parts, open_config_base
 from redvillm_jax.runtime import distributed
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.jsonl import LineFile, LineObject, open_lines
@@ -32,15 +32,15 @@ from redvillm_jax.training import checkpoint
 from redvillm_jax.training.diagnose import check_steps, in_words
 from redvillm_jax.training.flops import matrix_sizes
 from redvillm_jax.training.optim import FROZEN, warmup_cosine
-from redvillm_jax.training.recipe import make_training
-from redvillm_jax.training.rows import plan_rows, show_rows, supervised_tokens
+from redvillm_jax.training.recipe import make_training, recipe_of
+from redvillm_jax.training.rows import plan_rows, row_settings, show_rows, supervised_tokens
 from redvillm_jax.training.throughput import Speed
 
 WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run directory, beside its checkpoints
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")})
+    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")}, complete)
     if flags["config"] is None or not flags["workdir"]:
         raise UserError("--config and --workdir are needed, e.g. --config=configs/llava.py --workdir=runs/llava")
     return train(flags["config"], as_path(flags["workdir"]))
@@ -52,13 +52,14 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     Returns the exit code: 0 at the end, `stopping.EXIT_CODE` when SIGTERM came before it and all is saved.
     """
     base, store = open_inputs(config)
+    settings = model_settings(config)
     mesh = make_mesh(config["mesh"], devices)
     epochs_before = open_workdir(workdir, config)
     require_shared("--workdir", workdir)
 
     # Rows of all epochs, from token lengths alone.
     tokenizer = base.module.Tokenizer(base.path)
-    plan = plan_rows(config, base, store, tokenizer, token_slots(base, config))
+    plan = plan_rows(row_settings(config), base, store, tokenizer, VideoPlaces(base, settings))
     steps, rows_per_step = plan.steps, round_up(plan.bounds.rows_per_step, num_batch_shards(mesh))
 
     def identity_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -66,8 +67,9 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
 
     identity = identity_of(config)
     with distributed.locked(workdir), jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
-        training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
+        model = load_model(base, settings, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
+        sizes = {"num_steps": len(steps), "row_length": plan.slots_per_row}
+        training = make_training(recipe_of(config), base, settings, model, mesh, **sizes)
 
         # From the newest checkpoint, if there is one.
         start, state = checkpoint.restore(workdir, training.state, identity=identity_of)
@@ -159,7 +161,7 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
             f"--base={config['base']} --out=FRAMES, then pass --config.data=FRAMES"
         )
     store = open_store(config["data"])
-    check_store(store, base, config)
+    check_store(store, base, model_settings(config))
     return base, store
 
 

@@ -14,11 +14,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from data_pipeline.store import Shards, finish_store, open_store
+from data_pipeline.store import Shards, VideoStore, finish_store, open_store
 from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
-from redvillm_jax.model.base_folder import name_table
+from redvillm_jax.model.base_folder import Base, name_table
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.training.rows import RowPlan, plan_rows, row_settings
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
@@ -99,6 +102,12 @@ def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.nda
     """Changes a tensor of a base's single safetensors file."""
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def plan_of(config: Mapping[str, Any], base: Base, store: VideoStore) -> RowPlan:
+    """The rows of a whole config."""
+    places = VideoPlaces(base, model_settings(config))
+    return plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
 
 
 class ParityTable:

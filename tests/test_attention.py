@@ -38,9 +38,7 @@ def test_a_window_that_is_narrower_than_a_row_takes_xla():
     tpu = Backend("tpu")
     choices = [choose_kernel("auto", tpu, jnp.bfloat16, 1024, 128, window) for window in (None, 2048, 1024, 1023)]
     assert choices == ["splash", "splash", "splash", "xla"]
-    with pytest.raises(
-        UserError, match="splash cannot be used: layers see 512 of a row's 1024 keys; use xla"
-    ):
+    with pytest.raises(UserError, match="splash cannot be used: layers see 512 of a row's 1024 keys; use xla"):
         choose_kernel("splash", tpu, jnp.bfloat16, 1024, 128, 512)
 
 

@@ -55,6 +55,20 @@ def test_overrides_may_stand_before_the_file():
     assert found["seed"] == 3 and found["mesh"]["fsdp"] == 2 and found["pack"] is False and found["int8"] is True
 
 
+@pytest.mark.parametrize("video", [["--config.video=other"], ["--config.video", "other"], ["-config.video=other"]])
+def test_fields_that_family_and_video_bring_may_be_set(video):
+    def complete(config):
+        assert (config.family, config.seed) == ("mine", 0), "other overrides come later"
+        config[f"{config.video}_grid"] = 2
+        return config
+
+    argv = ["--config=llava", "--config.seed=3", "--config.other_grid=4", "--config.family=mine", *video]
+    found = cli.parse(argv, "", OPTIONS, complete)["config"]
+    assert (found["family"], found["video"], found["other_grid"], found["seed"]) == ("mine", "other", 4, 3)
+    with pytest.raises(UserError, match=r"no field 'other_gird'; did you mean other_grid\?"):
+        cli.parse(["--config=llava", "--config.other_gird=4", "--config.family=mine", *video], "", OPTIONS, complete)
+
+
 LLAVA = "--config=configs/llava.py"
 
 

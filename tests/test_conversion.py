@@ -15,16 +15,18 @@ import torch
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
+from configs import demo
 from conversion import names
 from conversion.from_torch import from_torch
 from conversion.from_torch import main as from_torch_command
-from conversion.to_torch import METHOD, to_torch
+from conversion.to_torch import method_fields, to_torch
 from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava
 from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer
 from redvillm_jax.inference import open_model
 from redvillm_jax.model.base_folder import canonical_name, expected_tensors, load_part, name_table, open_base
+from redvillm_jax.model.settings import plain_config
 from redvillm_jax.training import checkpoint
 from redvillm_jax.video import red_villm
 from tests.helpers import REFERENCE
@@ -449,10 +451,10 @@ def test_projectors_of_a_run(tmp_path):
 
 
 def test_an_export_says_every_switch_that_answering_needs():
-    bases = [load_family(family) for family in known_families()]
-    needed = {field.name for field in dataclasses.fields(red_villm.Video)}
-    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(open_model.ANSWERING) - {"seed"}
-    assert needed <= set(METHOD)
+    for family in known_families():
+        config = plain_config(demo.get_config(family))
+        needed = {*red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, *open_model.ANSWERING} - {"seed"}
+        assert needed <= set(method_fields(config))
 
 
 def test_what_a_run_did_not_train_is_the_base_s(tmp_path):

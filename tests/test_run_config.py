@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
+from helpers import plan_of
 from test_inputs import change_json, write_run
 from test_train import make_config
 
@@ -17,9 +18,7 @@ from redvillm_jax import train
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.inference.open_model import ANSWERING, open_model
 from redvillm_jax.model import run_config
-from redvillm_jax.model.build import token_slots
 from redvillm_jax.training.optim import warmup_cosine
-from redvillm_jax.training.rows import plan_rows
 from redvillm_jax.video import red_villm
 
 FORMAT = {family: Path(__file__).parent / "run_configs" / f"{family}.json" for family in FAMILIES}
@@ -56,7 +55,7 @@ def test_a_run_that_lacks_a_field_is_what_it_was(family, old_runs):
     run, file = old_runs[family], old_runs[family] / "config.json"
     whole, text = open_model(run), file.read_text()
     known = json.loads(text)
-    needed = {*ANSWERING, *red_villm.OPTIONS, *load_family(family).PROJECTOR_OPTIONS, "family"}
+    needed = {*ANSWERING, *red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, "family"}
     for name in sorted(known.keys() - {"base"}):
         change_json(file, lambda config, name=name: config.pop(name))
         try:
@@ -151,9 +150,7 @@ def test_another_number_of_epochs_sees_the_same_rows_of_each(tmp_path, bases, st
         assert f"num_epochs is {epochs}, was {was}: from step {step} on the learning" in capsys.readouterr().out
         assert logged(tmp_path, "loss")[: len(before)] == before
     base, store = train.open_inputs(config)
-    plan = plan_rows(
-        config | {"num_epochs": 3}, base, store, base.module.Tokenizer(base.path), token_slots(base, config)
-    )
+    plan = plan_of(config | {"num_epochs": 3}, base, store)
     assert seen == plan.steps[:18] and len(plan.steps) == 27
     np.testing.assert_allclose(logged(tmp_path, "learning_rate"), schedule(27)[:4] + schedule(9)[4:] + schedule(18)[9:])
     with pytest.raises(UserError, match=r"has done 18 steps, config.num_epochs=1 has 9: num_epochs may grow"):

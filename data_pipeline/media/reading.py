@@ -56,7 +56,8 @@ class Reading(NamedTuple):
 
 
 def read_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray]:
-    """Reads a video as {"frames": (num_frames, S, S, 3) uint8, zeros behind the real ones; "num_frames": () int32}.
+    """Reads a video as {"frames": (num_frames, S, S, 3) uint8, zeros behind the real ones; "num_frames": () int32;
+    "seconds": (n,) float32, the times of the real ones}.
 
     A picture becomes {"pictures": (S, S, 3) uint8}. Raises UserError.
     """
@@ -65,10 +66,11 @@ def read_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray]
     if isinstance(media, Picture):
         return {"pictures": read_picture(media.path, reading.image_size, reading.fit)}
     *settings, _ = reading._asdict().items()
-    frames = read_video(media.path, **dict(settings), part=media.part).frames
+    video = read_video(media.path, **dict(settings), part=media.part)
+    frames = video.frames
     padded = np.zeros((reading.num_frames, *frames.shape[1:]), frames.dtype)
     padded[: len(frames)] = frames
-    return {"frames": padded, "num_frames": np.int32(len(frames))}
+    return {"frames": padded, "num_frames": np.int32(len(frames)), "seconds": video.timestamps}
 
 
 def try_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray] | UserError:

@@ -39,7 +39,7 @@ def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: i
     rng = np.random.default_rng(0)
     count = batch_questions * num_steps
     question_videos = np.arange(count) // QUESTIONS_PER_VIDEO
-    prefix = make_prefix([(1, False), (2, False)], slots)
+    prefix = make_prefix([(1, False), (2, False)], [(0, slot) for slot in slots])
     questions = [
         Question(rng.integers(3, TOKENS, length).astype(np.int32), np.arange(length) >= length // 2)
         for length in rng.integers(4, 12, count)

@@ -153,7 +153,7 @@ def write_answers(
 
 def frames_seen(one: Asked) -> dict[str, int]:
     """{"num_frames"} of a question that is asked with a video."""
-    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.slots and "num_frames" in one.arrays else {}
+    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.num_visual and "num_frames" in one.arrays else {}
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:

@@ -126,11 +126,12 @@ class Inference:
         any prompt about it (of its context class).
         """
         arrays, prompts = zip(*videos.values(), strict=True)
-        stacked = {name: pad_rows([video[name] for video in arrays], rows) for name in arrays[0]}
+        names = [name for name in arrays[0] if name != "seconds"]  # times stand in the prompts
+        stacked = {name: pad_rows([video[name] for video in arrays], rows) for name in names}
         width = prompts[0].width
         prefixes = {
-            "token_ids": pad([[*p.before, *[0] * len(p.slots)] for p in prompts], rows, width, 0),
-            "video_slots": pad([[-1] * len(p.before) + p.slots for p in prompts], rows, width, -1),
+            "token_ids": pad([[token for token, _ in p.prefix] for p in prompts], rows, width, 0),
+            "video_slots": pad([[slot for _, slot in p.prefix] for p in prompts], rows, width, -1),
             "length": column([p.prefix_length for p in prompts], rows),
             "context_length": column([p.length for p in prompts], rows),
         }
@@ -153,7 +154,8 @@ class Inference:
         for each prompt, which together with the seed decides what is drawn for it.
         """
         width = bucket(max(len(p.question) for p in prompts), LEAST_QUESTION)
-        before = max(len(p.before) for p in prompts)
+        texts = [p.text_ids for p in prompts]
+        before = max(len(text) - len(p.question) for text, p in zip(texts, prompts, strict=True))
         new = bucket(generation.max_new_tokens, LEAST_ANSWER)
         with jax.set_mesh(self.mesh):
             cache = None
@@ -168,7 +170,7 @@ class Inference:
                 "token_ids": pad([p.question for p in prompts], rows, width, 0),
                 "length": column([len(p.question) for p in prompts], rows),
                 "prefix_length": column([p.prefix_length for p in prompts], rows),
-                "text_ids": pad([[*p.before, *p.question] for p in prompts], rows, before + width, self.vocab_size),
+                "text_ids": pad(texts, rows, before + width, self.vocab_size),
             }
             random = self._keys(np.uint32(generation.seed), column(numbers, rows))
             arguments = (generation.sampling, random, self.stop_ids)

@@ -24,9 +24,9 @@ from redvillm_jax.modules.quantize import quantize, quantized_shapes
 PARTS = ("encoder", "projector", "llm")
 BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
-TEMPORAL_PREFIX = "temporal_module."  # of names in exports
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
-EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
+EXTRA_PREFIX = "extra_mlp_"  # followed by the stream: a module behind its projector, in checkpoints and exports
+ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # how names begin that exports add to the published ones
 REMEDY = BASE.remedy
 
 
@@ -254,15 +254,15 @@ def load_part(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def projector_names(base: Base, projector: str) -> dict[str, Leaf]:
-    """A projector's leaves by their names in exports: the published ones, the temporal module's under a prefix."""
+def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:
+    """A projector's leaves by their names in exports: the published ones, those of a copy below `<copy>_module.`."""
     table = name_table(abstract_part(base.module, "projector", base.config), base.module.PREFIX["projector"])
     check_tensors(base, table)
     published = {base.published[name]: leaf for name, leaf in table.items()}
-    if projector == "spatial":
+    if copy is None:
         return published
     shared = common_prefix(published)
-    return {TEMPORAL_PREFIX + name.removeprefix(shared): leaf for name, leaf in published.items()}
+    return {f"{copy}_module.{name.removeprefix(shared)}": leaf for name, leaf in published.items()}
 
 
 def common_prefix(names: Iterable[str]) -> str:

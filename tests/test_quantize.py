@@ -76,7 +76,7 @@ def test_every_matrix_but_the_head_is_quantized_and_close(family, bases):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     exact, small = load(bases[family], mesh), load(bases[family], mesh, int8=True)
     wide = {".".join(path): layer for path, layer in linears(small).items() if layer.scale is None}
-    assert wide.keys() == {"lm_head"}
+    assert wide.keys() == ({"lm_head"} if isinstance(exact.head, Linear) else set())
     for path, layer in linears(small).items():
         want = linears(exact)[path].weight[...]
         if layer.scale is None:

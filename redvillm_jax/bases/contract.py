@@ -103,6 +103,7 @@ CONFIG = {  # attributes of a Config -> what they are
     "feature_size": "width D of a feature",
     "hidden_size": "width K of a token",
     "vocab_size": "rows of the embedding table",
+    "max_position_embeddings": "tokens of the longest text",
     "num_attention_heads": "heads of the language model",
     "head_dim": "width of such a head",
     "window": "how many keys its narrowest layer sees, None: all before a query",

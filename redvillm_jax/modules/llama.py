@@ -56,6 +56,7 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None

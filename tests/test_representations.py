@@ -168,6 +168,8 @@ def test_through_everything(kind, bases, stores, videos, tmp_path):
         line for line in answers["frames"] if line["video"] == record["video"] and line["question"] == question
     )
     assert first["prediction"] == said
+    untrained = Assistant(open_model(base, make_config("llava", "", "", **changes)))
+    assert isinstance(untrained.ask(clip, question, max_new_tokens=2), str)
     times = [f"{at:.1f}s[1 visual tokens]" for at in open_store(stores["llava"]).seconds(0)]
     assert ("".join(times) in first["prompt"].replace(" s", "s")) == (kind == "outside")
 

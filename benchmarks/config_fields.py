@@ -5,7 +5,7 @@ python -m benchmarks.config_fields
 
 from pathlib import Path
 
-from redvillm_jax.model.base_folder import known_families, load_base_module
+from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.modules.config_fields import COMMON, FIXED, NOTHING, READ, Fields
 
 FILE = Path(__file__).parents[1] / "docs" / "config_fields.md"
@@ -19,7 +19,7 @@ the file if you know that it changes nothing. All of this happens when a checkpo
 folder is opened. A field that a file omits has the value of transformers' class (LLaVA) or must be there (Qwen-VL).
 
 `python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/config_fields.py`,
-`redvillm_jax/modules/published_tables.py` and `redvillm_jax/bases/`.
+`redvillm_jax/modules/clip_fields.py`, `redvillm_jax/modules/llama_fields.py` and `redvillm_jax/bases/`.
 """
 
 
@@ -39,7 +39,7 @@ def tables() -> str:
     parts = [table("In every file that transformers writes", COMMON)]
     for family in known_families():
         parts.append(f"## --family={family}")
-        for title, fields in load_base_module(family).FIELDS.items():
+        for title, fields in load_family(family).FIELDS.items():
             own = {name: field for name, field in fields.items() if COMMON.get(name) != field}
             parts.append(table(title, own))
     return "\n\n".join(parts) + "\n"

@@ -71,16 +71,17 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    from redvillm_jax.bases.contract import load_family
     from redvillm_jax.inference.engine import Inference
     from redvillm_jax.inference.generate import Rows
     from redvillm_jax.inference.sampler import Sampling
-    from redvillm_jax.model.base_folder import load_base_module, sized_base
+    from redvillm_jax.model.base_folder import sized_base
     from redvillm_jax.model.build import load_model
     from redvillm_jax.planning.programs import bytes_per_chip
     from redvillm_jax.runtime.sharding import make_mesh
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": -1}, devices)
-    base = sized_base(family, next(iter(load_base_module(family).SIZES)))
+    base = sized_base(family, next(iter(load_family(family).SIZES)))
     switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:

@@ -4,8 +4,9 @@ python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [
 """
 
 from data_pipeline.common.errors import run
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model import video_llm
-from redvillm_jax.model.base_folder import load_base_module, sized_base
+from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.settings import complete
 from redvillm_jax.plan import shapes_only
 from redvillm_jax.planning.programs import compile_encode
@@ -22,7 +23,7 @@ OPTIONS = {
 def main(argv: list[str]) -> None:
     flags = parse(argv, __doc__, OPTIONS, complete)
     config = flags["config"]
-    size = flags["size"] or next(iter(load_base_module(config["family"]).SIZES))
+    size = flags["size"] or next(iter(load_family(config["family"]).SIZES))
     base = shapes_only(sized_base(config["family"], size))
     chip, _ = parse_topology(flags["topology"])
     devices = tpu_devices(flags["topology"])

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base
 from redvillm_jax.model.build import VideoPlaces, load_model
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
@@ -78,7 +79,7 @@ def open_sized(family: str, config: Any, folder: Path | None) -> Base:
     """The base in a folder, or one of this config without weights."""
     if folder:
         return open_base(folder)
-    return Base(None, family, load_base_module(family), config, "", None, {})
+    return Base(None, family, load_family(family), config, "", None, {})
 
 
 def load(

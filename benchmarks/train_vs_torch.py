@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.variants import Variant, failed, measure, parse, print_table
 from data_pipeline.common.errors import Parser, run
 from data_pipeline.packing import Prefix, Question, Row, fill_row, plan_epoch, row_bounds
-from redvillm_jax.model.base_folder import load_base_module, read_config
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import read_config
 from redvillm_jax.runtime.chips import GPU_PEAKS
 from redvillm_jax.training.flops import step_flops
 
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     gpu, size = flags.gpu, flags.size
     work = WORKLOADS[flags.family, size]
     work = dataclasses.replace(work, row_length=work.row_length if flags.row_length is None else flags.row_length)
-    module = load_base_module(flags.family)
+    module = load_family(flags.family)
 
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import known_families
+from redvillm_jax.bases.contract import known_families
 
 WARM_UP = 2
 

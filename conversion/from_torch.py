@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,14 +32,8 @@ from data_pipeline.common.artefacts import CONVERTED, read_object, with_checksum
 from data_pipeline.common.errors import Parser, UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
-from redvillm_jax.model.base_folder import (
-    BASE_MARK,
-    canonical_name,
-    expected_tensors,
-    known_families,
-    load_base_module,
-    read_config,
-)
+from redvillm_jax.bases.contract import Family, known_families, load_family
+from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, expected_tensors, read_config
 
 
 def from_torch(
@@ -58,7 +51,7 @@ def from_torch(
 
 def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
     """`from_torch` for who alone may write `out`."""
-    base = load_base_module(family)
+    base = load_family(family)
     check_folder(source, "--source takes the folder of a published model")
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}
@@ -71,8 +64,8 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
         return meta
     refuse_foreign(out)
 
-    vision = find_vision(source, vision)
-    config = parse_config(base, family, source, vision)
+    vision = find_vision(base, source, vision)
+    config = parse_config(base, source, vision)
     tensors = read_folder(source)
     has_tower = any(canonical_name(base, name).startswith(base.PREFIX["encoder"]) for name in tensors)
     tower: Tensors = {}
@@ -81,8 +74,10 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
         # A tower that the model brings along may be fine-tuned: it goes before the separate one.
         tower = {} if has_tower else read_folder(vision)
     elif not has_tower:
-        named = read_json(source / "config.json").get("mm_vision_tower", "its CLIP")
-        hint = f" | there is no vision tower: when it is published apart, download {named} and pass it with --vision"
+        hint = " | there is no vision tower"
+        if base.VISION_FIELD is not None:
+            named = read_json(source / "config.json").get(base.VISION_FIELD, "its CLIP")
+            hint += f": when it is published apart, download {named} and pass it with --vision"
     both = {**tensors, **tower}
     if len(both) < len(tensors) + len(tower):
         shared = sorted(tensors.keys() & tower.keys())
@@ -120,7 +115,7 @@ def digest(array: np.ndarray) -> str:
 
 
 def describe(
-    base: ModuleType, config: Any, tensors: Tensors, published: dict[str, str], digests: dict[str, str]
+    base: Family, config: Any, tensors: Tensors, published: dict[str, str], digests: dict[str, str]
 ) -> dict[str, Any]:
     """What base.json says of the model; the fingerprint depends on what the base loads, not on its files.
 
@@ -162,32 +157,35 @@ def refuse_delta(source: Path) -> None:
             )
 
 
-def find_vision(source: Path, vision: Path | None) -> Path | None:
-    """The separate CLIP folder: the one given, else `vision` in the source, where bases and exports have it.
+def find_vision(base: Family, source: Path, vision: Path | None) -> Path | None:
+    """The folder of a vision tower of its own: the one given, else `vision` in the source, as in bases and exports.
 
-    config.json's mm_vision_tower only names a CLIP and is never opened as a path.
+    What config.json says in `VISION_FIELD` only names a tower and is never opened as a path. Raises UserError for a
+    family that has its tower in its own files.
     """
     if vision is None and (source / "vision").is_dir():
         vision = source / "vision"
     if vision is not None:
+        if base.VISION_FIELD is None:
+            raise UserError(f"{vision}: the family {base.name} has its vision tower in its own files; leave it out")
         check_folder(vision, "--vision takes the folder of the model's own CLIP")
         read_json(vision / "config.json")
     return vision
 
 
-def parse_config(base: ModuleType, family: str, source: Path, vision: Path | None) -> Any:
+def parse_config(base: Family, source: Path, vision: Path | None) -> Any:
     """The base's Config; raises UserError when config.json is another family's or asks for what is not computed."""
     file = source / "config.json"
     model_type = read_json(file).get("model_type")
-    families = [other for other in known_families() if model_type in load_base_module(other).MODEL_TYPES]
-    if families and family not in families:
+    families = [other for other in known_families() if model_type in load_family(other).MODEL_TYPES]
+    if families and model_type not in base.MODEL_TYPES:
         raise UserError(
-            f"{source}: not a {family} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
+            f"{source}: not a {base.name} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
         )
     return read_config(base, source, vision, "copy it again")
 
 
-def check_tokenizer(base: ModuleType, config: Any, source: Path) -> None:
+def check_tokenizer(base: Family, config: Any, source: Path) -> None:
     """Raises UserError when the source has no tokenizer that can be read, or one that is not of these weights."""
     try:
         tokenizer = base.Tokenizer(source)
@@ -219,9 +217,12 @@ def main(argv: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", required=True, choices=known_families(), help="which image LLM it is")
+    families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
+    parser.add_argument("--family", required=True, help=f"which image LLM it is: {families}")
     parser.add_argument("--source", required=True, type=Path, help="the published folder")
-    parser.add_argument("--vision", type=Path, help="the folder of its CLIP, when that is published apart (LLaVA)")
+    parser.add_argument(
+        "--vision", type=Path, help="the folder of its vision tower, when that is published apart (LLaVA)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="the base folder to write")
     parser.add_argument(
         "--without_tokenizer", action="store_true", help="take weights alone: the base neither trains nor answers"

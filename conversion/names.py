@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # registers "bfloat16" and the float8 types with numpy  # noqa: F401
@@ -25,6 +24,7 @@ from safetensors import safe_open
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import temporary_name
+from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import ADDED, BASE_MARK, canonical_name, expected_tensors
 
 SHARD_BYTES = 2_000_000_000
@@ -261,7 +261,7 @@ def is_extra(name: str) -> bool:
     return ADDED.match(name) is not None
 
 
-def find_names(base: ModuleType, names: Iterable[str]) -> dict[str, list[str]]:
+def find_names(base: Family, names: Iterable[str]) -> dict[str, list[str]]:
     """Canonical name -> the published names that mean it."""
     found: dict[str, list[str]] = {}
     for name in names:
@@ -269,7 +269,7 @@ def find_names(base: ModuleType, names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, hint: str = "") -> dict[str, str]:
+def check_tensors(base: Family, config: Any, tensors: Tensors, where: Path, hint: str = "") -> dict[str, str]:
     """Compares published tensors with what a base's config needs; returns canonical name -> published name.
 
     Everything must be known: loaded by the base, unused by it on purpose, ignored, or added by an export.

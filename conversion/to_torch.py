@@ -91,7 +91,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
             if separate_vision:
                 (folder / "vision").mkdir()
                 copy_small_files(base.path / "vision", folder / "vision")
-                point_at_vision(folder / "config.json")
+                point_at_vision(folder / "config.json", base.module.VISION_FIELD)
             if tower:
                 write_shards(folder / "vision", tower, watch)
         else:
@@ -174,9 +174,9 @@ def method_fields(config: Mapping[str, Any]) -> list[str]:
     return ["video", "num_frames", *own, "labels", "sampling", "dtype", "int8"]
 
 
-def point_at_vision(file: Path) -> None:
-    """Makes a config.json name the export's own vision folder."""
-    file.write_text(json.dumps(read_json(file) | {"mm_vision_tower": "vision"}, indent=2) + "\n")
+def point_at_vision(file: Path, field: str) -> None:
+    """Makes a config.json name the export's own vision folder in a field of it."""
+    file.write_text(json.dumps(read_json(file) | {field: "vision"}, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> None:

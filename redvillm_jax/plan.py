@@ -20,7 +20,8 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base, sized_base
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base, sized_base
 from redvillm_jax.model.build import VideoPlaces
 from redvillm_jax.model.settings import check_base, check_config, check_store, complete, model_settings
 from redvillm_jax.modules.layers import KEPT
@@ -73,7 +74,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
     if config["base"] and not size:
         base = check_base(open_base(config["base"]), settings)
     else:
-        base = check_base(sized_base(family, size or next(iter(load_base_module(family).SIZES))), settings)
+        base = check_base(sized_base(family, size or next(iter(load_family(family).SIZES))), settings)
     places = VideoPlaces(base, settings)
     if not config["data"]:
         return shapes_only(base), paper_lengths(places.most), QUESTIONS

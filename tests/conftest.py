@@ -27,7 +27,7 @@ from conversion import from_torch  # noqa: E402
 from data_pipeline import prepare  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402
 from redvillm_jax.demo.pretrain import published_tensors, write_text_files  # noqa: E402
-from redvillm_jax.model.base_folder import load_base_module  # noqa: E402
+from redvillm_jax.model.base_folder import load_family  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -45,8 +45,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for family in FAMILIES:
         source, out = tmp_path_factory.mktemp(f"{family}_published"), tmp_path_factory.mktemp(family) / "base"
-        base = load_base_module(family)
-        config = base.Config.from_published(write_text_files(family, source), None)
+        base = load_family(family)
+        config = base.Config.from_published(write_text_files(family, source))
         rngs = nnx.Rngs(0)
         parts = {
             "encoder": base.Encoder(config, rngs=rngs),

@@ -63,7 +63,7 @@ def test_no_field_takes_what_it_cannot_mean(path):
     if type(config_at(path)) is not float:
         odd += [2.5]
     for value in odd:
-        with pytest.raises(UserError, match=rf"config{path} is |unknown base family") as error:
+        with pytest.raises(UserError, match=rf"config{path} is |unknown family") as error:
             check_config(with_value(path, value))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
     for value in (True, False):

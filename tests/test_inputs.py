@@ -208,7 +208,7 @@ def test_models_in_a_bucket(bases, tmp_path, monkeypatch):
             open_model("gs://bucket/none")
 
 
-def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path, monkeypatch):
+def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path):
     run = open_model(write_run(tmp_path / "run", "qwen_vl", bases["qwen_vl"]))
 
     def of(trained=run.trained, **changes) -> str:
@@ -228,9 +228,6 @@ def test_the_fingerprint_covers_what_shapes_answers(bases, tmp_path, monkeypatch
     others.append(of(None, **random, seed=1))
     assert len({run.fingerprint, *others}) == 1 + len(others)
     assert of(None) == of(None, seed=1)
-    in_8_bits = of(int8=True)
-    monkeypatch.setattr(run.base.module, "WIDE", "^$")  # what stays wide changes answers in 8 bits alone
-    assert of(int8=True) != in_8_bits and of() == run.fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +319,7 @@ CONFIG = {"config": {"family": "llava"}}
         (edited("whole", lambda said: said["method"].pop("extra_mlp")), "whole: its config does not say extra_mlp"),
         (edited("whole", lambda said: said["method"].update(video="blue")), "config.video is 'blue'"),
         (edited("whole", lambda said: said.pop("trained")), "redvillm.json: has no 'trained'; export the model again"),
-        (edited("whole", lambda said: said.update(family="blip")), "unknown base family 'blip'"),
+        (edited("whole", lambda said: said.update(family="blip")), "unknown family 'blip'"),
         (
             copied("whole", lambda folder: (folder / "redvillm.json").write_text("{")),
             "redvillm.json: is not whole",

@@ -1,6 +1,5 @@
 """What a program multiplies in fp32 says so, for TPUs whose default is bf16, and so do its gradients."""
 
-import json
 import re
 
 import jax
@@ -12,7 +11,7 @@ from configs.common import get_common
 from redvillm_jax.checks import model_checks
 from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.build import load_model
-from redvillm_jax.model.settings import model_settings
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.programs import abstract_batch
 from redvillm_jax.planning.workload import Workload
 from redvillm_jax.runtime.sharding import make_mesh
@@ -35,8 +34,9 @@ def lower(step, *arguments) -> str:
 
 
 def settings(family: str, **changes) -> dict:
-    options = {"qwen_align": "resample", "temporal_positions": "grid"} if family == "qwen_vl" else {}
-    return json.loads(get_common().to_json()) | {"family": family, "num_frames": 5} | options | changes
+    config = get_common()
+    config.family = family
+    return plain_config(config) | {"num_frames": 5} | changes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,7 +51,7 @@ def test_every_fp32_product_of_a_train_step_says_so(family, changes):
         training = make_training(
             recipe_of(config), base, model_settings(config), model, mesh, num_steps=2, row_length=ROWS.row_length
         )
-        batch = abstract_batch(config, base, mesh, ROWS)
+        batch = abstract_batch(model_settings(config), base, mesh, ROWS)
         program = lower(training.step, *training.state.values(), training.frozen, batch)
     kinds = set(products(program))
     wide = {kind for kind in kinds if "f32" in kind[2:]}

@@ -99,7 +99,7 @@ def test_sums_of_integers_do_not_overflow(dtype, bases):
     """float16 ends at 65504, and 127 * 4 * 1024 is more."""
     weight = np.ones((3, 1024), np.float32)
     linear = nnx.eval_shape(lambda: Linear(1024, 3, rngs=nnx.Rngs(0)))
-    quantized_shapes(linear, wide=())
+    quantized_shapes(linear, wide=None)
     linear.weight, linear.scale, linear.input_scale = map(nnx.Param, quantize(weight))
     linear.bias = None
     x = jnp.full((2, 1024), 4, dtype)

@@ -16,6 +16,8 @@ from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Config
 from redvillm_jax.model import base_folder
+from redvillm_jax.modules.qwen import ntk_base
+from redvillm_jax.modules.resampler import sin_cos_positions
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 torch = pytest.importorskip("torch")
@@ -409,13 +411,13 @@ def test_every_weight_has_a_place_on_the_mesh():
 
 def test_rotary_base_grows_with_the_prompt():
     lengths = [1, 2048, 2049, 4096, 4097, 8192]
-    bases = qwen_vl.ntk_base(SIZES["7b"], jnp.array(lengths))[:, 0, 0]
+    bases = ntk_base(SIZES["7b"].decoder, jnp.array(lengths))[:, 0, 0]
     want = [10000 * alpha ** (128 / 126) for alpha in (1, 1, 3, 3, 7, 7)]
     np.testing.assert_allclose(bases, want, rtol=1e-6)
 
 
 def test_fixed_positions_follow_the_published_formula():
-    table = qwen_vl.sin_cos_positions(256, 32)
+    table = sin_cos_positions(256, 32)
     frequency = 10000.0 ** -(np.arange(8) / 8)
     for row, col in ((0, 0), (0, 3), (5, 0), (15, 14)):
         parts = [f(axis * frequency) for axis in (col, row) for f in (np.sin, np.cos)]

@@ -15,9 +15,9 @@ from test_train import make_config
 from configs import demo, llava, qwen
 from data_pipeline.common.errors import UserError
 from redvillm_jax import train
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.inference.open_model import ANSWERING, open_model
 from redvillm_jax.model import run_config
-from redvillm_jax.model.base_folder import load_base_module
 from redvillm_jax.training.optim import warmup_cosine
 from redvillm_jax.video import red_villm
 
@@ -55,7 +55,7 @@ def test_a_run_that_lacks_a_field_is_what_it_was(family, old_runs):
     run, file = old_runs[family], old_runs[family] / "config.json"
     whole, text = open_model(run), file.read_text()
     known = json.loads(text)
-    needed = {*ANSWERING, *red_villm.FIELDS, *load_base_module(family).PROJECTOR_OPTIONS, "family"}
+    needed = {*ANSWERING, *red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, "family"}
     for name in sorted(known.keys() - {"base"}):
         change_json(file, lambda config, name=name: config.pop(name))
         try:

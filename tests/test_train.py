@@ -196,7 +196,7 @@ def test_what_is_refused_in_one_line(tmp_path, runs, bases, stores):
         ({"streams": "none"}, "streams is 'none'"),
         ({"video": "mean"}, "video is 'mean', expected one of image_grid, red_villm, slow_fast"),
         ({"train_spatial": False, "temporal_module": False}, "leaves nothing to train"),
-        ({"family": "flamingo"}, "unknown base family 'flamingo'"),
+        ({"family": "flamingo"}, "unknown family 'flamingo'"),
     ],
 )
 def test_values_that_cannot_train_are_refused(change, message, tmp_path, bases, stores):

@@ -15,7 +15,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -29,10 +28,11 @@ from tqdm import tqdm
 from data_pipeline.common.errors import Parser, run
 from data_pipeline.media.decode import RESIZE
 from data_pipeline.packing import Prefix, Question, fill_row
+from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.demo.moving_shapes import Scene, picture_scene, render
 from redvillm_jax.demo.shape_stories import KINDS, Document, cell_labels, document
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer, write_qwen_tokenizer
-from redvillm_jax.model.base_folder import load_base_module, name_table
+from redvillm_jax.model.base_folder import name_table
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import Linear, normalize
 from redvillm_jax.training.optim import warmup_cosine
@@ -191,7 +191,7 @@ def write_text_files(family: str, folder: Path, dtype: str = "float32") -> dict[
     return config
 
 
-def published_tensors(base: ModuleType, config: Any, parts: Mapping[str, nnx.Module]) -> dict[str, np.ndarray]:
+def published_tensors(base: Family, config: Any, parts: Mapping[str, nnx.Module]) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint under their published names, those that never run included (untrained)."""
     tensors = {}
     for part, module in parts.items():
@@ -210,7 +210,7 @@ def published_tensors(base: ModuleType, config: Any, parts: Mapping[str, nnx.Mod
 # Batches
 
 
-def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: ModuleType, config: Any) -> Batch:
+def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Family, config: Any) -> Batch:
     """Scenes of one tick as the base sees them, and what each of their cells shows.
 
     pictures: (B, S, S, 3) uint8; cells: (B, N, 4) int32.
@@ -222,7 +222,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Modul
     }
 
 
-def picture_batches(seed: int, phase: str, base: ModuleType, config: Any) -> Iterator[Batch]:
+def picture_batches(seed: int, phase: str, base: Family, config: Any) -> Iterator[Batch]:
     """Endless batches of 64 pictures of one to three things."""
     rng = phase_rng(seed, phase)
     while True:
@@ -241,7 +241,7 @@ class Rows:
     Where a video will stand there is the story and behind it the pictures.
     """
 
-    def __init__(self, base: ModuleType, config: Any, tokenizer: Any, row_length: int):
+    def __init__(self, base: Family, config: Any, tokenizer: Any, row_length: int):
         self.base, self.config, self.row_length = base, config, row_length
         self.prompt = functools.cache(lambda question, answer: base.prompt(tokenizer, config, question, answer))
         self.encode = functools.cache(tokenizer.encode)
@@ -309,7 +309,7 @@ def bag_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, jnp.concatenate(held, axis=-1)).mean()
 
 
-def encode(encoder: nnx.Module, pictures: jax.Array, base: ModuleType) -> jax.Array:
+def encode(encoder: nnx.Module, pictures: jax.Array, base: Family) -> jax.Array:
     """pictures: (B, S, S, 3) uint8 -> features (B, N, D)."""
     return encoder(normalize(pictures, base.MEAN, base.STD, jnp.float32))
 
@@ -353,7 +353,7 @@ def initialised(module: nnx.Module, rng: np.random.Generator) -> nnx.Module:
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
-def new_parts(base: ModuleType, config: Any, seed: int) -> dict[str, nnx.Module]:
+def new_parts(base: Family, config: Any, seed: int) -> dict[str, nnx.Module]:
     """The untrained encoder, projector and llm."""
     rng, rngs = phase_rng(seed, "weights"), nnx.Rngs(seed)
     makers = {"encoder": base.Encoder, "projector": base.Projector, "llm": base.LLM}
@@ -392,7 +392,7 @@ def fit(
     return dict(nnx.merge(graphdef, weights))
 
 
-def train_encoder(encoder: nnx.Module, base: ModuleType, config: Any, seed: int, steps: int) -> nnx.Module:
+def train_encoder(encoder: nnx.Module, base: Family, config: Any, seed: int, steps: int) -> nnx.Module:
     """Stage one: supervised by what every cell shows, and by what the whole picture holds."""
     rngs = nnx.Rngs(seed)
     heads = {
@@ -410,7 +410,7 @@ def train_encoder(encoder: nnx.Module, base: ModuleType, config: Any, seed: int,
 
 
 def train_language(
-    parts: dict[str, nnx.Module], base: ModuleType, rows: Rows, seed: int, phases: Sequence[Phase]
+    parts: dict[str, nnx.Module], base: Family, rows: Rows, seed: int, phases: Sequence[Phase]
 ) -> dict[str, nnx.Module]:
     """Stage two: projector and language model on documents, the encoder frozen."""
     encoder = nnx.split(parts["encoder"])
@@ -434,7 +434,7 @@ def train_language(
 
 
 def accuracy(
-    parts: dict[str, nnx.Module], base: ModuleType, rows: Rows, rng: np.random.Generator, num_batches: int
+    parts: dict[str, nnx.Module], base: Family, rows: Rows, rng: np.random.Generator, num_batches: int
 ) -> dict[tuple[str, str], float]:
     """Exact-match accuracy on fresh documents, by kind of document and kind of question.
 
@@ -462,8 +462,8 @@ def accuracy(
 
 def make_base(family: str, folder: Path, seed: int = 0) -> None:
     """Writes the tiny base of a family; `folder` must exist."""
-    base = load_base_module(family)
-    config = base.Config.from_published(write_text_files(family, folder, DTYPE[family]), None)
+    base = load_family(family)
+    config = base.Config.from_published(write_text_files(family, folder, DTYPE[family]))
     rows = Rows(base, config, base.Tokenizer(folder), ROW_LENGTH[family])
     parts = new_parts(base, config, seed)
     parts["encoder"] = train_encoder(parts["encoder"], base, config, seed, ENCODER_STEPS)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from redvillm_jax.model.base_folder import (
     PROJECTORS,
     Base,
     TensorFolder,
+    head_name,
     name_table,
     open_base,
     projector_names,
@@ -183,7 +185,7 @@ def model_fingerprint(base: Base, settings: ModelSettings, trained: Mapping[str,
         if has_random_start(video, base.config.grid):
             switches["seed"] = settings.seed
     if settings.int8:
-        switches["int8"] = [SCHEME, base.module.WIDE]
+        switches["int8"] = [SCHEME, f"^{re.escape(head_name(base))}$"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
     for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

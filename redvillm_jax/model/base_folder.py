@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import importlib
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from data_pipeline.common.artefacts import BASE, EXPORT, Form, read_object
 from data_pipeline.common.buckets import local_copy
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.file_hashes import check_files
+from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.modules.layers import Stack
 from redvillm_jax.modules.quantize import quantize, quantized_shapes
 
@@ -39,19 +39,6 @@ class Leaf:
     shape: tuple[int, ...]
 
 
-def known_families() -> list[str]:
-    """The image LLMs there are: the files of `redvillm_jax.bases`."""
-    return sorted(p.stem for p in (Path(__file__).parents[1] / "bases").glob("*.py") if p.stem != "__init__")
-
-
-def load_base_module(family: str) -> ModuleType:
-    """Imports `redvillm_jax.bases.<family>`; an unknown family is a UserError that lists the known ones."""
-    known = known_families()
-    if family not in known:
-        raise UserError(f"unknown base family {family!r}: expected one of {', '.join(known)}")
-    return importlib.import_module(f"redvillm_jax.bases.{family}")
-
-
 def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
     """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
     modules = dict(nnx.iter_modules(module))
@@ -68,19 +55,26 @@ def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
     return table
 
 
-def abstract_part(base: ModuleType, part: str, config: Any, **options: Any) -> nnx.Module:
-    """The encoder, projector or llm of a base with shapes instead of arrays."""
+def abstract_part(base: Family, part: str, config: Any, **options: Any) -> nnx.Module:
+    """The encoder, projector or llm of a family with shapes instead of arrays."""
     make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
     return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
 
 
-def expected_tensors(base: ModuleType, config: Any) -> dict[str, Leaf]:
+def head_name(base: "Base") -> str:
+    """The canonical name of the weight that makes the logits."""
+    llm = abstract_part(base.module, "llm", base.config)
+    path = next(path for path, module in nnx.iter_modules(llm) if module is llm.head)
+    return base.module.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
+
+
+def expected_tensors(base: Family, config: Any) -> dict[str, Leaf]:
     """Canonical name -> leaf for everything that the base loads, all parts."""
     tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
     return {name: leaf for table in tables for name, leaf in table.items()}
 
 
-def canonical_name(base: ModuleType, published: str) -> str:
+def canonical_name(base: Family, published: str) -> str:
     """The canonical name of a published tensor: the first rule of `base.CANONICAL` that matches applies."""
     for pattern, replacement in base.CANONICAL:
         name, count = re.subn(pattern, replacement, published, count=1)
@@ -130,7 +124,7 @@ class Base:
 
     path: Path | None
     family: str
-    module: ModuleType
+    module: Family
     config: Any
     fingerprint: str
     tensors: TensorFolder | None
@@ -157,7 +151,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     path = local_copy(path)
     description = path / BASE_MARK
     if not description.is_file():
-        hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
+        hint = "python -m conversion.from_torch --family=FAMILY --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
     meta = read_object(description, BASE)
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
@@ -170,29 +164,32 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
 
 def published_base(path: Path, family: str, fingerprint: str) -> Base:
     """The base that a local folder of published files is, by the word of whoever calls."""
-    module, tensors = load_base_module(family), TensorFolder(path)
+    module, tensors = load_family(family), TensorFolder(path)
     published = {canonical_name(module, name): name for name in tensors.names()}
     return Base(path, family, module, read_config(module, path), fingerprint, tensors, published)
 
 
 def sized_base(family: str, size: str) -> Base:
     """A base of one of the family's named sizes, without weights; an unknown size is a UserError."""
-    module = load_base_module(family)
+    module = load_family(family)
     if size not in module.SIZES:
         raise UserError(f"unknown size {size!r} of {family}: expected one of {', '.join(module.SIZES)}")
     return Base(None, family, module, module.SIZES[size], "", None, {})
 
 
-def read_config(base: ModuleType, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
+def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
     """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
 
     remedy: what to do about a file that cannot be read. Raises UserError for a field, there or in the image
     processors' files, that the base does not compute.
     """
     vision = vision or folder / "vision"
-    files = folder / "config.json", vision / "config.json"
-    vision_config = read_json(files[1], remedy) if files[1].is_file() else None
-    config = base.Config.from_published(read_json(files[0], remedy), vision_config, *map(str, files))
+    file, apart = folder / "config.json", {}
+    if base.VISION_FIELD is not None:
+        vision_file = vision / "config.json"
+        apart["vision_config"] = read_json(vision_file, remedy) if vision_file.is_file() else None
+        apart["vision_where"] = str(vision_file)
+    config = base.Config.from_published(read_json(file, remedy), where=str(file), **apart)
     for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
         if file.is_file():
             base.check_image_processor(config, read_json(file, remedy), str(file))
@@ -210,14 +207,13 @@ def load_part(
 ) -> nnx.Module:
     """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers, except those of
-    the base's `WIDE`, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of the llm's `Linear` layers,
+    but for its head, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
     and shardings instead of arrays. Raises UserError that lists missing or wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
-    wide = {leaf.path for name, leaf in table.items() if re.search(base.module.WIDE, name)}
-    scales = quantized_shapes(module, wide) if int8 else {}
+    scales = quantized_shapes(module, wide=module.head) if int8 else {}
     if base.path is not None:
         check_tensors(base, table)
     layers_of: dict[tuple, list[str]] = {}
@@ -265,8 +261,14 @@ def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:
     published = {base.published[name]: leaf for name, leaf in table.items()}
     if copy is None:
         return published
-    leaves = {re.sub(base.module.PROJECTOR_PREFIX, "", name): leaf for name, leaf in published.items()}
-    return {f"{copy}_module.{name}": leaf for name, leaf in leaves.items()}
+    shared = common_prefix(published)
+    return {f"{copy}_module.{name.removeprefix(shared)}": leaf for name, leaf in published.items()}
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """The dotted path that all names begin with, its last dot included: "a.b." of "a.b.c" and "a.b.d.e"."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}." for level in itertools.takewhile(lambda level: len(set(level)) == 1, parts))
 
 
 def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -113,7 +113,7 @@ class VideoPlaces:
 def shapes_of_streams(base: Base, settings: ModelSettings) -> dict[str, tuple[int, int]]:
     """The shape (M, D) of each pooled stream of a video."""
     c = base.config
-    return stream_shapes(settings.video, c.grid, c.vision_hidden_size, c.image_size)
+    return stream_shapes(settings.video, c.grid, c.feature_size, c.image_size)
 
 
 def num_picture_tokens(base: Base, settings: ModelSettings) -> int:

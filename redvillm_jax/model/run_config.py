@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import known_families
+from redvillm_jax.bases.contract import known_families
 from redvillm_jax.model.config_bounds import FIELDS
 from redvillm_jax.model.settings import config_fields
 from redvillm_jax.video.contract import known_videos

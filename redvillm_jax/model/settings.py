@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.store import VideoStore
-from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, load_base_module, open_base, read_export
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, open_base, read_export
 from redvillm_jax.model.config_bounds import DECAY, FIELDS, RATE, Fields, check_fields
 from redvillm_jax.modules.bounds import one_of
 from redvillm_jax.video.contract import Representation, load_video, make_video, pooling_fields
@@ -37,7 +38,7 @@ class ModelSettings:
 
 def model_settings(config: Mapping[str, Any]) -> ModelSettings:
     """Reads the settings of a model from a config that `check_config` or `check_answering` has passed."""
-    options = load_base_module(config["family"]).PROJECTOR_OPTIONS
+    options = load_family(config["family"]).PROJECTOR_OPTIONS
     return ModelSettings(
         family=config["family"],
         representation=config["video"],
@@ -58,7 +59,7 @@ def config_fields(family: str, video: str) -> Fields:
         name: dict.fromkeys(module.GROUPS, bound)
         for name, bound in (("learning_rate_scale", RATE), ("weight_decay", DECAY))
     }
-    options = {name: one_of(*values) for name, values in load_base_module(family).PROJECTOR_OPTIONS.items()}
+    options = {name: one_of(*values) for name, values in load_family(family).PROJECTOR_OPTIONS.items()}
     return FIELDS | fields | rates | options
 
 
@@ -66,7 +67,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     """Adds the fields that the config's representation and base have, with their defaults, where they are not set."""
     if not all(isinstance(config.get(name), str) and config[name] for name in ("family", "video")):
         return config
-    video, base = load_video(config.video), load_base_module(config.family)
+    video, base = load_video(config.video), load_family(config.family)
     defaults = {name: field.default for name, field in video.FIELDS.items()}
     defaults |= {name: values[0] for name, values in base.PROJECTOR_OPTIONS.items()}
     rates = {"learning_rate_scale": dict.fromkeys(video.GROUPS, 1.0), "weight_decay": dict.fromkeys(video.GROUPS, 0.0)}
@@ -102,7 +103,7 @@ def open_config_base(config: Mapping[str, Any]) -> Base:
     family = config["family"]
     if not config["base"]:
         raise UserError(
-            f"config.base is not set: download {load_base_module(family).PUBLISHED} (docs/real_weights.md), run python "
+            f"config.base is not set: download {load_family(family).PUBLISHED} (docs/real_weights.md), run python "
             f"-m conversion.from_torch --family={family} --source=FOLDER --out=BASE, then pass --config.base=BASE"
         )
     base = open_base(config["base"])

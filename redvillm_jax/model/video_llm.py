@@ -1,7 +1,6 @@
 """A video LLM: a base's encoder and language model around the projectors of a video representation."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import EXTRA_PREFIX
 from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
@@ -27,7 +27,7 @@ class VideoLLM(nnx.Module):
 
     def __init__(
         self,
-        base: ModuleType,
+        base: Family,
         config: Any,
         video: Representation,
         *,

@@ -11,9 +11,8 @@ from redvillm_jax.modules.layers import Linear
 
 def matrix_sizes(llm: nnx.Module) -> tuple[int, int]:
     """Weights in the matrices of the decoder's body and of its output head; arrays or shapes."""
-    sizes = {path: module.weight.size for path, module in nnx.iter_modules(llm) if isinstance(module, Linear)}
-    head = sizes.pop(("lm_head",))
-    return sum(sizes.values()), head
+    matrices = [module for _, module in nnx.iter_modules(llm) if isinstance(module, Linear) and module is not llm.head]
+    return sum(matrix.weight.size for matrix in matrices), llm.head.weight.size
 
 
 def step_flops(matrices: tuple[int, int], tokens: float, supervised: float) -> float:

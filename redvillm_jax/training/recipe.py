@@ -91,7 +91,8 @@ def make_training(
     else:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
     dtype = jnp.dtype(recipe.dtype)
-    kernel = choose_kernel(recipe.attention, backend_of(mesh.devices.flat[0]), dtype, row_length, base.config.head_dim)
+    heads = base.config.head_dim, base.config.window
+    kernel = choose_kernel(recipe.attention, backend_of(mesh.devices.flat[0]), dtype, row_length, *heads)
     step = make_train_step(
         graphdef,
         functools.partial(mean_loss, dtype=dtype, remat=recipe.remat, kernel=kernel),

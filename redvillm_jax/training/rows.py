@@ -7,7 +7,6 @@ import itertools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from data_pipeline.common.errors import UserError
 from data_pipeline.packing import Prefix, Question, Row, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from data_pipeline.store import VideoStore
+from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import VideoPlaces
 
@@ -180,7 +180,7 @@ def pad_row(slots: int) -> int:
 
 
 def tokenize(
-    base: ModuleType, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
+    base: Family, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
 ) -> tuple[list[tuple[int, bool]], list[Question]]:
     """Tokenises every instruction with the base's own chat template.
 

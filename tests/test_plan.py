@@ -202,10 +202,13 @@ def test_names_count_what_users_count():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--config and --topology are needed"),
+        ([], "one of the arguments --topology --all is required"),
         (["--config=configs/llava.py", "--topology=v5e-5"], "--topology=v5e-5: unknown, expected one of v4-8"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
-        (["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"], "--rows_per_chip is '0'"),
+        (
+            ["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"],
+            "argument --rows_per_chip: expected a positive integer",
+        ),
         (
             ["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"],
             "config.remat is 'gates', expected none, full, or",

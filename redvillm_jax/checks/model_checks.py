@@ -22,7 +22,7 @@ from redvillm_jax.model.base_folder import Base, known_families
 from redvillm_jax.model.build import load_model, make_video, token_slots
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention
-from redvillm_jax.runtime.cli import parse
+from redvillm_jax.runtime.cli import read_config
 from redvillm_jax.runtime.consensus import Failed, gather, place, together
 from redvillm_jax.runtime.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.training import checkpoint
@@ -116,7 +116,7 @@ def check_attention() -> str:
 @contextlib.contextmanager
 def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
     """A tiny base with random weights, and the demo's config for it."""
-    config = parse([f"--config={CONFIG}:{family}"], "", {})["config"]
+    config = read_config(f"{CONFIG}:{family}")
     with tempfile.TemporaryDirectory() as folder:
         yield random_base(family, Path(folder)), config | {"num_frames": NUM_FRAMES}
 

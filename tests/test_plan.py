@@ -207,7 +207,7 @@ def test_names_count_what_users_count():
         (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
         (
             ["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"],
-            "argument --rows_per_chip: expected a positive integer",
+            "--rows_per_chip: expected a positive integer",
         ),
         (
             ["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"],

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
 from redvillm_jax.runtime.chips import Chip, parse_topology, tpu_devices
@@ -28,7 +29,7 @@ NEW_TOKENS = 256
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/decode_cost.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/decode_cost.py", __doc__)
     parser.add_argument("--topology", default="v5e-4", help="slice, e.g. v5e-4 or v5p-8 (v5e-4)")
     parser.add_argument("--family", choices=sorted(CONFIGS), default="llava", help="(llava)")
     parser.add_argument("--batches", default="1,32", help="rows decoded at once (1,32)")

@@ -16,13 +16,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from redvillm_jax.demo.__main__ import KINDS, ROWS, groups_of, results, table
 from redvillm_jax.evaluation.intervals import RESAMPLES, means
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/demo_seeds.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/demo_seeds.py", __doc__)
     parser.add_argument("--base", default="llava", help="llava or qwen_vl (llava)")
     parser.add_argument("--workdir", type=Path, default=Path("demo"), help="the demo's folder (demo)")
     parser.add_argument("--seeds", default="0,1,2", help="comma separated (0,1,2)")

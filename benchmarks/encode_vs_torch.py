@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_vs_torch import ROOT, TOLERANCE, big_config, convert
 from benchmarks.variants import Variant, failed, measure, parse, print_table
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import read_config
 
@@ -28,7 +29,7 @@ VIDEOS = {("llava", "7b"): (2, 100), ("qwen_vl", "7b"): (1, 50)}  # videos and f
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python benchmarks/encode_vs_torch.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/encode_vs_torch.py", __doc__)
     flags = parse(parser, argv)
     gpu, size = flags.gpu, flags.size
     module = load_family(flags.family)

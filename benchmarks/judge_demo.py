@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from data_pipeline.common.cli import Parser  # noqa: E402
+from data_pipeline.common.errors import UserError, run  # noqa: E402
 from redvillm_jax.demo.__main__ import ROWS, UNTRAINED  # noqa: E402
 from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS  # noqa: E402
 from redvillm_jax.evaluation.scoring import OWN  # noqa: E402
@@ -33,7 +34,7 @@ RED_VILLM = "RED-VILLM"
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/judge_demo.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/judge_demo.py", __doc__)
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="the finished demo's folder (demo)")
     parser.add_argument("--base", choices=("llava", "qwen_vl"), default="llava", help="(llava)")
     parser.add_argument("--seed", type=int, default=0, help="of the demo's trainings (0)")

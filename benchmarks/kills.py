@@ -24,14 +24,15 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from data_pipeline.common.cli import Parser  # noqa: E402
+from data_pipeline.common.errors import UserError, run  # noqa: E402
 from redvillm_jax.training.checkpoint import load_trainables  # noqa: E402
 
 AIMS = ("plan and load", "compile", "step", "save")
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python benchmarks/kills.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/kills.py", __doc__)
     for name in ("base", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)

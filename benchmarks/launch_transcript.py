@@ -16,7 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
@@ -25,7 +26,7 @@ PREEMPTED_AT_STEP = 10
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/launch_transcript.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/launch_transcript.py", __doc__)
     parser.add_argument("--workdir", type=Path, default=Path("transcript"), help="a new folder (transcript)")
     work = parser.parse_args(argv).workdir.absolute()
     if work.exists():

@@ -21,14 +21,15 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.demo_seeds import RESAMPLES, hit, interval, read
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.demo.__main__ import KINDS, ROOT, command
 
 RUNS = {"packed": True, "unpacked": False}
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/packing_accuracy.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/packing_accuracy.py", __doc__)
     parser.add_argument("--base", default="llava", help="llava or qwen_vl (llava)")
     parser.add_argument("--workdir", type=Path, default=Path("demo"), help="the demo's folder (demo)")
     parser.add_argument("--out", type=Path, help="folder for what this makes (WORKDIR/packing)")

@@ -13,7 +13,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.build import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
@@ -28,7 +29,7 @@ CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b"
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/plan_variants.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/plan_variants.py", __doc__)
     parser.add_argument("--family", default="llava", choices=list(CONFIGS), help="llava or qwen_vl (llava)")
     parser.add_argument("--topology", default="v5e-16", help="a slice, as in redvillm_jax.plan (v5e-16)")
     parser.add_argument("--last", type=int, default=99, help="only so many variants from the end (all)")

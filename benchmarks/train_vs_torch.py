@@ -36,7 +36,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.variants import Variant, failed, measure, parse, print_table
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from data_pipeline.packing import Prefix, Question, Row, fill_row, plan_epoch, row_bounds
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import read_config
@@ -73,7 +74,7 @@ WORKLOADS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python benchmarks/train_vs_torch.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/train_vs_torch.py", __doc__)
     parser.add_argument("--compile", choices=("model", "layers", "none"), help="what torch.compile sees (7b: layers)")
     parser.add_argument("--remat", help=f"this project's remat (tiny: none; 7b: the first that fits of {REMATS})")
     parser.add_argument("--row_length", type=int, help="slots of a packed row (tiny: 128 or 160; 7b: 2048)")

@@ -4,7 +4,6 @@ A base folder keeps the published tensor names and dtypes, one tensor per layer,
 config.json, the tokenizer's files and base.json, which says that the folder is whole and has its files' hashes.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -29,7 +28,8 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.common.artefacts import CONVERTED, read_object, with_checksum
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
 from redvillm_jax.bases.contract import Family, known_families, load_family
@@ -212,18 +212,12 @@ def check_finite(name: str, array: np.ndarray, where: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m conversion.from_torch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m conversion.from_torch", __doc__, needed=("family", "source", "out"))
     families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
-    parser.add_argument("--family", required=True, help=f"which image LLM it is: {families}")
-    parser.add_argument("--source", required=True, type=Path, help="the published folder")
-    parser.add_argument(
-        "--vision", type=Path, help="the folder of its vision tower, when that is published apart (LLaVA)"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="the base folder to write")
+    parser.add_argument("--family", help=f"which image LLM it is: {families}")
+    parser.add_argument("--source", type=local_path, help="the published folder")
+    parser.add_argument("--vision", type=local_path, help="the folder of its vision tower, if published apart (LLaVA)")
+    parser.add_argument("--out", type=local_path, help="the base folder to write")
     parser.add_argument(
         "--without_tokenizer", action="store_true", help="take weights alone: the base neither trains nor answers"
     )

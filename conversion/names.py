@@ -11,16 +11,16 @@ import os
 import re
 import shutil
 import stat
-import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # registers "bfloat16" and the float8 types with numpy  # noqa: F401
+import ml_dtypes  # registers "bfloat16" with numpy  # noqa: F401
 import numpy as np
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import temporary_name
@@ -33,22 +33,20 @@ KEPT_BYTES = 20_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 UNFINISHED = "redvillm_unfinished.txt"  # in a folder that nobody misses once its run is gone
 
-CODES = {  # safetensors' names of the dtypes
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
+DTYPES = {  # by safetensors' names, all that its numpy reader knows
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype("bfloat16"),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"),
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
 }
-DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
-FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # what a base computes with
+DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # what a base computes with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +229,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
         if form != "strided":
             raise UserError(f"{file}: {name} is a {form} tensor, expected a dense one with its values; save it as such")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in CODES:
-            raise UserError(f"{file}: {name} has dtype {dtype}, expected one of {', '.join(CODES)}")
+        if dtype not in DTYPE_NAMES:
+            raise UserError(f"{file}: {name} has dtype {dtype}, expected one of {', '.join(DTYPE_NAMES)}")
         tensors[name] = Tensor(tuple(tensor.shape), np.dtype(dtype), functools.partial(read, name))
     return tensors
 
@@ -313,23 +311,12 @@ def check_tensors(base: Family, config: Any, tensors: Tensors, where: Path, hint
 
 
 def write_safetensors(file: Path, tensors: Tensors, watch: Callable[[str, np.ndarray], None]) -> None:
-    """Writes a safetensors file holding one tensor in memory at a time; `watch(name, array)` sees each."""
-    # Wide dtypes first: readers need each tensor aligned to its item size.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    """Writes a safetensors file, with all its tensors in memory at once; `watch(name, array)` sees each."""
+    arrays = {}
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        code = CODES[tensor.dtype.name]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            array = tensor.read()
-            out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            watch(name, array)
+        arrays[name] = np.asarray(tensor.read(), order="C")  # save_file writes the bytes as they lie in memory
+        watch(name, arrays[name])
+    save_file(arrays, file, metadata={"format": "pt"})
 
 
 def write_shards(
@@ -338,7 +325,7 @@ def write_shards(
     watch: Callable[[str, np.ndarray], None] = lambda name, array: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes tensors as Hugging Face does: model.safetensors, or numbered shards with an index."""
+    """Writes tensors as Hugging Face does, a shard at a time: model.safetensors, or numbered shards with an index."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

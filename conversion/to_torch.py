@@ -5,7 +5,6 @@ The projector keeps the published names; a copy such as the temporal module has 
 them, and has the hashes of all files.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Mapping
@@ -28,7 +27,8 @@ from conversion.names import (
 )
 from data_pipeline.common import file_hashes
 from data_pipeline.common.artefacts import EXPORT, read_object, with_checksum
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, add_check_files, local_path
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from redvillm_jax.model.base_folder import (
     BASE_MARK,
@@ -180,17 +180,12 @@ def point_at_vision(file: Path, field: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m conversion.to_torch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, type=Path, help="a run (its --workdir) or a base folder")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
+    parser = Parser("python -m conversion.to_torch", __doc__, needed=("model", "out"))
+    parser.add_argument("--model", type=local_path, help="a run (its --workdir) or a base folder")
+    parser.add_argument("--out", type=local_path, help="the folder to write")
     parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
-    parser.add_argument(file_hashes.FLAG, action="store_true", help=file_hashes.HELP)
+    add_check_files(parser)
     args = parser.parse_args(argv)
-    file_hashes.always = args.check_files
     meta = to_torch(args.model, args.out, args.full)
     files = sorted(str(file.relative_to(args.out)) for file in args.out.rglob("*.safetensors"))
     what = "trained projectors" if meta["trained"] else "an untrained base"

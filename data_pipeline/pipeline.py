@@ -15,6 +15,7 @@ from data_pipeline.common.processes import follow_parent
 from data_pipeline.packing import Row, Step
 from data_pipeline.store import VideoStore
 
+CHECKED = {"grain": "0.2.18"}  # the version whose message about a dead worker was last read
 RowFn = Callable[[Row], dict[str, np.ndarray]]
 
 

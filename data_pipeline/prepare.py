@@ -5,7 +5,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from data_pipeline import store
 from data_pipeline.common.artefacts import BASE, read_object
-from data_pipeline.common.errors import Parser, UserError, run
-from data_pipeline.common.files import as_path
+from data_pipeline.common.cli import Parser, checked, local_path, path, whole
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from data_pipeline.common.processes import ordered_map
 from data_pipeline.media.decode import RESIZE, VideoError, read_video
@@ -240,24 +240,6 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _whole(most: int) -> Callable[[str], int]:
-    """A number from 1 to `most`."""
-
-    def number(text: str) -> int:
-        if not (text.isdecimal() and 1 <= int(text[:12]) <= most):
-            raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, got {text}")
-        return int(text)
-
-    return number
-
-
-def _sampling(text: str) -> str:
-    try:
-        return sampling_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
@@ -273,39 +255,41 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m data_pipeline.prepare",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--videos", type=Path, required=True, help="folder of video files, or a list: a path a line")
+    parser = Parser("python -m data_pipeline.prepare", HELP, needed=("videos", "instructions", "out"))
+    parser.add_argument("--videos", type=local_path, help="folder of video files, or a list: a path a line")
     parser.add_argument(
-        "--instructions", action="append", metavar="FILE[:WEIGHT]", required=True, help="question file; may be repeated"
+        "--instructions", action="append", metavar="FILE[:WEIGHT]", help="question file; may be repeated"
     )
     parser.add_argument(
         "--benchmark", choices=BENCHMARKS, metavar="NAME", help=f"evaluation set to read: {', '.join(BENCHMARKS)}"
     )
-    parser.add_argument("--out", type=as_path, required=True, help="folder of the frame store")
-    parser.add_argument("--base", type=Path, help="base folder: take its image size and resize rule")
-    parser.add_argument("--image_size", type=_whole(4096), help="width and height of a frame (default 224)")
-    parser.add_argument("--resize", choices=RESIZE, help="nearest: LLaVA (default), bicubic: Qwen-VL")
-    parser.add_argument("--num_frames", type=_whole(10_000), default=100, help="at most so many a video (default 100)")
-    parser.add_argument(
-        "--sampling", type=_sampling, default=UNIFORM, metavar="RULE", help="uniform (default), fps=F or every=N"
+    parser.add_argument("--out", type=path, help="folder of the frame store")
+    group = parser.add_argument_group("frames")
+    group.add_argument("--base", type=local_path, help="base folder: take its image size and resize rule")
+    group.add_argument("--image_size", type=whole(4096), metavar="N", help="width and height of a frame (224)")
+    group.add_argument("--resize", choices=RESIZE, help="nearest: LLaVA, bicubic: Qwen-VL (nearest)")
+    group.add_argument(
+        "--num_frames", type=whole(10_000), default=100, metavar="N", help="at most so many a video (%(default)s)"
     )
-    parser.add_argument("--format", choices=store.FORMATS, default="jpeg", help="raw: lossless (default jpeg)")
-    parser.add_argument(
-        "--quality", type=int, choices=range(1, 101), metavar="1..100", default=95, help="of JPEG (default 95)"
+    group.add_argument(
+        "--sampling",
+        type=checked(sampling_name),
+        default=UNIFORM,
+        metavar="RULE",
+        help="which frames: uniform, fps=F or every=N (%(default)s)",
     )
-    parser.add_argument(
-        "--num_workers", type=_whole(1024), default=os.cpu_count(), help="processes (default: all cores)"
+    group.add_argument("--format", choices=store.FORMATS, default="jpeg", help="raw: lossless (%(default)s)")
+    group.add_argument("--quality", type=whole(100), default=95, metavar="N", help="of JPEG, 1 to 100 (%(default)s)")
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--num_workers", type=whole(1024), default=os.cpu_count(), metavar="N", help="processes (all cores)"
     )
-    parser.add_argument("--time_limit", type=_seconds, default=600, help="seconds for a video (default 600)")
-    parser.add_argument(
+    group.add_argument(
+        "--time_limit", type=_seconds, default=600, metavar="SECONDS", help="for one video (%(default)s)"
+    )
+    group.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/n", help="one of n runs that share --out: 1/n … n/n"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

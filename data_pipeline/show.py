@@ -15,8 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import REPORT, read_object
-from data_pipeline.common.errors import Parser, UserError, run
-from data_pipeline.common.files import as_path, in_bucket, written_whole
+from data_pipeline.common.cli import Parser, path, whole
+from data_pipeline.common.errors import UserError, run
+from data_pipeline.common.files import in_bucket, written_whole
 from data_pipeline.common.locks import locked
 from data_pipeline.media.lettering import CJK, choose_font, escape, tidy, wrap
 from data_pipeline.store import VideoStore, open_store
@@ -247,27 +248,15 @@ def _is_own(out: Path) -> bool:
         return False
 
 
-def _strips(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"expected 1 to 100, got {value}")
-    return value
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m data_pipeline.show",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("store", type=as_path, metavar="STORE", help="folder of a frame store, here or in a bucket")
+    arguments = "STORE (--video=ID | --random=N | --stats)"
+    parser = Parser("python -m data_pipeline.show", HELP, arguments=arguments)
+    parser.add_argument("store", type=path, metavar="STORE", help="folder of a frame store, here or in a bucket")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--video", metavar="ID", help="one video: all of its frames and questions")
-    what.add_argument("--random", type=_strips, metavar="N", help="N videos by chance, other ones each time")
+    what.add_argument("--random", type=whole(100), metavar="N", help="N videos by chance, other ones each time")
     what.add_argument("--stats", action="store_true", help="print and plot distributions over the store")
-    parser.add_argument("--out", type=as_path, default=Path("show.png"), help="the picture (default show.png)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--out", type=path, default=Path("show.png"), help="the picture (%(default)s)")
     return parser.parse_args(argv)
 
 

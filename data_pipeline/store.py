@@ -60,6 +60,7 @@ from data_pipeline.common.files import (
 from data_pipeline.common.locks import is_lock
 from data_pipeline.shard_checks import check_shard, read_part, replaced_video, sha256
 
+CHECKED = {"array_record": "0.8.6", "tensorflow-datasets": "4.9.10"}  # whose messages and inner parts were last seen
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
 KINDS = ("videos", "left_out", "notes")  # of lines that a shard has

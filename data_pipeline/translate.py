@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path, whole
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.files import write_text
 from data_pipeline.common.locks import locked
 from data_pipeline.questions.instructions import read_instructions
@@ -21,7 +22,6 @@ from data_pipeline.text.chat_options import (
     announce,
     check_endpoint,
     cost_of,
-    positive,
     sampling,
     too_dear,
 )
@@ -243,22 +243,14 @@ def _is_report(file: Path) -> bool:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m data_pipeline.translate",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--input", type=Path, required=True, help="question file, as data_pipeline.prepare reads it")
-    parser.add_argument("--out", type=Path, required=True, help="JSON Lines file to write")
+    parser = Parser("python -m data_pipeline.translate", HELP, needed=("input", "out", "model"))
+    parser.add_argument("--input", type=local_path, help="question file, as data_pipeline.prepare reads it")
+    parser.add_argument("--out", type=local_path, help="JSON Lines file to write")
     add_endpoint(parser)
-    parser.add_argument("--to", choices=tuple(LANGUAGES), default="zh", help="language to translate to (default zh)")
-    parser.add_argument(
-        "--fields", type=_fields, default=["question", "answer"], help="to translate (default question,answer)"
-    )
-    parser.add_argument("--limit", type=positive(int), help="translate only the first so many rows")
+    parser.add_argument("--to", choices=tuple(LANGUAGES), default="zh", help="language to translate to (%(default)s)")
+    parser.add_argument("--fields", type=_fields, default=["question", "answer"], help="to translate (question,answer)")
+    parser.add_argument("--limit", type=whole(), metavar="N", help="translate only the first so many rows")
     parser.add_argument("--strict", action="store_true", help="leave rows under review out, exit code 1 if there are")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 

@@ -15,6 +15,7 @@ cannot be read, or for which the model computes numbers that are none, gets "pre
 OUTPUT.report.json lists them, the exit code is then 1, and the same command tries those again.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -23,27 +24,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from data_pipeline.common.artefacts import ANSWER_REPORT, with_checksum
+from data_pipeline.common.cli import Parser, local_path, path, whole
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import as_path, write_text
+from data_pipeline.common.files import write_text
 from data_pipeline.common.processes import ordered_map
 from data_pipeline.media.reading import Clip, Picture, lost_media, try_media
 from data_pipeline.media.sampling import checked_part
 from data_pipeline.questions.records import Record, read_records, show, text
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
-    OPTIONS,
     WRITTEN,
     Row,
+    add_answering,
     failures,
     generation_of,
     known_answers,
     made_with,
-    sizes_of,
     tell,
     write_answers,
 )
@@ -51,50 +51,57 @@ from redvillm_jax.inference.assistant import Assistant, load
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.prompts import Prompt
 from redvillm_jax.model.settings import complete
-from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
-
-FLAGS = {
-    "model": (None, "A run directory, a base folder (give its --config too), or an export."),
-    "video": (None, "A video file."),
-    "picture": (None, "A picture file."),
-    "question": ([], "What to ask about it; may be repeated."),
-    "input": (None, "Questions, a JSON object a line."),
-    "output": (None, "Answers to --input, a JSON object a line."),
-    "num_workers": ("4", "Processes that read the videos of --input."),
-    "time_limit": ("120", "Seconds after which the process that reads a video is ended."),
-    **OPTIONS,
-}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question of --input has no answer."""
-    flags = parse(argv, __doc__, FLAGS, complete)
-    if not flags["model"]:
-        raise UserError(f"--model is needed: {FLAGS['model'][1]}")
-    generation, sizes, workers = generation_of(flags), sizes_of(flags), positive(flags, "num_workers")
-    time_limit, tensor = positive(flags, "time_limit"), positive(flags, "tensor")
-    sources = [name for name in ("video", "picture", "input") if flags[name]]
+    flags = parse(make_parser(), argv, complete)
+    generation = generation_of(flags)
+    sources = [name for name in ("video", "picture", "input") if getattr(flags, name)]
     if len(sources) != 1:
         raise UserError("give one of --video, --picture and --input")
-    if (sources == ["input"]) != bool(flags["output"]) or (sources == ["input"]) == bool(flags["question"]):
+    if (sources == ["input"]) != bool(flags.output) or (sources == ["input"]) == bool(flags.question):
         raise UserError("--video and --picture go with --question, --input with --output")
-    rows = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
+    rows = read_questions(flags.input, flags.output) if flags.input else []
     if not rows and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
+    opening = {"base": flags.base, "config": flags.config, "dtype": flags.dtype, "tensor": flags.tensor}
     if rows:
-        require_shared("--output", as_path(flags["output"]).parent)
-    opening = {name: flags[name] for name in ("base", "config", "dtype")}
-    if rows:
-        with locked(flags["output"], beside=True):
-            assistant = load(flags["model"], tensor=tensor, **opening)
-            return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
-    assistant = load(flags["model"], tensor=tensor, **opening)
-    media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
-    for question in flags["question"]:
+        require_shared("--output", flags.output.parent)
+        with locked(flags.output, beside=True):
+            return answer_file(load(flags.model, **opening), rows, flags, generation)
+    assistant = load(flags.model, **opening)
+    media = Clip(flags.video) if flags.video else Picture(flags.picture)
+    for question in flags.question:
         show_answer(assistant, media, question, generation)
     return 0
+
+
+def make_parser() -> Parser:
+    """The command's own flags."""
+    parser = Parser("python -m redvillm_jax.answer", __doc__, needed=("model",))
+    parser.add_argument("--model", help="run directory, base folder (give its --config, too), or export")
+    parser.add_argument("--video", metavar="FILE", help="a video")
+    parser.add_argument("--picture", metavar="FILE", help="a picture")
+    parser.add_argument("--question", action="append", help="what to ask about it; may be repeated")
+    parser.add_argument("--input", type=local_path, metavar="FILE", help="questions, a JSON object a line")
+    parser.add_argument("--output", type=path, metavar="FILE", help="answers to --input, a JSON object a line")
+    add_answering(parser)
+    group = parser.add_argument_group("reading of --input")
+    group.add_argument(
+        "--num_workers", type=whole(), default=4, metavar="N", help="processes that read videos (%(default)s)"
+    )
+    group.add_argument(
+        "--time_limit",
+        type=whole(),
+        default=120,
+        metavar="SECONDS",
+        help="after which the process that reads a video is ended (%(default)s)",
+    )
+    return parser
 
 
 def show_answer(assistant: Assistant, media: Clip | Picture, question: str, generation: Generation) -> None:
@@ -109,13 +116,13 @@ def show_answer(assistant: Assistant, media: Clip | Picture, question: str, gene
         print(f"({time.time() - start:.1f} s)", file=sys.stderr)
 
 
-def read_questions(path: Path, output: str) -> list[Row]:
+def read_questions(path: Path, output: Path) -> list[Row]:
     """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
     if os.path.realpath(output) == os.path.realpath(path):
         raise UserError(f"--output={output}: is the --input")
-    if Path(output).is_dir():
+    if output.is_dir():
         raise UserError(f"--output={output}: is a folder, expected the name of a file")
-    check_own(as_path(output), finished=read_made(report_of(as_path(output)), ANSWER_REPORT) is not None)
+    check_own(output, finished=read_made(report_of(output), ANSWER_REPORT) is not None)
     records = read_records(path)
     if not records:
         raise UserError(f"{path}: holds no questions")
@@ -151,14 +158,11 @@ def check_question(record: Record) -> Row:
 def answer_file(
     assistant: Assistant,
     rows: list[Row],
-    flags: dict[str, Any],
+    flags: argparse.Namespace,
     generation: Generation,
-    sizes: dict[str, int],
-    workers: int,
-    time_limit: int,
 ) -> int:
     """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
-    folder, output = Path(flags["input"]).parent, as_path(flags["output"])
+    folder, output = flags.input.parent, flags.output
     report_file = report_of(output)
     settings = made_with(assistant, rows, generation)
     report = read_made(report_file, ANSWER_REPORT)
@@ -175,7 +179,7 @@ def answer_file(
 
     def read(media: list[Clip | Picture]) -> Iterator[Arrays | UserError]:
         work = functools.partial(try_media, assistant.reading)
-        return ordered_map(work, media, workers, time_limit=time_limit, failed=lost_media)
+        return ordered_map(work, media, flags.num_workers, time_limit=flags.time_limit, failed=lost_media)
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
         if "picture" in row:
@@ -183,7 +187,8 @@ def answer_file(
         return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(output, settings, known)
-    write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)
+    sizes = {"batch_size": flags.batch_size, "video_batch_size": flags.video_batch_size}
+    write_answers(log, assistant, rows, source, read, make_prompt, generation, **sizes)
     answers = log.finish(len(rows))
     failed = failures(answers)
     if is_first():

@@ -11,27 +11,27 @@ cannot be answered gets "prediction": null and an "error" and is left out of all
 same command tries it again.
 """
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.artefacts import REPORT, SUMMARY, read_object, with_checksum
+from data_pipeline.common.cli import Parser, path
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import as_path, write_text
+from data_pipeline.common.files import write_text
 from data_pipeline.questions.eval_sets import BENCHMARKS
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
-    OPTIONS,
     Row,
+    add_answering,
     failures,
     generation_of,
     known_answers,
     made_with,
-    sizes_of,
     tell,
     write_answers,
 )
@@ -40,53 +40,53 @@ from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt
 from redvillm_jax.model.settings import check_store, complete, needed_parts
-from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
-
-FLAGS = {
-    "model": (None, "A run directory, a base folder (give its --config too), or an export."),
-    "data": (None, "A store made by data_pipeline.prepare, or by redvillm_jax.encode."),
-    "out": (None, "Folder for answers.jsonl and summary.json."),
-    "benchmark": (None, "The set that questions without one are scored and judged as."),
-    "language": (None, "Only the questions in this language, en or zh."),
-    "text_only": (False, "Asks without the videos: what the words of the questions give away."),
-    **OPTIONS,
-}
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns 1 if a question has no answer."""
-    flags = parse(argv, __doc__, FLAGS, complete)
-    for name in ("model", "data", "out"):
-        if not flags[name]:
-            raise UserError(f"--{name} is needed: {FLAGS[name][1]}")
-    generation, sizes, tensor = generation_of(flags), sizes_of(flags), positive(flags, "tensor")
-    opened = open_model(flags["model"], flags["config"], flags["base"])
-    store = open_store(flags["data"])
+    flags = parse(make_parser(), argv, complete)
+    generation = generation_of(flags)
+    opened = open_model(flags.model, flags.config, flags.base)
+    store = open_store(flags.data)
     check_store(store, opened.base, opened.settings)
-    rows = questions(store, flags["benchmark"], flags["language"])
-    require_shared("--out", as_path(flags["out"]))
-    made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
-    check_own(as_path(flags["out"]) / "answers.jsonl", finished=made is not None)
-    with locked(flags["out"]):
-        return answer_store(opened, store, rows, as_path(flags["out"]), flags, generation, sizes, tensor)
+    rows = questions(store, flags.benchmark, flags.language)
+    require_shared("--out", flags.out)
+    made = read_made(flags.out / "summary.json", SUMMARY)
+    check_own(flags.out / "answers.jsonl", finished=made is not None)
+    with locked(flags.out):
+        return answer_store(opened, store, rows, flags, generation)
+
+
+def make_parser() -> Parser:
+    """The command's own flags."""
+    parser = Parser("python -m redvillm_jax.evaluate", __doc__, needed=("model", "data", "out"))
+    parser.add_argument("--model", help="run directory, base folder (give its --config, too), or export")
+    parser.add_argument("--data", type=path, help="store of data_pipeline.prepare, or of redvillm_jax.encode")
+    parser.add_argument("--out", type=path, help="folder for answers.jsonl and summary.json")
+    parser.add_argument("--benchmark", metavar="NAME", help="set that questions without one are scored as")
+    parser.add_argument("--language", help="only the questions in this language, en or zh")
+    parser.add_argument(
+        "--text_only", action="store_true", help="ask without the videos: what the words of the questions give away"
+    )
+    add_answering(parser)
+    return parser
 
 
 def answer_store(
     opened: OpenedModel,
     store: VideoStore,
     rows: list[Row],
-    out: Path,
-    flags: Mapping[str, Any],
+    flags: argparse.Namespace,
     generation: Generation,
-    sizes: Mapping[str, int],
-    tensor: int,
 ) -> int:
     """Answers what is open and scores all; returns the exit code."""
-    assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
+    out = flags.out
+    assistant = Assistant(opened, dtype=flags.dtype, tensor=flags.tensor, parts=needed_parts(store))
     settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
-    if flags["text_only"]:
+    if flags.text_only:
         settings["text_only"] = True
     summary = finished(out, settings)
     known = known_answers(out / "answers.jsonl", rows, summary) if summary else {}
@@ -102,12 +102,13 @@ def answer_store(
             yield {name: array[0] for name, array in store.padded([index[video]]).items()} | times
 
     def make_prompt(row: Row, arrays: Arrays) -> Prompt:
-        if flags["text_only"]:
+        if flags.text_only:
             return assistant.text_prompt(row["question"])
         return assistant.video_prompt(row["question"], arrays)
 
     log = AnswerLog(out / "answers.jsonl", settings, known)
-    write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
+    sizes = {"batch_size": flags.batch_size, "video_batch_size": flags.video_batch_size}
+    write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, **sizes)
     answers = log.finish(len(rows))
     failed = failures(answers)
     if is_first():

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path, whole
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from data_pipeline.questions.eval_sets import BENCHMARKS
 from data_pipeline.text.chat_client import ReplyCache, Statistics, ask_all
@@ -17,7 +18,6 @@ from data_pipeline.text.chat_options import (
     announce,
     check_endpoint,
     cost_of,
-    positive,
     sampling,
     too_dear,
 )
@@ -173,28 +173,22 @@ def _made_with(
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m redvillm_jax.judge",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--answers", type=Path, help="answers.jsonl, or the folder that has it")
-    parser.add_argument("--out", type=Path, help="folder for verdicts.jsonl, summary.json and the cache of replies")
+    parser = Parser("python -m redvillm_jax.judge", HELP)
+    parser.add_argument("--answers", type=local_path, help="answers.jsonl, or the folder that has it")
+    parser.add_argument("--out", type=local_path, help="folder for verdicts.jsonl, summary.json and the replies")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two judged folders: second minus first")
     parser.add_argument(
         "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of rows that have no "benchmark"'
     )
-    parser.add_argument("--limit", type=positive(int), help="judge only the first so many questions")
-    parser.add_argument("--attempts", type=positive(int), default=3, help="at a readable reply (default 3)")
+    parser.add_argument("--limit", type=whole(), metavar="N", help="judge only the first so many questions")
+    parser.add_argument("--attempts", type=whole(), default=3, metavar="N", help="at a readable reply (%(default)s)")
     parser.add_argument(
-        "--truncate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="count a score of 4.8 as 4, as the published scripts do (default yes)",
+        "--no_truncate",
+        dest="truncate",
+        action="store_false",
+        help="count a score of 4.8 as 4.8, not as 4 as the published scripts do",
     )
-    add_endpoint(parser, required=False)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_endpoint(parser)
     return parser.parse_args(argv)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
@@ -28,18 +29,10 @@ from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
-from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.training.rows import plan_rows, row_settings
 
-OPTIONS = {
-    "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
-    "size": (None, "A named size of the family instead of --config.base, such as v1-7b (its first)."),
-    "rows_per_chip": ("1", "Rows of a step on each chip, for the second line."),
-    "batch_size": ("8", "Videos that a host encodes at once, the flag of redvillm_jax.encode."),
-    "dump": (None, "Folder for the optimized HLO, the memory analysis and the arithmetic."),
-    "all": (False, "Compares all slices."),
-}
 PAPER_BATCH = 32
 LONG = ",".join(KEPT)
 SHORT = LONG.removesuffix(",up")
@@ -52,20 +45,32 @@ BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS, complete)
-    config = flags["config"]
-    if config is None or not (flags["topology"] or flags["all"]):
-        raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")
+    parser = Parser("python -m redvillm_jax.plan", __doc__, needed=("config",))
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--topology", metavar="SLICE", help=f"the slice: {NAMES[0]} … {NAMES[-1]}")
+    which.add_argument("--all", action="store_true", help="compare all slices")
+    parser.add_argument("--size", help="named size of the family, such as v1-7b (its first), instead of --config.base")
+    parser.add_argument(
+        "--rows_per_chip",
+        type=whole(),
+        default=1,
+        help="rows of a step on each chip, in the second line (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch_size", type=whole(), default=8, help="videos that a host encodes at once, as in encode (%(default)s)"
+    )
+    parser.add_argument("--dump", type=path, metavar="DIR", help="folder for the HLO, the memory and the arithmetic")
+    flags = parse(parser, argv, complete)
+    config = flags.config
     check_config(config)
     quiet_without_tpu()
-    base, lengths, total = open_workload(config, flags["size"])
-    dump = Path(flags["dump"]) if flags["dump"] else None
+    base, lengths, total = open_workload(config, flags.size)
     videos = int(lengths[0].max()) + 1 if config["data"] else VIDEOS
-    rows_per_chip, batch_size = positive(flags, "rows_per_chip"), positive(flags, "batch_size")
-    if flags["all"]:
-        compare(config, base, lengths, total, videos, batch_size, dump)
+    if flags.all:
+        compare(config, base, lengths, total, videos, flags.batch_size, flags.dump)
         return
-    plan_one(config, base, flags["topology"], lengths, total, videos, rows_per_chip, batch_size, dump)
+    rows_per_chip, batch_size = flags.rows_per_chip, flags.batch_size
+    plan_one(config, base, flags.topology, lengths, total, videos, rows_per_chip, batch_size, flags.dump)
 
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:

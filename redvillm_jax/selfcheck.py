@@ -19,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 import jax
 from etils import epath
 
-from data_pipeline.common.errors import Parser, UserError
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError
 from redvillm_jax.checks.machine_checks import check_collectives, check_data_order, check_devices, check_meshes
 from redvillm_jax.checks.model_checks import check_attention, check_checkpoints, check_encoder, check_training
 from redvillm_jax.runtime import distributed
@@ -31,8 +32,7 @@ NEEDS = {"checkpoints": "folder"}
 
 
 def main(argv: list[str]) -> int:
-    summary, _, details = __doc__.split("\n\n")
-    parser = Parser(prog="python -m redvillm_jax.selfcheck", description=summary, epilog=details)
+    parser = Parser("python -m redvillm_jax.selfcheck", __doc__)
     parser.add_argument(
         "--workdir",
         help="folder or gs:// path in which files and checkpoints are tried (one process: a temporary folder; several: "

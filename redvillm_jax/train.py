@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import METRICS, RUN, read_lines, read_object
+from data_pipeline.common.cli import Parser, path
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import absolute, as_path, make_folder, write_text
+from data_pipeline.common.files import absolute, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
@@ -40,10 +41,10 @@ WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run dire
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")}, complete)
-    if flags["config"] is None or not flags["workdir"]:
-        raise UserError("--config and --workdir are needed, e.g. --config=configs/llava.py --workdir=runs/llava")
-    return train(flags["config"], as_path(flags["workdir"]))
+    parser = Parser("python -m redvillm_jax.train", __doc__, needed=("config", "workdir"))
+    parser.add_argument("--workdir", type=path, help="run directory; the same command again continues it")
+    flags = parse(parser, argv, complete)
+    return train(flags.config, flags.workdir)
 
 
 def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device] | None = None) -> int:

@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.common.cli import Parser, whole
 from data_pipeline.common.errors import UserError
 from redvillm_jax import plan
 from redvillm_jax.runtime import cli
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"topology": (None, "…"), "all": (False, "…"), "question": ([], "…")}
+
+
+def parser() -> Parser:
+    parser = Parser("python -m command", "What it does.")
+    parser.add_argument("--topology", help="…")
+    parser.add_argument("--all", action="store_true", help="…")
+    parser.add_argument("--question", action="append", help="…")
+    parser.add_argument("--rows_per_chip", type=whole(), default=1, help="… (%(default)s)")
+    return parser
 
 
 def config(*argv: str) -> dict:
-    return cli.parse(list(argv), "", OPTIONS)["config"]
+    return cli.parse(parser(), argv).config
 
 
 @pytest.mark.parametrize("name", ["llava", "configs/llava.py", "qwen", "qwen:zh", "configs/qwen.py:zh", "demo:qwen_vl"])
@@ -45,7 +54,7 @@ def test_another_folder_of_that_name_is_not_in_the_way(tmp_path):
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / file).write_text("")
     code = f"import sys; sys.path.append({str(ROOT)!r}); from redvillm_jax.runtime import cli;"
-    code += "print(cli.parse(['--config=demo:qwen_vl'], '', {})['config']['family'])"
+    code += "print(cli.read_config('demo:qwen_vl')['family'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={})
     assert done.stdout == "qwen_vl\n", done.stderr
 
@@ -63,10 +72,10 @@ def test_fields_that_family_and_video_bring_may_be_set(video):
         return config
 
     argv = ["--config=llava", "--config.seed=3", "--config.other_grid=4", "--config.family=mine", *video]
-    found = cli.parse(argv, "", OPTIONS, complete)["config"]
+    found = cli.parse(parser(), argv, complete).config
     assert (found["family"], found["video"], found["other_grid"], found["seed"]) == ("mine", "other", 4, 3)
     with pytest.raises(UserError, match=r"no field 'other_gird'; did you mean other_grid\?"):
-        cli.parse(["--config=llava", "--config.other_gird=4", "--config.family=mine", *video], "", OPTIONS, complete)
+        cli.parse(parser(), ["--config=llava", "--config.other_gird=4", "--config.family=mine", *video], complete)
 
 
 LLAVA = "--config=configs/llava.py"
@@ -84,7 +93,7 @@ LLAVA = "--config=configs/llava.py"
         ([LLAVA, "config.seed=1"], "unexpected argument 'config.seed=1': write --config.seed=1"),
         ([LLAVA, "--config.num_epochs=a"], "--config.num_epochs=a: invalid literal for int"),
         ([LLAVA, "--config.mesh=1"], "Failed to parse '1' as a ConfigDict"),
-        ([LLAVA, "--topologi=v5e-4"], r"Unknown command line flag 'topologi'. Did you mean: topology"),
+        ([LLAVA, "--topologi=v5e-4"], r"unknown flag --topologi; did you mean --topology\?"),
         (["--config.seed=1"], "--config.seed=1: sets a field of a config; give that, too"),
         (["--config"], "--config needs a file, or one of demo, llava, qwen"),
         (["--config="], "--config needs a file"),

@@ -376,7 +376,7 @@ def test_other_commands_files_are_not_touched(tmp_path):
         (["--model=gpt-4o"], "--model=gpt-4o: names no dated version"),
         (["--out=/proc/nowhere"], "--out=/proc/nowhere: cannot be made: No such file"),
         (["--max_cost=3"], "--max_cost: needs --price_in and --price_out"),
-        (["--attempts=0"], "argument --attempts: expected a number above 0"),
+        (["--attempts=0"], "argument --attempts: expected a positive integer"),
         (["--benchmark=msvd"], "argument --benchmark: invalid choice: 'msvd'"),
         (["--base_url=localhost:8000"], "expected an address such as"),
         (["--answers=/nowhere"], "/nowhere"),

@@ -181,7 +181,7 @@ def test_prepare_again_decodes_nothing(data, tmp_path, monkeypatch):
 def test_mistakes_end_in_one_line(data, tmp_path):
     flags = arguments(data, tmp_path / "s")
     assert "--out" in error(flags[:2])
-    assert "--imagesize=8" in error([*flags, "--imagesize=8"])
+    assert "unknown flag --imagesize; did you mean --image_size?" in error([*flags, "--imagesize=8"])
     assert "'lanczos'" in error([*flags, "--resize=lanczos"])
     assert "expected a number from 1 to 10000, got 0" in error([*flags, "--num_frames=0"])
     assert "expected a number from 1 to 4096, got 100000" in error([*flags, "--image_size=100000"])

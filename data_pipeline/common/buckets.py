@@ -14,13 +14,13 @@ from tqdm import tqdm
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import (
     as_path,
-    bucket_files,
     cache_folder,
     check_bucket,
     explained,
     in_bucket,
     temporary_name,
 )
+from data_pipeline.common.gcs import bucket_files
 
 DOWNLOADS = 8  # at once
 

@@ -1,6 +1,5 @@
 """How every command reports a user's mistake: one line, exit code 2, no traceback."""
 
-import argparse
 import difflib
 import errno
 import os
@@ -9,18 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 
 class UserError(Exception):
     """A mistake in the input: the message says what was found, where, what was expected and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors; `run` takes `--debug` out before it looks."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,17 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 from etils import epath
 
+from data_pipeline.common import gcs
 from data_pipeline.common.errors import UserError, full_disk
 
 CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder for `cache_folder`
-
-# A listing is never remembered: other hosts, and Orbax by its own client, write into the same folders.
-fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-# gcsfs would ask by gRPC what kind of bucket it is, a minute each time where that is blocked; only zonal ones need it.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def as_path(path: str | Path) -> Path:
@@ -41,11 +36,6 @@ def cache_folder() -> Path:
     if folder := os.environ.get(CACHE):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "redvillm_jax"
-
-
-def bucket_files() -> fsspec.AbstractFileSystem:
-    """The file system of gs:// paths."""
-    return epath.backend.fsspec_backend.fs("gs://")
 
 
 @contextlib.contextmanager
@@ -78,7 +68,7 @@ def check_bucket(path: str | Path) -> None:
         if not bucket:
             raise UserError(f"{path}: has no bucket, expected gs://BUCKET/FOLDER")
         with explained(path):
-            bucket_files().call("GET", "b/{}/o", bucket, prefix=name, maxResults=1)
+            gcs.list_one(bucket, name)
 
 
 def make_folder(path: str | Path) -> None:
@@ -89,7 +79,7 @@ def make_folder(path: str | Path) -> None:
     if in_bucket(path):
         check_bucket(path)
         with explained(path):
-            bucket_files().call("GET", "b/{}", str(path).split("/")[2])
+            gcs.read_metadata(str(path).split("/")[2])
         return
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -103,7 +93,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of what lies in a folder, by name, from one listing; files that vanish meanwhile are left out."""
     if in_bucket(folder):
         with explained(folder):
-            found = bucket_files().ls(str(folder), detail=True)
+            found = gcs.bucket_files().ls(str(folder), detail=True)
         return {file["name"].rstrip("/").rpartition("/")[2]: file["size"] for file in found}
     sizes = {}
     for file in os.scandir(folder):
@@ -134,14 +124,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary = Path(folder, path.name)
         yield temporary
         with explained(path):
-            bucket_files().put_file(str(temporary), str(path))
+            gcs.bucket_files().put_file(str(temporary), str(path))
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file that is never seen half-written."""
     if in_bucket(path):
         with explained(path):
-            bucket_files().pipe_file(str(path), text.encode())
+            gcs.bucket_files().pipe_file(str(path), text.encode())
         return
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

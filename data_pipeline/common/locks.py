@@ -29,8 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.common import gcs
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import as_path, bucket_files, explained, in_bucket
+from data_pipeline.common.files import as_path, explained, in_bucket
 
 LOCK = ".redvillm-lock"
 BEAT_SECONDS, DEAD_SECONDS = 15, 50
@@ -320,22 +321,10 @@ class ObjectLock:
 
     def write(self, text: bytes, generation: int) -> bool:
         """Writes the object if it still has this generation (0: if there is none)."""
-        files = bucket_files()
-        try:
-            made = files.call(
-                "POST",
-                f"{files._location}/upload/storage/v1/b/{{}}/o",
-                self.bucket,
-                uploadType="media",
-                name=self.name,
-                ifGenerationMatch=generation,
-                data=text,
-                json_out=True,
-            )
-        except FileExistsError:  # what gcsfs makes of a precondition that does not hold
-            return False
-        self.held = Found(text, int(made["generation"]))
-        return True
+        made = gcs.write_over(self.bucket, self.name, text, generation)
+        if made is not None:
+            self.held = Found(text, made)
+        return made is not None
 
     def is_certain(self, found: Found) -> bool:
         """Whether the holder lives for sure: nobody knows before it writes."""
@@ -343,11 +332,8 @@ class ObjectLock:
 
     def look(self) -> Found | None:
         """What is there now."""
-        try:
-            headers, text = bucket_files().call("GET", "b/{}/o/{}", self.bucket, self.name, alt="media")
-        except FileNotFoundError:
-            return None
-        return Found(bytes(text), int(headers["X-Goog-Generation"]))
+        found = gcs.read_object(self.bucket, self.name)
+        return None if found is None else Found(*found)
 
     def beat(self) -> bool:
         """Writes the lock anew; False if another run has written its own over it."""
@@ -363,5 +349,4 @@ class ObjectLock:
 
     def release(self) -> None:
         """Removes the object if it is still this run's."""
-        generation = self.held.generation
-        bucket_files().call("DELETE", "b/{}/o/{}", self.bucket, self.name, ifGenerationMatch=generation)
+        gcs.delete_object(self.bucket, self.name, self.held.generation)

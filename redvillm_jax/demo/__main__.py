@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.artefacts import ANSWER, METRICS, QUESTION, read_lines
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path, number
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from redvillm_jax.demo.floors import commonest_answer, without_order
 from redvillm_jax.evaluation.short_answers import exact_match
@@ -44,10 +45,15 @@ LANGUAGES = {"English": "en", "Chinese": "zh"}
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m redvillm_jax.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--base", choices=sorted(p.name for p in BASES.iterdir()), default="llava", help="(llava)")
-    parser.add_argument("--workdir", type=Path, default=Path("demo"), help="folder for everything it makes (demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the training questions (0)")
+    parser = Parser("python -m redvillm_jax.demo", __doc__)
+    bases = sorted(p.name for p in BASES.iterdir())
+    parser.add_argument("--base", choices=bases, default="llava", help="which tiny image LLM (%(default)s)")
+    parser.add_argument(
+        "--workdir", type=local_path, default=Path("demo"), help="folder for everything it makes (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int), default=0, metavar="N", help="of the order of the training questions (%(default)s)"
+    )
     flags = parser.parse_args(argv)
     with locked(flags.workdir / flags.base):
         demonstrate(flags)

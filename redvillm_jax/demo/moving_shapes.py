@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import SHAPES, read_object
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path, number, whole
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 
 TICKS = 32  # frames of a video
@@ -322,13 +323,17 @@ def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m redvillm_jax.demo.moving_shapes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser = Parser("python -m redvillm_jax.demo.moving_shapes", __doc__, needed=("out",))
+    parser.add_argument("--out", type=local_path, help="folder to write")
     for split, count in zip(SPLITS, (3000, 300, 600), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"videos in {split} (%(default)s)")
+        parser.add_argument(
+            f"--{split}", type=number(int), default=count, metavar="N", help=f"videos in {split} (%(default)s)"
+        )
     parser.add_argument("--language", choices=("both", *LANGUAGES), default="both", help="of the questions")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other videos (%(default)s)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    parser.add_argument("--seed", type=number(int), default=0, metavar="N", help="of what is random (%(default)s)")
+    parser.add_argument(
+        "--num_workers", type=whole(1024), default=os.cpu_count(), metavar="N", help="processes (%(default)s)"
+    )
     args = parser.parse_args(argv)
     with locked(args.out):
         make_sets(args)

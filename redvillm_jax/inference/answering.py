@@ -1,5 +1,6 @@
 """From question rows to rows of answers.jsonl, for the commands `answer` and `evaluate`."""
 
+import argparse
 import collections
 import dataclasses
 import hashlib
@@ -14,46 +15,55 @@ import jax
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import ANSWER, parse_lines, read_bytes
+from data_pipeline.common.cli import Parser, number, whole
 from data_pipeline.common.errors import UserError
 from redvillm_jax.inference.answer_log import AnswerLog
 from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.engine import Arrays, Asked, Generation
 from redvillm_jax.inference.prompts import Prompt, check_length, prompt_text
-from redvillm_jax.runtime.cli import number, positive
 
 T = TypeVar("T")
 Row = dict[str, Any]
+GENERATION = {  # what --help says of each setting
+    "max_new_tokens": "longest answer in tokens",
+    "temperature": "0 chooses the most likely token; more draws at random",
+    "top_k": "draws among the k most likely tokens, 0 among all",
+    "top_p": "draws among the most likely tokens that reach this probability together",
+    "repetition_penalty": "more than 1 makes tokens that were there before less likely",
+    "seed": "of what is drawn; the number of the question decides with it",
+}
 
 WRITTEN = ("prediction", "error", "finish", "prompt", "num_frames", "generation", "model")  # fields of answers
 
-OPTIONS = {  # of both commands
-    "base": (None, "The base folder: of an export that holds projectors alone, or where a run's own has moved."),
-    "max_new_tokens": ("512", "Longest answer in tokens."),
-    "temperature": ("0", "0 chooses the most likely token; more draws at random."),
-    "top_k": ("0", "Draws among the k most likely tokens, 0 among all."),
-    "top_p": ("1", "Draws among the most likely tokens that reach this probability together."),
-    "repetition_penalty": ("1", "More than 1 makes tokens that were there before less likely."),
-    "seed": ("0", "Of what is drawn; the number of the question decides with it."),
-    "dtype": (None, "bfloat16, float16 or float32; the run's own by default."),
-    "tensor": ("1", "Devices that hold one copy of the model together; others hold further copies."),
-    "batch_size": ("32", "Questions answered at once."),
-    "video_batch_size": ("8", "Videos encoded at once."),
-}
+
+def add_answering(parser: Parser) -> None:
+    """Adds the flags that both commands have: which base, how answers are drawn, and how much at once."""
+    parser.add_argument("--base", help="base folder: of an export of projectors alone, or where a run's own has moved")
+    group = parser.add_argument_group("generation")
+    for field in dataclasses.fields(Generation):
+        text = f"{GENERATION[field.name]} (%(default)s)"
+        group.add_argument(f"--{field.name}", type=number(field.type), default=field.default, metavar="N", help=text)
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--dtype", help="bfloat16, float16 or float32 (the run's own)")
+    group.add_argument(
+        "--tensor",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="devices that hold one copy of the model together; others hold further copies (%(default)s)",
+    )
+    group.add_argument("--batch_size", type=whole(), default=32, metavar="N", help="questions at once (%(default)s)")
+    group.add_argument(
+        "--video_batch_size", type=whole(), default=8, metavar="N", help="videos encoded at once (%(default)s)"
+    )
 
 
-def generation_of(flags: Mapping[str, str]) -> Generation:
+def generation_of(flags: argparse.Namespace) -> Generation:
     """The generation settings of the command line. Raises UserError naming the flag."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Generation)}
     try:
-        return Generation(**{name: number(flags, name, kind) for name, kind in kinds.items()})
+        return Generation(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Generation)})
     except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith("--") else f"--{message}") from None
-
-
-def sizes_of(flags: Mapping[str, str]) -> dict[str, int]:
-    """The batch sizes of the command line."""
-    return {name: positive(flags, name) for name in ("batch_size", "video_batch_size")}
+        raise UserError(f"--{error}") from None
 
 
 def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation) -> dict[str, Any]:
@@ -98,7 +108,9 @@ def write_answers(
     read: Callable[[list[Any]], Iterator[Arrays | UserError]],
     make_prompt: Callable[[Row, Arrays], Prompt],
     generation: Generation,
-    sizes: Mapping[str, int],
+    *,
+    batch_size: int,
+    video_batch_size: int,
 ) -> None:
     """Answers the rows that are not in the log: of this process's share of the videos.
 
@@ -117,7 +129,7 @@ def write_answers(
         return row | {"prediction": None, "error": error, "model": assistant.identity}
 
     def asked() -> Iterator[Asked]:
-        for video, arrays in zip(mine, ahead(read(mine), sizes["video_batch_size"]), strict=True):
+        for video, arrays in zip(mine, ahead(read(mine), video_batch_size), strict=True):
             for i in by_video[video]:
                 try:
                     if isinstance(arrays, UserError):
@@ -133,6 +145,7 @@ def write_answers(
     with tqdm(
         total=len(rows), initial=len(rows) - len(open_questions), unit="question", disable=None, dynamic_ncols=True
     ) as progress:
+        sizes = {"batch_size": batch_size, "video_batch_size": video_batch_size}
         for batch in assistant.inference.answers(asked(), generation, **sizes):
             answers = {}
             for one, answer in batch:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from redvillm_jax.runtime.chips import Chip
 
+CHECKED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the versions whose text of HLO was last read
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2} | {
     name: size for size, names in ((4, ("s32", "u32", "f32")), (8, ("s64", "u64", "f64", "c64"))) for name in names
 }

@@ -40,7 +40,11 @@ class VideoLLM(nnx.Module):
         self.projectors = nnx.Dict(projectors)
         self.llm = llm
         self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
-        self.order = video.order(config.grid, video.num_frames)
+
+    @property
+    def order(self) -> tuple[Stream, ...]:
+        """The streams in token order, for a video with all frames."""
+        return self.video.order(self.config.grid, self.video.num_frames)
 
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""

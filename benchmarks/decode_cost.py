@@ -71,7 +71,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
     from jax.sharding import PartitionSpec as P
 
     from redvillm_jax.inference.engine import Inference
-    from redvillm_jax.inference.generate import Rows
+    from redvillm_jax.inference.generate import Decoding
     from redvillm_jax.inference.sampler import Sampling
     from redvillm_jax.model.base_folder import load_base_module, sized_base
     from redvillm_jax.model.build import load_model
@@ -91,7 +91,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
         keys = jax.eval_shape(lambda: model.llm.init_cache(rows, slots, jnp.bfloat16))[0]
         cache = array(keys.shape, keys.dtype, None, None, "tensor")
         random = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        state = Rows(
+        state = Decoding(
             cache=(cache, cache),
             prompt=array((rows, slots), bool),
             length=array((rows,), jnp.int32),

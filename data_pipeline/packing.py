@@ -117,7 +117,7 @@ def _steps(
     """
     steps, waiting, short = [], deque(groups), 0
     while waiting:
-        step, late, room = Rows(prefixes, lengths, row_length, max_rows), [], batch_questions
+        step, late, room = StepRows(prefixes, lengths, row_length, max_rows), [], batch_questions
         while waiting and room:
             video, questions = waiting.popleft()
             group, rest = (video, questions[:room]), questions[room:]
@@ -143,7 +143,7 @@ def _steps(
     return steps
 
 
-class Rows:
+class StepRows:
     """The rows of one step while they are filled: each group goes where it leaves the least room."""
 
     def __init__(self, prefixes, lengths, row_length: int, max_rows: int):

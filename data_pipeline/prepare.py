@@ -22,7 +22,7 @@ from data_pipeline.media.sampling import UNIFORM, sampling_name
 from data_pipeline.media.video_files import VIDEO_EXTENSIONS, VideoFiles, as_text, find_videos, is_text
 from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.questions.eval_sets import BENCHMARKS, read_benchmark
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.mixture import read_mixture
 from data_pipeline.questions.records import show
 
@@ -70,7 +70,7 @@ def write_store(
     settings: dict[str, Any],
     files: VideoFiles,
     sources: list[store.Source],
-    questions: list[Row],
+    questions: list[Instruction],
     mixture: dict[str, Any],
 ) -> None:
     """Decodes what is missing, and finishes the store if nothing is then."""
@@ -108,7 +108,7 @@ def write_store(
     print(summary(flags.out, report))
 
 
-def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], list[store.Source]]:
+def find_sources(questions: list[Instruction], files: VideoFiles) -> tuple[list[Instruction], list[store.Source]]:
     """Returns the questions, each with the id of its record as "video", and the sources of all records, sorted by id.
 
     A record is a whole video, or a part of one with an id such as "v_abc#12.5-20". Questions whose video has no file
@@ -177,14 +177,14 @@ def lost(root: Path, source: store.Source, reason: str) -> store.Result:
     return {"reason": f"{root / source['source']}: the process that decoded it {reason}"}
 
 
-def _questions(flags: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
+def _questions(flags: argparse.Namespace) -> tuple[list[Instruction], dict[str, Any]]:
     """The questions that the command names, and what `read_mixture` reports of them."""
     if flags.benchmark is None:
         return read_mixture(flags.instructions)
     return read_mixture(flags.instructions, lambda path, left_out: read_benchmark(flags.benchmark, path))
 
 
-def _part(question: Row) -> tuple[float, float] | None:
+def _part(question: Instruction) -> tuple[float, float] | None:
     """The seconds that a question is about, to milliseconds; None for the whole video."""
     span = [question.get("start"), question.get("end")]
     if span == [None, None]:

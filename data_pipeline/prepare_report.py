@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.media.video_files import VideoFiles, as_text
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.store import Shards, Source
 
 
 def make_report(
-    files: VideoFiles, sources: Sequence[Source], shards: Shards, questions: Sequence[Row], mixture: dict[str, Any]
+    files: VideoFiles,
+    sources: Sequence[Source],
+    shards: Shards,
+    questions: Sequence[Instruction],
+    mixture: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns report.json: every file, row and question is counted as used or listed as left out.
 

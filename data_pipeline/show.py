@@ -92,14 +92,14 @@ def strip(store: VideoStore, index: int, most_frames: int | None = None, most_qu
     line, record = store.videos[index], store[index]
     n = len(record["frames"])
     chosen = np.linspace(0, n - 1, min(n, most_frames or n)).round().astype(int)
-    rows = [row for row in store.instructions if row["video"] == line["video"]]
+    about_it = [instruction for instruction in store.instructions if instruction["video"] == line["video"]]
     texts = []
-    for number, row in enumerate(rows[:most_questions], start=1):
-        about = ", ".join(str(row[key]) for key in ("language", "kind") if key in row)
-        texts += [(f"{number}. [{about}] {row['question']}", BLACK), (row["answer"], BLUE)]
-    if not rows:
+    for number, instruction in enumerate(about_it[:most_questions], start=1):
+        about = ", ".join(str(instruction[key]) for key in ("language", "kind") if key in instruction)
+        texts += [(f"{number}. [{about}] {instruction['question']}", BLACK), (instruction["answer"], BLUE)]
+    if not about_it:
         texts = [("no question is about this video", GREY)]
-    elif hidden := len(rows) - len(rows[:most_questions]):
+    elif hidden := len(about_it) - len(about_it[:most_questions]):
         texts.append((f"… and {hidden} more: --video={line['video']}", GREY))
     labels = [_time(seconds) for seconds in record["timestamps"][chosen].tolist()]
     return Strip(_title(line), record["frames"][chosen], labels, texts)
@@ -168,7 +168,7 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
 
     A word is a run of letters and digits, or one Chinese, Japanese or Korean character.
     """
-    asked = Counter(row["video"] for row in store.instructions)
+    asked = Counter(instruction["video"] for instruction in store.instructions)
     values: dict[str, list[float]] = {
         "duration, seconds": [line["duration"] for line in store.videos if line["duration"] is not None],
         "frames in the file": [line["total_frames"] for line in store.videos],
@@ -176,9 +176,9 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
         "questions per video": [asked[line["video"]] for line in store.videos],
     }
     texts = defaultdict(list)
-    for row in sorted(store.instructions, key=lambda row: row["language"]):
+    for instruction in sorted(store.instructions, key=lambda instruction: instruction["language"]):
         for field in ("question", "answer"):
-            texts[f"{row['language']} {field}"].append(row[field])
+            texts[f"{instruction['language']} {field}"].append(instruction[field])
     for name, found in texts.items():
         values[f"{name}, characters"] = [len(text) for text in found]
         values[f"{name}, words"] = [len(WORD.findall(text)) for text in found]

@@ -33,12 +33,12 @@ from data_pipeline.common.files import as_path, write_text
 from data_pipeline.common.processes import ordered_map
 from data_pipeline.media.reading import Clip, Picture, lost_media, try_media
 from data_pipeline.media.sampling import checked_part
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.records import Record, read_records, show, text
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
     OPTIONS,
     WRITTEN,
-    Row,
     failures,
     generation_of,
     known_answers,
@@ -79,16 +79,16 @@ def main(argv: list[str]) -> int:
         raise UserError("give one of --video, --picture and --input")
     if (sources == ["input"]) != bool(flags["output"]) or (sources == ["input"]) == bool(flags["question"]):
         raise UserError("--video and --picture go with --question, --input with --output")
-    rows = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
-    if not rows and jax.process_count() > 1:
+    instructions = read_questions(Path(flags["input"]), flags["output"]) if flags["input"] else []
+    if not instructions and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
-    if rows:
+    if instructions:
         require_shared("--output", as_path(flags["output"]).parent)
     opening = {name: flags[name] for name in ("base", "config", "dtype")}
-    if rows:
+    if instructions:
         with locked(flags["output"], beside=True):
             assistant = load(flags["model"], tensor=tensor, **opening)
-            return answer_file(assistant, rows, flags, generation, sizes, workers, time_limit)
+            return answer_file(assistant, instructions, flags, generation, sizes, workers, time_limit)
     assistant = load(flags["model"], tensor=tensor, **opening)
     media = Clip(flags["video"]) if flags["video"] else Picture(flags["picture"])
     for question in flags["question"]:
@@ -108,8 +108,8 @@ def show_answer(assistant: Assistant, media: Clip | Picture, question: str, gene
         print(f"({time.time() - start:.1f} s)", file=sys.stderr)
 
 
-def read_questions(path: Path, output: str) -> list[Row]:
-    """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
+def read_questions(path: Path, output: str) -> list[Instruction]:
+    """The lines of --input; paths are from the file's folder. Raises UserError naming file and line."""
     if os.path.realpath(output) == os.path.realpath(path):
         raise UserError(f"--output={output}: is the --input")
     if Path(output).is_dir():
@@ -122,12 +122,12 @@ def read_questions(path: Path, output: str) -> list[Row]:
 
 
 def report_of(output: Path) -> Path:
-    """The file that says what came of --output."""
+    """The report that stands beside --output."""
     return output.with_name(f"{output.name}.report.json")
 
 
-def check_question(record: Record) -> Row:
-    """The row itself, without what an earlier answer says. Raises UserError."""
+def check_question(record: Record) -> Instruction:
+    """A line of --input without the fields that an earlier run has added to it. Raises UserError."""
     text(record, "question")
     named = [name for name in ("video", "picture") if name in record.fields]
     if len(named) != 1:
@@ -149,7 +149,7 @@ def check_question(record: Record) -> Row:
 
 def answer_file(
     assistant: Assistant,
-    rows: list[Row],
+    instructions: list[Instruction],
     flags: dict[str, Any],
     generation: Generation,
     sizes: dict[str, int],
@@ -159,38 +159,38 @@ def answer_file(
     """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
     report_file = report_of(output)
-    settings = made_with(assistant, rows, generation)
+    settings = made_with(assistant, instructions, generation)
     report = read_made(report_file, ANSWER_REPORT)
-    known = known_answers(output, rows, report) if report and report["made_with"] == settings else {}
-    if len(known) == len(rows):
+    known = known_answers(output, instructions, report) if report and report["made_with"] == settings else {}
+    if len(known) == len(instructions):
         print(f"{output} is whole already")
         return 0
 
-    def source(row: Row) -> Clip | Picture:
-        if "picture" in row:
-            return Picture(str(folder / row["picture"]))
-        part = (row["start"], row["end"]) if row.get("start") is not None else None
-        return Clip(str(folder / row["video"]), part)
+    def source(instruction: Instruction) -> Clip | Picture:
+        if "picture" in instruction:
+            return Picture(str(folder / instruction["picture"]))
+        part = (instruction["start"], instruction["end"]) if instruction.get("start") is not None else None
+        return Clip(str(folder / instruction["video"]), part)
 
     def read(media: list[Clip | Picture]) -> Iterator[Arrays | UserError]:
         work = functools.partial(try_media, assistant.reading)
         return ordered_map(work, media, workers, time_limit=time_limit, failed=lost_media)
 
-    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
-        if "picture" in row:
-            return assistant.picture_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+    def make_prompt(instruction: Instruction, arrays: Arrays) -> Prompt:
+        if "picture" in instruction:
+            return assistant.picture_prompt(instruction["question"])
+        return assistant.video_prompt(instruction["question"], int(arrays["num_frames"]))
 
     log = AnswerLog(output, settings, known)
-    write_answers(log, assistant, rows, source, read, make_prompt, generation, sizes)
-    answers = log.finish(len(rows))
+    write_answers(log, assistant, instructions, source, read, make_prompt, generation, sizes)
+    answers = log.finish(len(instructions))
     failed = failures(answers)
     if is_first():
-        report = {"made_with": settings, "answered": len(rows) - len(failed), "failed": failed}
+        report = {"made_with": settings, "answered": len(instructions) - len(failed), "failed": failed}
         report = with_checksum(report | {"answers_sha256": log.sha256})
         write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         log.forget()
-        print(f"{output}: {report['answered']} of {len(rows)} questions answered")
+        print(f"{output}: {report['answered']} of {len(instructions)} questions answered")
         tell(failed, report_file)
     return 1 if failed else 0
 

@@ -12,6 +12,7 @@ same command tries it again.
 """
 
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from data_pipeline.common.artefacts import REPORT, SUMMARY, read_object, with_ch
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, write_text
 from data_pipeline.questions.eval_sets import BENCHMARKS
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
     OPTIONS,
-    Row,
     failures,
     generation_of,
     known_answers,
@@ -65,18 +66,18 @@ def main(argv: list[str]) -> int:
     opened = open_model(flags["model"], flags["config"], flags["base"])
     store = open_store(flags["data"])
     check_store(store, opened.base, opened.config)
-    rows = questions(store, flags["benchmark"], flags["language"])
+    instructions = questions(store, flags["benchmark"], flags["language"])
     require_shared("--out", as_path(flags["out"]))
     made = read_made(as_path(flags["out"]) / "summary.json", SUMMARY)
     check_own(as_path(flags["out"]) / "answers.jsonl", finished=made is not None)
     with locked(flags["out"]):
-        return answer_store(opened, store, rows, as_path(flags["out"]), flags, generation, sizes, tensor)
+        return answer_store(opened, store, instructions, as_path(flags["out"]), flags, generation, sizes, tensor)
 
 
 def answer_store(
     opened: OpenedModel,
     store: VideoStore,
-    rows: list[Row],
+    instructions: list[Instruction],
     out: Path,
     flags: Mapping[str, Any],
     generation: Generation,
@@ -85,12 +86,12 @@ def answer_store(
 ) -> int:
     """Answers what is open and scores all; returns the exit code."""
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
-    settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
+    settings = made_with(assistant, instructions, generation) | {"data": store.meta["fingerprint"]}
     if flags["text_only"]:
         settings["text_only"] = True
     summary = finished(out, settings)
-    known = known_answers(out / "answers.jsonl", rows, summary) if summary else {}
-    if summary and len(known) == len(rows):
+    known = known_answers(out / "answers.jsonl", instructions, summary) if summary else {}
+    if summary and len(known) == len(instructions):
         print(f"{out} is whole already\n{summary_table(summary)}")
         return 0
 
@@ -100,14 +101,15 @@ def answer_store(
         for video in videos:
             yield {name: array[0] for name, array in store.padded([index[video]]).items()}
 
-    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+    def make_prompt(instruction: Instruction, arrays: Arrays) -> Prompt:
         if flags["text_only"]:
-            return assistant.text_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+            return assistant.text_prompt(instruction["question"])
+        return assistant.video_prompt(instruction["question"], int(arrays["num_frames"]))
 
     log = AnswerLog(out / "answers.jsonl", settings, known)
-    write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, sizes)
-    answers = log.finish(len(rows))
+    source = operator.itemgetter("video")
+    write_answers(log, assistant, instructions, source, read, make_prompt, generation, sizes)
+    answers = log.finish(len(instructions))
     failed = failures(answers)
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
@@ -121,15 +123,15 @@ def answer_store(
     return 1 if failed else 0
 
 
-def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
+def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Instruction]:
     """The store's questions, of one language or all. Raises UserError for a flag that fits none."""
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark}: expected one of {', '.join(BENCHMARKS)}")
-    rows = [row for row in store.instructions if language in (None, row["language"])]
-    if not rows:
-        found = ", ".join(sorted({row["language"] for row in store.instructions}))
+    chosen = [instruction for instruction in store.instructions if language in (None, instruction["language"])]
+    if not chosen:
+        found = ", ".join(sorted({instruction["language"] for instruction in store.instructions}))
         raise UserError(f"--language={language}: {store.path} has questions in {found}")
-    return [({"benchmark": benchmark} if benchmark else {}) | row for row in rows]
+    return [({"benchmark": benchmark} if benchmark else {}) | instruction for instruction in chosen]
 
 
 def left_out(store: VideoStore) -> int:

@@ -21,12 +21,21 @@ from data_pipeline.text.chat_options import (
     sampling,
     too_dear,
 )
-from redvillm_jax.evaluation.answer_rows import first, read_answers
+from redvillm_jax.evaluation.answers import first, read_answers
 from redvillm_jax.evaluation.comparison import compare
 from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, prompt_hash
 from redvillm_jax.evaluation.judged_folder import check_folder, make_folder, remove_others, write_judged
-from redvillm_jax.evaluation.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
-from redvillm_jax.evaluation.scoring import OWN, Result, Row, score
+from redvillm_jax.evaluation.judging import (
+    RULE,
+    Judged,
+    JudgeTask,
+    ask_judge,
+    estimate,
+    judge_tasks,
+    unsent,
+    with_verdict,
+)
+from redvillm_jax.evaluation.scoring import OWN, Answer, Result, score
 from redvillm_jax.evaluation.tables import comparison_table, summary_table
 
 HELP = """\
@@ -59,28 +68,27 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is needed (see --help)")
     check_endpoint(flags)
     path = flags.answers / "answers.jsonl" if flags.answers.is_dir() else flags.answers
-    rows = first(read_answers(path, flags.benchmark), flags.limit)
-    asked = questions(rows, score(rows))
-    to_ask = [question for _, question in asked if question]
+    answers = first(read_answers(path, flags.benchmark), flags.limit)
+    asked = judge_tasks(answers, score(answers))
+    to_ask = [task for _, task in asked if task]
     if to_ask and flags.model is None:
         raise UserError(f"--model is needed: {len(to_ask)} verdicts of {path} need a judge (see --help)")
     with contextlib.nullcontext() if flags.dry_run else locked(flags.out):
-        return judge(path, rows, asked, flags)
+        return judge(path, answers, asked, flags)
 
 
 def judge(
-    path: Path, rows: Sequence[Row], asked: Sequence[tuple[Result, Question | None]], flags: argparse.Namespace
+    path: Path, answers: Sequence[Answer], asked: Sequence[tuple[Result, JudgeTask | None]], flags: argparse.Namespace
 ) -> int:
     """Judges what `questions` gave and writes the folder; returns the exit code."""
-    to_ask = [question for _, question in asked if question]
-    made_with = _made_with(path, rows, to_ask, flags)
+    to_ask = [task for _, task in asked if task]
+    made_with = _made_with(path, answers, to_ask, flags)
     check_folder(flags.out)
-    judged, tokens = _judge(path, rows, to_ask, made_with, flags)
+    judged, tokens = _judge(path, answers, to_ask, made_with, flags)
     if flags.dry_run:
         return 0
     results = [
-        with_verdict(result, question, judged[question], truncate=flags.truncate) if question else result
-        for result, question in asked
+        with_verdict(result, task, judged[task], truncate=flags.truncate) if task else result for result, task in asked
     ]
     if to_ask and all(one.status == "failed" for one in judged.values()):
         reason = next(iter(judged.values())).reason
@@ -97,10 +105,14 @@ def judge(
 
 
 def _judge(
-    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], made_with: Mapping[str, Any], flags: argparse.Namespace
-) -> tuple[dict[Question, Judged], tuple[int, int]]:
+    path: Path,
+    answers: Sequence[Answer],
+    to_ask: Sequence[JudgeTask],
+    made_with: Mapping[str, Any],
+    flags: argparse.Namespace,
+) -> tuple[dict[JudgeTask, Judged], tuple[int, int]]:
     """Prints what there is to do and what it may cost, and asks; returns also the tokens of all replies."""
-    sets = Counter(row.get("benchmark", OWN) for row in rows)
+    sets = Counter(answer.get("benchmark", OWN) for answer in answers)
     model = made_with["answered_by"] or {}
     by = f" of {model.get('name')} ({str(model.get('fingerprint'))[:12]})" if model else ""
     print(f"{path}: answers{by} to {', '.join(f'{count} {name}' for name, count in sets.items())}")
@@ -119,7 +131,7 @@ def _judge(
             return {}, (0, 0)
         remove_others(flags.out, made_with)
 
-        def ask(left: list[Question], request: Any, spent: Statistics) -> Any:
+        def ask(left: list[JudgeTask], request: Any, spent: Statistics) -> Any:
             def stop(now: Statistics) -> str | None:
                 total = Statistics()
                 total.add(spent)
@@ -150,10 +162,10 @@ def _judge(
 
 
 def _made_with(
-    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], flags: argparse.Namespace
+    path: Path, answers: Sequence[Answer], to_ask: Sequence[JudgeTask], flags: argparse.Namespace
 ) -> dict[str, Any]:
     """All that decides what the results are."""
-    prompts = {aspect: prompt_hash(aspect) for aspect in sorted({question.aspect for question in to_ask})}
+    prompts = {aspect: prompt_hash(aspect) for aspect in sorted({task.aspect for task in to_ask})}
     judge = {
         "model": flags.model,
         "temperature": flags.temperature,
@@ -167,7 +179,7 @@ def _made_with(
         "answers_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "benchmark": flags.benchmark,
         "limit": flags.limit,
-        "answered_by": rows[0].get("model"),
+        "answered_by": answers[0].get("model"),
         "judge": judge if to_ask else None,
     }
 

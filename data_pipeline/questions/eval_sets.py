@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.media.sampling import checked_part
-from data_pipeline.questions.formats import Row, Rows
-from data_pipeline.questions.instructions import check_rows
+from data_pipeline.questions.formats import Instruction, Instructions
+from data_pipeline.questions.instructions import check_instructions
 from data_pipeline.questions.records import (
     Record,
     check_object,
@@ -52,11 +52,11 @@ TEMPCOMPASS_ASKS = {
 class EvalSet(NamedTuple):
     """How a set is read: a reader of one file, and the names of the published ones, which may be a pattern."""
 
-    read: Callable[[Path], Rows]
+    read: Callable[[Path], Instructions]
     files: tuple[str, ...]
 
 
-def read_benchmark(benchmark: str, path: str | Path) -> list[Row]:
+def read_benchmark(benchmark: str, path: str | Path) -> list[Instruction]:
     """Reads an evaluation set of `BENCHMARKS`: one of its published files, or the folder with all of them.
 
     Answers are matched by id. Raises UserError naming file, row and field.
@@ -70,27 +70,27 @@ def read_benchmark(benchmark: str, path: str | Path) -> list[Row]:
         files = [file for name in names for file in sorted(path.glob(name)) or [path / name]]
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with those published")
-    rows = (row for file in files for row in read(file))
-    return check_rows(path, ((where, {**row, "benchmark": benchmark}) for where, row in rows))
+    found = (pair for file in files for pair in read(file))
+    return check_instructions(path, ((where, instruction | {"benchmark": benchmark}) for where, instruction in found))
 
 
-def read_vcgbench(path: Path) -> Rows:
+def read_vcgbench(path: Path) -> Instructions:
     """VCGBench's {generic,temporal,consistency}_qa.json: {"Q" or "Q1" and "Q2", "A", "video_name"}.
 
     As its code reads it. The file's name tells the kind. Both questions of a consistency pair are rows, one "group".
     """
     kind = _kind(path, ("generic", "temporal", "consistency"), "_qa")
     for index, record in enumerate(read_records(path)):
-        row = _row(f"{kind}/{index}", _video(record, "video_name"), answer=text(record, "A"), kind=kind)
+        instruction = _instruction(f"{kind}/{index}", _video(record, "video_name"), answer=text(record, "A"), kind=kind)
         if kind != "consistency":
-            yield record.where, {**row, "question": text(record, "Q")}
+            yield record.where, {**instruction, "question": text(record, "Q")}
             continue
         for i in "12":
-            row |= {"id": f"{kind}/{index}/{i}", "question": text(record, f"Q{i}"), "group": f"{kind}/{index}"}
-            yield record.where, dict(row)
+            instruction |= {"id": f"{kind}/{index}/{i}", "question": text(record, f"Q{i}"), "group": f"{kind}/{index}"}
+            yield record.where, dict(instruction)
 
 
-def read_msvd_qa(path: Path) -> Rows:
+def read_msvd_qa(path: Path) -> Instructions:
     """MSVD-QA's {train,val,test}_qa.json: {"id", "video_id": 1301, "question", "answer"}, or `read_pair`'s form.
 
     youtube_mapping.txt beside it, lines "name vid1301", gives the videos' names; without it they are vid1301.
@@ -111,10 +111,10 @@ def read_msvd_qa(path: Path) -> Rows:
         video = f"vid{name(record, 'video_id')}"
         if names and video not in names:
             raise UserError(f"{record.where}: {mapping} has no {video}; take the one that belongs to the questions")
-        yield record.where, _question(record, name(record, "id"), names.get(video, video))
+        yield record.where, _question_and_answer(record, name(record, "id"), names.get(video, video))
 
 
-def read_msrvtt_qa(path: Path) -> Rows:
+def read_msrvtt_qa(path: Path) -> Instructions:
     """MSRVTT-QA's {train,val,test}_qa.json: {"id", "video_id": 7010, "question", "answer"}, or `read_pair`'s form.
 
     The video is video7010.
@@ -123,10 +123,10 @@ def read_msrvtt_qa(path: Path) -> Rows:
         yield from read_pair(path)
         return
     for record in read_records(path):
-        yield record.where, _question(record, name(record, "id"), f"video{name(record, 'video_id')}")
+        yield record.where, _question_and_answer(record, name(record, "id"), f"video{name(record, 'video_id')}")
 
 
-def read_tgif_frameqa(path: Path) -> Rows:
+def read_tgif_frameqa(path: Path) -> Instructions:
     """TGIF-QA's Test_frameqa_question.csv, which tabs separate [checked with the published file].
 
     Columns gif_name, question, answer, type, vid_id (the question's id) and others. Or `read_pair`'s form.
@@ -135,16 +135,16 @@ def read_tgif_frameqa(path: Path) -> Rows:
         yield from read_pair(path)
         return
     for record in read_records(path):
-        row = _question(record, name(record, "vid_id"), _video(record, "gif_name"))
-        yield record.where, {**row, "kind": _choose(record, "type", TGIF_KINDS)}
+        instruction = _question_and_answer(record, name(record, "vid_id"), _video(record, "gif_name"))
+        yield record.where, {**instruction, "kind": _choose(record, "type", TGIF_KINDS)}
 
 
-def read_activitynet_qa(path: Path) -> Rows:
+def read_activitynet_qa(path: Path) -> Instructions:
     """ActivityNet-QA's test_q.json and, beside it, test_a.json [checked with the published files]."""
     return read_pair(path, ACTIVITYNET_KINDS)
 
 
-def read_pair(path: Path, kinds: Sequence[str] = ()) -> Rows:
+def read_pair(path: Path, kinds: Sequence[str] = ()) -> Instructions:
     """Questions {"video_name", "question", "question_id"} and, beside them, answers {"answer", "type", "question_id"}.
 
     They are matched by question_id; answers to other questions are not used. kinds: what a type's number means. The
@@ -165,27 +165,27 @@ def read_pair(path: Path, kinds: Sequence[str] = ()) -> Rows:
         id = name(record, "question_id")
         if id not in answers:
             raise UserError(f"{record.where}: {beside} has no answer with question_id {show(id)}")
-        row = _row(id, _video(record, "video_name"), question=text(record, "question"))
-        row["answer"] = text(answers[id], "answer")
+        instruction = _instruction(id, _video(record, "video_name"), question=text(record, "question"))
+        instruction["answer"] = text(answers[id], "answer")
         if kinds:
-            row["kind"] = _choose(answers[id], "type", kinds)
-        yield record.where, row
+            instruction["kind"] = _choose(answers[id], "type", kinds)
+        yield record.where, instruction
 
 
-def read_mvbench(path: Path) -> Rows:
+def read_mvbench(path: Path) -> Instructions:
     """MVBench's json/<task>.json: {"video", "question", "candidates", "answer": one of them} [as its users read it].
 
     Some tasks add "start" and "end". The file's name is the kind.
     """
     for index, record in enumerate(read_records(path)):
-        row = _row(f"{path.stem}/{index}", _video(record, "video"), kind=path.stem)
-        row |= _multiple_choice(record, "candidates", "answer")
+        instruction = _instruction(f"{path.stem}/{index}", _video(record, "video"), kind=path.stem)
+        instruction |= _multiple_choice(record, "candidates", "answer")
         if "start" in record.fields or "end" in record.fields:
-            row |= _span(record)
-        yield record.where, row
+            instruction |= _span(record)
+        yield record.where, instruction
 
 
-def read_videomme(path: Path) -> Rows:
+def read_videomme(path: Path) -> Instructions:
     """Video-MME's Parquet, one row a question [fields as its card lists them]; JSON and JSON Lines will do, too.
 
     {"question_id", "videoID", "question", "options": ["A. …", …], "answer": "A", "task_type", "duration"} and others.
@@ -198,12 +198,14 @@ def read_videomme(path: Path) -> Rows:
         if answer not in labels:
             raise UserError(f"{record.where}: answer {show(answer)} is none of {', '.join(labels)}")
         kind = f"{text(record, 'duration')}/{text(record, 'task_type')}"
-        row = _row(name(record, "question_id"), _video(record, "videoID"), kind=kind, choices=choices, answer=answer)
-        row["question"] = "\n".join((text(record, "question"), *choices, ASK_LETTER))
-        yield record.where, row
+        instruction = _instruction(
+            name(record, "question_id"), _video(record, "videoID"), kind=kind, choices=choices, answer=answer
+        )
+        instruction["question"] = "\n".join((text(record, "question"), *choices, ASK_LETTER))
+        yield record.where, instruction
 
 
-def read_tempcompass(path: Path) -> Rows:
+def read_tempcompass(path: Path) -> Instructions:
     """TempCompass' {multi-choice,yes_no,caption_matching,captioning}.json [checked with the published files].
 
     {video: {aspect: [{"question", "answer"}, …]}}; options are lines of the question, the answer is one of them. The
@@ -218,27 +220,29 @@ def read_tempcompass(path: Path) -> Rows:
                 where = f"{path}: {show(video)}, {show(aspect)}, row {index + 1}"
                 record = Record(where, check_object(where, fields))
                 question, answer = text(record, "question"), text(record, "answer")
-                row = _row(f"{form}/{video}/{aspect}/{index}", video, kind=f"{form}/{aspect}", answer=answer)
-                row["question"] = question + TEMPCOMPASS_ASKS[form]
+                instruction = _instruction(
+                    f"{form}/{video}/{aspect}/{index}", video, kind=f"{form}/{aspect}", answer=answer
+                )
+                instruction["question"] = question + TEMPCOMPASS_ASKS[form]
                 if form in ("multi-choice", "caption_matching"):
-                    row["choices"] = question.split("\n")[1:]
-                    if answer not in row["choices"]:
+                    instruction["choices"] = question.split("\n")[1:]
+                    if answer not in instruction["choices"]:
                         raise UserError(f"{where}: answer {show(answer)} is no line of the question")
-                    row["answer"] = answer.partition("." if form == "multi-choice" else ":")[0]
+                    instruction["answer"] = answer.partition("." if form == "multi-choice" else ":")[0]
                 if form == "yes_no" and answer not in ("yes", "no"):
                     raise UserError(f"{where}: answer {show(answer)} is neither yes nor no")
-                yield where, row
+                yield where, instruction
 
 
-def read_vnbench(path: Path) -> Rows:
+def read_vnbench(path: Path) -> Instructions:
     """VNBench's VNBench-main-4try.json: {"video", "question", "options", "gt": one of them, "type", "try": 0..3}.
 
     As its code reads it. A video's four tries are a group, which is right if all are.
     """
     for record in read_records(path):
         video = _video(record, "video")
-        row = _row(f"{video}_{name(record, 'try')}", video, kind=text(record, "type"), group=video)
-        yield record.where, row | _multiple_choice(record, "options", "gt")
+        instruction = _instruction(f"{video}_{name(record, 'try')}", video, kind=text(record, "type"), group=video)
+        yield record.where, instruction | _multiple_choice(record, "options", "gt")
 
 
 BENCHMARKS = {
@@ -254,12 +258,12 @@ BENCHMARKS = {
 }
 
 
-def _row(id: str, video: str, **fields: Any) -> Row:
+def _instruction(id: str, video: str, **fields: Any) -> Instruction:
     return {"id": id, "video": video, "language": "en", **fields}
 
 
-def _question(record: Record, id: str, video: str) -> Row:
-    return _row(id, video, question=text(record, "question"), answer=text(record, "answer"))
+def _question_and_answer(record: Record, id: str, video: str) -> Instruction:
+    return _instruction(id, video, question=text(record, "question"), answer=text(record, "answer"))
 
 
 def _video(record: Record, field: str) -> str:
@@ -281,7 +285,7 @@ def _choose(record: Record, field: str, names: Sequence[str]) -> str:
     return names[int(index)]
 
 
-def _multiple_choice(record: Record, options: str, answer: str) -> Row:
+def _multiple_choice(record: Record, options: str, answer: str) -> Instruction:
     """The question with its options lettered; of equal options the first is the answer."""
     words, right = texts(record, options), name(record, answer)
     if right not in words:

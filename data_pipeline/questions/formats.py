@@ -19,8 +19,8 @@ EXPECTED = "expected a list of questions and answers by turns"
 MARKERS = ("<video>", "<image>")
 PICTURE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")  # as Qwen-VL's chat format shows a picture
 
-Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row]]
+Instruction = dict[str, Any]
+Instructions = Iterator[tuple[str, Instruction]]
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def leaving_out(reasons: list[str] | None) -> Iterator[None]:
         reasons.append(str(error))
 
 
-def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
+def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
     """The project's schema: FIELDS and optionally "kind", all text; further fields are kept as they are.
 
     "language" may be missing, and is then guessed from question and answer.
@@ -47,18 +47,18 @@ def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Ro
             yield record.where, fields | {"language": _language(record, fields["question"] + fields["answer"])}
 
 
-def read_video_instruct(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
+def read_video_instruct(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
     """VideoInstruct-100K as published: {"q", "a", "video_id"}. The id is the row's index."""
     for index, record in enumerate(records):
         with leaving_out(left_out):
             question, answer = text(record, "q"), text(record, "a")
             video = video_path(record, "video_id", text(record, "video_id"))
             language = _language(record, question + answer)
-            row = {"id": str(index), "video": video, "language": language}
-            yield record.where, {**row, "question": question, "answer": answer}
+            instruction = {"id": str(index), "video": video, "language": language}
+            yield record.where, {**instruction, "question": question, "answer": answer}
 
 
-def read_conversations(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
+def read_conversations(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
     """LLaVA's and Qwen's form: {"id", "video", "conversations": [{"from": "human", "value"}, {"from": "gpt", …}, …]}.
 
     Qwen's roles are "user" and "assistant", its video may stand in the text, <img>path</img>. The paper trains single
@@ -68,11 +68,11 @@ def read_conversations(records: Iterable[Record], left_out: list[str] | None = N
     count: Counter[str] = Counter()
     for record in records:
         with leaving_out(left_out):
-            for row in _conversation(record, count):
-                yield record.where, row
+            for instruction in _conversation(record, count):
+                yield record.where, instruction
 
 
-def _conversation(record: Record, count: Counter[str]) -> list[Row]:
+def _conversation(record: Record, count: Counter[str]) -> list[Instruction]:
     """The rows of a conversation; `count` has how many rows each id has had."""
     source, turns = name(record, "id"), _turns(record)
     turns[0], picture = _without_media(record, turns[0])
@@ -80,14 +80,18 @@ def _conversation(record: Record, count: Counter[str]) -> list[Row]:
         raise UserError(f"{record.where}: has no video: expected a field 'video', or <img>path</img> in the text")
     field, path = ("conversations", picture) if "video" not in record.fields else ("video", text(record, "video"))
     video = video_path(record, field, path)
-    rows = []
+    instructions = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         if not question.strip():
             raise UserError(f"{record.where}: field 'conversations' has a question without text")
-        row = {"id": f"{source}/{count[source]}", "video": video, "language": _language(record, question + answer)}
-        rows.append({**row, "question": question, "answer": answer})
+        instruction = {
+            "id": f"{source}/{count[source]}",
+            "video": video,
+            "language": _language(record, question + answer),
+        }
+        instructions.append({**instruction, "question": question, "answer": answer})
         count[source] += 1
-    return rows
+    return instructions
 
 
 FORMATS = {"conversations": read_conversations, "q": read_video_instruct}  # by a field that only this form has

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.questions.formats import FORMATS, Row, leaving_out, read_own
+from data_pipeline.questions.formats import FORMATS, Instruction, leaving_out, read_own
 from data_pipeline.questions.records import read_records, show
 
 
-def read_instructions(path: str | Path, left_out: list[str] | None = None) -> list[Row]:
+def read_instructions(path: str | Path, left_out: list[str] | None = None) -> list[Instruction]:
     """Reads a question file; the fields of its first row tell the form (`formats.FORMATS`).
 
     Forms are the project's own schema, VideoInstruct-100K's, and conversations as LLaVA and Qwen have them, each in
@@ -19,32 +19,34 @@ def read_instructions(path: str | Path, left_out: list[str] | None = None) -> li
     records = read_records(path)
     fields = records[0].fields if records else {}
     reader = next((reader for field, reader in FORMATS.items() if field in fields), read_own)
-    return check_rows(path, reader(records, left_out), left_out)
+    return check_instructions(path, reader(records, left_out), left_out)
 
 
-def check_rows(path: str | Path, rows: Iterable[tuple[str, Row]], left_out: list[str] | None = None) -> list[Row]:
+def check_instructions(
+    path: str | Path, instructions: Iterable[tuple[str, Instruction]], left_out: list[str] | None = None
+) -> list[Instruction]:
     """The rows of (where, row) pairs; one that JSON cannot hold is left out as in `read_instructions`.
 
     Raises UserError if there is none, or an id comes twice.
     """
     first: dict[str, str] = {}
     checked = []
-    for where, row in rows:
-        if row["id"] in first:
-            before = first[row["id"]].removeprefix(f"{path}: ")
-            raise UserError(f"{where}: id {show(row['id'])} is already that of {before}")
+    for where, instruction in instructions:
+        if instruction["id"] in first:
+            before = first[instruction["id"]].removeprefix(f"{path}: ")
+            raise UserError(f"{where}: id {show(instruction['id'])} is already that of {before}")
         with leaving_out(left_out):
-            check_json(where, row)
-            first[row["id"]] = where
-            checked.append(row)
+            check_json(where, instruction)
+            first[instruction["id"]] = where
+            checked.append(instruction)
     if not checked:
         raise UserError(f"{path}: holds no questions" + (f"; the first row: {left_out[0]}" if left_out else ""))
     return checked
 
 
-def check_json(where: str, row: Row) -> None:
+def check_json(where: str, instruction: Instruction) -> None:
     """Raises UserError for a row that JSON cannot hold: bytes and dates of Parquet, halves of characters."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(instruction, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be written as JSON: {str(error)[:200]}") from None

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.instructions import read_instructions
 from data_pipeline.questions.records import show
 
 
 def read_mixture(
-    files: Sequence[str], read: Callable[[str, list[str]], list[Row]] = read_instructions
-) -> tuple[list[Row], dict[str, Any]]:
+    files: Sequence[str], read: Callable[[str, list[str]], list[Instruction]] = read_instructions
+) -> tuple[list[Instruction], dict[str, Any]]:
     """Reads "file" or "file:weight", e.g. "a.json:0.5": how often an epoch asks each of its questions.
 
     The whole part of a weight repeats every row, its fraction takes a share of the rows by a hash of their ids: the
@@ -32,23 +32,24 @@ def read_mixture(
     paths, weights = zip(*map(split_weight, files), strict=True)
     left_out: list[str] = []
     parts = [read(path, left_out) for path in paths]
-    count = Counter(row["id"] for part in parts for row in part)
-    mixture: list[Row] = []
-    originals: list[Row] = []
+    count = Counter(instruction["id"] for part in parts for instruction in part)
+    mixture: list[Instruction] = []
+    originals: list[Instruction] = []
     report = []
     for path, weight, part in zip(paths, weights, parts, strict=True):
-        prefix = f"{Path(path).stem}/" if any(count[row["id"]] > 1 for row in part) else ""
+        prefix = f"{Path(path).stem}/" if any(count[instruction["id"]] > 1 for instruction in part) else ""
         taken = 0
-        for row in part:
-            again = copies(row["id"], weight)
-            row = row | {"id": prefix + row["id"]}
-            originals += [row][:again]
-            mixture += [row | {"id": f"{row['id']}#{i}"} if i > 1 else row for i in range(1, again + 1)]
+        for instruction in part:
+            again = copies(instruction["id"], weight)
+            instruction = instruction | {"id": prefix + instruction["id"]}
+            originals += [instruction][:again]
+            for i in range(1, again + 1):
+                mixture.append(instruction | ({"id": f"{instruction['id']}#{i}"} if i > 1 else {}))
             taken += again
         if not taken:
             raise UserError(f"{path}:{weight:g}: the weight leaves none of {len(part)} questions; take a larger one")
         report.append({"file": path, "weight": weight, "questions": len(part), "taken": taken, "prefix": prefix})
-    ids = Counter(row["id"] for row in mixture)
+    ids = Counter(instruction["id"] for instruction in mixture)
     if twice := [id for id, times in ids.items() if times > 1]:
         raise UserError(
             f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} do): "
@@ -78,13 +79,15 @@ def copies(id: str, weight: float) -> int:
     return math.floor(weight) + (place < weight % 1)
 
 
-def repeated_questions(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows that ask a video, or the same part of it, the same question with the same answer as an earlier row."""
+def repeated_questions(instructions: Sequence[Instruction]) -> list[dict[str, str]]:
+    """Instructions with the video (or its part), the question and the answer of an earlier one."""
     first: dict[tuple[Any, ...], str] = {}
     repeated = []
-    for row in rows:
-        part = row.get("start"), row.get("end")
-        same_as = first.setdefault((row["video"], *part, row["question"], row["answer"]), row["id"])
-        if same_as != row["id"]:
-            repeated.append({"id": row["id"], "same_as": same_as})
+    for instruction in instructions:
+        part = instruction.get("start"), instruction.get("end")
+        same_as = first.setdefault(
+            (instruction["video"], *part, instruction["question"], instruction["answer"]), instruction["id"]
+        )
+        if same_as != instruction["id"]:
+            repeated.append({"id": instruction["id"], "same_as": same_as})
     return repeated

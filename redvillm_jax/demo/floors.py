@@ -1,6 +1,6 @@
-"""How many of the questions about moving shapes are answered right without looking, or without looking at the order.
+"""Floors of the demo's accuracies: how often a reader is right without looking, or without looking at the order.
 
-An accuracy says something only beside these; each is the chance of a right answer, question by question.
+Each function returns the chance of a right answer, question by question.
 """
 
 from collections import Counter
@@ -10,33 +10,34 @@ import numpy as np
 
 from redvillm_jax.demo.moving_shapes import TEMPORAL, video_rng, video_scene
 
-Questions = Sequence[Mapping[str, str]]
+Instructions = Sequence[Mapping[str, str]]
 
 
-def commonest_answer(train: Questions, test: Questions) -> np.ndarray:
-    """Who always says the commonest answer to the training questions of the same kind and language: (questions,).
+def commonest_answer(train: Instructions, test: Instructions) -> np.ndarray:
+    """A reader who always gives the commonest training answer of the question's kind and language: (questions,).
 
-    A model that reads the questions alone cannot learn more, as their words do not depend on the answers.
+    A model that reads the questions alone cannot learn more, because their words do not depend on the answers.
     """
     counts: dict[tuple[str, str], Counter[str]] = {}
-    for row in train:
-        counts.setdefault((row["kind"], row["language"]), Counter())[row["answer"]] += 1
+    for asked in train:
+        counts.setdefault((asked["kind"], asked["language"]), Counter())[asked["answer"]] += 1
     said = {key: max(sorted(answers), key=answers.__getitem__) for key, answers in counts.items()}
-    return np.array([float(said[row["kind"], row["language"]] == row["answer"]) for row in test])
+    return np.array([float(said[asked["kind"], asked["language"]] == asked["answer"]) for asked in test])
 
 
-def without_order(test: Questions, seed: int = 0) -> np.ndarray:
-    """Who knows all that a video shows, but not when: (questions,).
+def without_order(test: Instructions, seed: int = 0) -> np.ndarray:
+    """A reader who knows everything that a video shows, but not when it happens: (questions,).
 
-    Such a reader knows what appears and guesses which of it is first or last, knows the line on which something moves
-    and guesses in which of its two directions, and is right about everything else. seed: the videos'.
+    The reader knows which shapes and colours appear and guesses which of them comes first or last, knows the line on
+    which a shape moves and guesses in which of its two directions, and answers every other question right. seed: the
+    seed of the videos.
     """
     chances = []
-    for row in test:
+    for asked in test:
         chance = 1.0
-        if row["kind"] in TEMPORAL:
-            split, index = row["video"].split("-")
+        if asked["kind"] in TEMPORAL:
+            split, index = asked["video"].split("-")
             scene = video_scene(video_rng(seed, split, int(index)))
-            chance = 1 / 2 if row["kind"] == "direction" else 1 / len(scene)
+            chance = 1 / 2 if asked["kind"] == "direction" else 1 / len(scene)
         chances.append(chance)
     return np.array(chances)

@@ -24,45 +24,52 @@ OWN = "own questions"  # the "benchmark" of rows without one
 ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")
 CAPTION = "TempCompass asks the judge a question about the caption that the row does not have"
 
-Row = Mapping[str, Any]
+Answer = Mapping[str, Any]
 Result = dict[str, Any]
 
 
-def score(rows: Iterable[Row]) -> list[Result]:
+def score(answers: Iterable[Answer]) -> list[Result]:
     """Scores every row of an answer file by rule, in its order.
 
     "values" are {"accuracy": 0 or 1} for choices and yes/no, and {"exact_match", "f1"} for short answers. Raises
     UserError naming a row whose answer is none of its choices.
     """
-    rows = list(rows)
-    sizes = Counter((_benchmark(row), row["group"]) for row in rows if "group" in row)
+    answers = list(answers)
+    sizes = Counter((_benchmark(answer), answer["group"]) for answer in answers if "group" in answer)
     whole = {name: max(size for (of, _), size in sizes.items() if of == name) for name, _ in sizes}
     answered = Counter(
-        (_benchmark(row), row["group"]) for row in rows if "group" in row and row["prediction"] is not None
+        (_benchmark(answer), answer["group"])
+        for answer in answers
+        if "group" in answer and answer["prediction"] is not None
     )
     results = []
-    for row in rows:
-        result = {"id": row["id"], "video": row["video"], "language": row["language"], "benchmark": _benchmark(row)}
-        result |= {field: row[field] for field in ("kind", "group") if field in row}
-        group = (result["benchmark"], row.get("group"))
-        if row["prediction"] is None:
-            found = {"status": "unanswered", "reason": row.get("error", "without prediction"), "values": {}}
-        elif "group" in row and answered[group] < whole[group[0]]:
+    for answer in answers:
+        result = {
+            "id": answer["id"],
+            "video": answer["video"],
+            "language": answer["language"],
+            "benchmark": _benchmark(answer),
+        }
+        result |= {field: answer[field] for field in ("kind", "group") if field in answer}
+        group = (result["benchmark"], answer.get("group"))
+        if answer["prediction"] is None:
+            found = {"status": "unanswered", "reason": answer.get("error", "without prediction"), "values": {}}
+        elif "group" in answer and answered[group] < whole[group[0]]:
             missing = f"{answered[group]} of the {whole[group[0]]} questions of its group are answered"
             found = {"status": "incomplete", "reason": missing, "values": {}}
         else:
-            found = SCORERS[protocol(row)](row)
+            found = SCORERS[protocol(answer)](answer)
         results.append(result | found)
     return results
 
 
-def protocol(row: Row) -> str:
+def protocol(answer: Answer) -> str:
     """How a row is scored: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
-    if row.get("choices"):
+    if answer.get("choices"):
         return "choice"
-    if row.get("benchmark") == "tempcompass":
-        return "caption" if row.get("kind", "").startswith("captioning") else "yes_no"
-    return "vcgbench" if row.get("benchmark") == "vcgbench" else "qa"
+    if answer.get("benchmark") == "tempcompass":
+        return "caption" if answer.get("kind", "").startswith("captioning") else "yes_no"
+    return "vcgbench" if answer.get("benchmark") == "vcgbench" else "qa"
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
@@ -132,19 +139,21 @@ def _levels(result: Result) -> list[str]:
     return result["kind"].split("/") if result["benchmark"] in ("videomme", "tempcompass") else [result["kind"]]
 
 
-def _choice(row: Row) -> Result:
+def _choice(answer: Answer) -> Result:
     right = [
-        o.label for o, choice in ((option(c), c) for c in row["choices"]) if row["answer"] in (o.label, o.text, choice)
+        o.label
+        for o, choice in ((option(c), c) for c in answer["choices"])
+        if answer["answer"] in (o.label, o.text, choice)
     ]
     if not right:
-        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is none of its choices")
-    return _wrong_or_right(chosen(row["prediction"], row["choices"]), right[0])
+        raise UserError(f"row with id {answer['id']!r}: its answer {answer['answer']!r} is none of its choices")
+    return _wrong_or_right(chosen(answer["prediction"], answer["choices"]), right[0])
 
 
-def _yes_no(row: Row) -> Result:
-    if (right := yes_or_no(row["answer"])) is None:
-        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is neither yes nor no")
-    return _wrong_or_right(yes_or_no(row["prediction"]), right)
+def _yes_no(answer: Answer) -> Result:
+    if (right := yes_or_no(answer["answer"])) is None:
+        raise UserError(f"row with id {answer['id']!r}: its answer {answer['answer']!r} is neither yes nor no")
+    return _wrong_or_right(yes_or_no(answer["prediction"]), right)
 
 
 def _wrong_or_right(label: str | None, right: str) -> Result:
@@ -152,8 +161,8 @@ def _wrong_or_right(label: str | None, right: str) -> Result:
     return {"status": status, "chosen": label, "values": {"accuracy": float(label == right)}}
 
 
-def _short_answer(row: Row) -> Result:
-    pair = (row["prediction"], row["answer"])
+def _short_answer(answer: Answer) -> Result:
+    pair = (answer["prediction"], answer["answer"])
     return {"status": "scored", "values": {"exact_match": exact_match(*pair), "f1": token_f1(*pair)}}
 
 
@@ -161,10 +170,10 @@ SCORERS = {
     "choice": _choice,
     "yes_no": _yes_no,
     "qa": _short_answer,
-    "caption": lambda row: {"status": "not_judged", "reason": CAPTION, "values": {}},
-    "vcgbench": lambda row: {"status": "not_judged", "reason": "needs a judge", "values": {}},
+    "caption": lambda answer: {"status": "not_judged", "reason": CAPTION, "values": {}},
+    "vcgbench": lambda answer: {"status": "not_judged", "reason": "needs a judge", "values": {}},
 }
 
 
-def _benchmark(row: Row) -> str:
-    return row.get("benchmark", OWN)
+def _benchmark(answer: Answer) -> str:
+    return answer.get("benchmark", OWN)

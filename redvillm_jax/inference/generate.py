@@ -20,7 +20,7 @@ from redvillm_jax.modules.layers import BATCH_AXES, pin_batch
 Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
 
 
-class Rows(NamedTuple):
+class Decoding(NamedTuple):
     """R answers while they are written, N tokens at most.
 
     prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
@@ -87,7 +87,7 @@ def start(
     stop_ids: jax.Array,
     *,
     max_new_tokens: int,
-) -> Rows:
+) -> Decoding:
     """Reads the questions behind their prefixes, and chooses the first token of each answer.
 
     questions: token_ids: (R, Q) int32, padded on the right; length: (R,) int32, 0 for a row that is not used, which has
@@ -115,10 +115,12 @@ def start(
     finite = jnp.isfinite(logits).all(-1)
     current = jnp.where((length > 0) & finite, chosen, stop_ids[0])
     ids = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(current)
-    return Rows(cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1))
+    return Decoding(
+        cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1)
+    )
 
 
-def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Rows:
+def decode(model: VideoLLM, state: Decoding, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Decoding:
     """Goes on until `until` ids are chosen or every row has met a stop token.
 
     After a row's first stop token its ids repeat that token, up to the step that was reached. Logits that are not
@@ -128,10 +130,10 @@ def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array
     slots, first = jnp.arange(num_slots), num_slots - max_new_tokens
     every_row = jnp.arange(len(state.ids))
 
-    def unfinished(state: Rows) -> jax.Array:
+    def unfinished(state: Decoding) -> jax.Array:
         return (state.step < until) & ~jnp.isin(state.current, stop_ids).all()
 
-    def one_token(state: Rows) -> Rows:
+    def one_token(state: Decoding) -> Decoding:
         index = first + state.step - 1  # the slot of `current`, behind all prompts
         mask = state.prompt | ((slots >= first) & (slots <= index))
         hidden, cache = model.llm(

@@ -1,4 +1,4 @@
-"""What data_pipeline.prepare found, used and left out: report.json, and the lines that are printed."""
+"""The report of data_pipeline.prepare on videos and questions that it used or left out: report.json and a summary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +16,10 @@ def make_report(
     questions: Sequence[Instruction],
     mixture: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns report.json: every file, row and question is counted as used or listed as left out.
+    """Returns report.json, which counts every file, record and question as used or lists it as left out.
 
-    sources, shards: of the whole store. questions: all, with the ids of records as "video". mixture: what
-    `read_mixture` reports.
+    sources, shards: of the whole store. questions: all instructions, with the ids of records as "video". mixture: the
+    report of `read_mixture`.
     """
     stored = {line["video"] for line in shards.videos}
     asked = {source["source"] for source in sources}
@@ -45,7 +45,7 @@ def make_report(
 
 
 def summary(out: Path, report: dict[str, Any]) -> str:
-    """Returns the few lines that say what is in the store and what is not."""
+    """Returns a few lines on the content of the store and on the videos and questions that are left out."""
     left_out, unasked = report["videos_left_out"], report["videos_without_question"]
     orphans, repeated = report["questions_without_video"], report["questions_repeated"]
     rows = report["rows_left_out"]
@@ -86,6 +86,6 @@ def _ids(questions: list[dict[str, str]]) -> list[str]:
 
 
 def _origin(file: dict[str, Any]) -> str:
-    """What a weight or ids in common with another file have made of one."""
+    """One line on a file with a weight, or with ids that another file has, too."""
     renamed = f", ids begin with {file['prefix']} (another file has some of them)" if file["prefix"] else ""
     return f"{file['file']}: {file['taken']} questions from {file['questions']}, weight {file['weight']:g}{renamed}"

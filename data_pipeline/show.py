@@ -1,4 +1,4 @@
-"""Command: a picture of what a store holds: the frames of a video with its questions, several videos, distributions."""
+"""Command: draws the frames of one or several videos of a store with their questions, or distributions over it."""
 
 import argparse
 import difflib
@@ -22,14 +22,14 @@ from data_pipeline.media.lettering import CJK, choose_font, escape, tidy, wrap
 from data_pipeline.store import VideoStore, open_store
 
 HELP = """\
-Draw what a store holds.
+Draw the content of a store.
 
   python -m data_pipeline.show FRAMES --video=ID       every stored frame with its time, every question and answer
   python -m data_pipeline.show FRAMES --random=12      a strip of eight frames and three questions a video
   python -m data_pipeline.show FRAMES --stats          distributions of durations, frames, questions and lengths
 
-Frames are shown as the model gets them, squares whatever the video's shape. Chinese needs an installed font that has
-it; without one its characters are drawn as \\uXXXX. --stats also reads a store of streams."""
+Frames are shown as the model gets them, as squares. Chinese needs an installed font with its characters; without such a
+font they are drawn as \\uXXXX. --stats also reads a store of streams."""
 
 MADE_BY = "redvillm_jax: data_pipeline.show"  # in the pictures that it may replace
 COLUMNS, TILE, GAP, SIZE = 8, 176, 8, 16  # of a sheet: frames a row, pixels of a frame, between frames, of letters
@@ -39,7 +39,7 @@ WORD = re.compile(rf"(?=\w)[{CJK}]|[^\W{CJK}]+(?:['’-][^\W{CJK}]+)*")
 
 
 class Strip(NamedTuple):
-    """What a sheet shows of one video. frames: (n, S, S, 3) uint8. labels: n texts. texts: (text, colour) each."""
+    """One video on a sheet. frames: (n, S, S, 3) uint8. labels: n texts. texts: (text, colour) each."""
 
     title: str
     frames: np.ndarray
@@ -48,7 +48,7 @@ class Strip(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; raises UserError for whatever the user must change."""
+    """Runs the command. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     _check_out(flags.out)
     store = open_store(flags.store)
@@ -88,7 +88,7 @@ def find(store: VideoStore, video: str) -> int:
 
 
 def strip(store: VideoStore, index: int, most_frames: int | None = None, most_questions: int | None = None) -> Strip:
-    """What to show of record `index`: all of it, or so many frames, spread evenly, and the first questions."""
+    """The strip of record `index`, whole or with some evenly spread frames and the first questions."""
     line, record = store.videos[index], store[index]
     n = len(record["frames"])
     chosen = np.linspace(0, n - 1, min(n, most_frames or n)).round().astype(int)
@@ -106,7 +106,7 @@ def strip(store: VideoStore, index: int, most_frames: int | None = None, most_qu
 
 
 def _title(line: dict[str, Any]) -> str:
-    """The id and what videos.jsonl says about the file."""
+    """The id, and the file's size, duration and frames as videos.jsonl has them."""
     facts = [f"{line['width']}×{line['height']}", f"{line['num_frames']} of {line['total_frames']} frames"]
     if line["duration"] is not None:
         facts.insert(1, _time(line["duration"]))
@@ -164,7 +164,7 @@ def _tiles(frames: np.ndarray, labels: Sequence[str], font) -> Image.Image:
 
 
 def distributions(store: VideoStore) -> dict[str, list[float]]:
-    """Values by what they measure: one a video, or one a question, by language.
+    """Values by quantity: one value for each video, or for each question of a language.
 
     A word is a run of letters and digits, or one Chinese, Japanese or Korean character.
     """
@@ -186,7 +186,7 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
 
 
 def table(quantities: dict[str, list[float]]) -> str:
-    """One line a quantity: how many values, the least, three percentiles, the largest, and the mean."""
+    """One line for each quantity: number of values, minimum, three percentiles, maximum, mean."""
     width = max(map(len, quantities))
     lines = [" " * width + "".join(f"{name:>10}" for name in ("n", "min", "10 %", "median", "90 %", "max", "mean"))]
     for name, values in quantities.items():
@@ -198,7 +198,7 @@ def table(quantities: dict[str, list[float]]) -> str:
 
 
 def draw_distributions(quantities: dict[str, list[float]]) -> Image.Image:
-    """A histogram of each quantity, the median marked."""
+    """A histogram of each quantity, with its median."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -222,7 +222,7 @@ def draw_distributions(quantities: dict[str, list[float]]) -> Image.Image:
 
 
 def _check_frames(store: VideoStore) -> None:
-    """Raises UserError for a store of streams, naming the frame store it was made from."""
+    """Raises UserError for a store of streams, naming the frame store from which it was made."""
     if store.meta["kind"] != "frames":
         made_from = read_object(store.path / "report.json", REPORT).get("made_from", "unknown")
         raise UserError(f"{store.path}: holds streams, no frames: give the store they were made from, {made_from}")

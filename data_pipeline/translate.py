@@ -1,4 +1,4 @@
-"""Command: a question file, or the predictions in an answer file, in the other of English and Chinese."""
+"""Command: translates a question file, or the predictions of an answer file, between English and Chinese."""
 
 import argparse
 import contextlib
@@ -36,11 +36,11 @@ Translate questions and answers between English and Chinese through any OpenAI-c
   python -m data_pipeline.translate --input=answers.jsonl --out=en.jsonl --to=en --fields=prediction \\
       --base_url=http://127.0.0.1:8000/v1 --model=Qwen2.5-7B-Instruct --allow_undated
 
---dry_run prints the estimate and sends nothing. Each different text is translated once and kept in OUT's
-.cache.sqlite, so that a stopped run continues and a second one costs nothing. OUT holds source and translation side
-by side. Suspicious translations are in OUT, too (--strict leaves their rows out), and listed in OUT's .review.jsonl:
-write a "correction" or set "ok" to true there and run the command again. OUT's .report.json lists the texts without
-translation; their rows are not in OUT, and the exit code is then 1. The key is read from OPENAI_API_KEY."""
+Use --dry_run to print the estimate without sending anything. Each different text is translated once and kept in OUT's
+.cache.sqlite, so a stopped run continues and a second run costs nothing. OUT holds source and translation side by side.
+Suspicious translations are in OUT, too (--strict leaves them out), and listed in OUT's .review.jsonl: write a
+"correction" or set "ok" to true there, then run the command again. OUT's .report.json lists the texts without a
+translation; their lines are not in OUT, and the exit code is then 1. The key is read from OPENAI_API_KEY."""
 
 LANGUAGES = {"en": "English", "zh": "Simplified Chinese"}
 PROMPT = (
@@ -54,14 +54,14 @@ Line = dict[str, Any]  # an instruction, or an answer
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if rows had to be left out. Raises UserError for whatever the user must change."""
+    """Runs the command. Returns 1 when lines had to be left out. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     with contextlib.nullcontext() if flags.dry_run else locked(flags.out, beside=True):
         return translate(flags)
 
 
 def translate(flags: argparse.Namespace) -> int:
-    """What the flags say; returns the exit code."""
+    """Translates as the flags say. Returns the exit code."""
     files = {name: flags.out.with_suffix(suffix) for name, suffix in SUFFIXES.items()}
     _check(flags, files["report"])
     lines, skipped = to_translate(read_instructions(flags.input), flags)
@@ -145,7 +145,7 @@ def translate(flags: argparse.Namespace) -> int:
 
 
 def to_translate(lines: Iterable[Line], flags: argparse.Namespace) -> tuple[list[Line], int]:
-    """Returns the rows that are in the other language, at most --limit, and how many are in --to's already."""
+    """Returns the lines in the other language, at most --limit, and the number of lines in --to's language."""
     lines = list(lines)
     ids = {line["id"] for line in lines}
     chosen, skipped = [], 0
@@ -172,9 +172,9 @@ def to_translate(lines: Iterable[Line], flags: argparse.Namespace) -> tuple[list
 
 
 def translated(line: Line, translations: Mapping[str, str], flags: argparse.Namespace) -> Line:
-    """The row in the other language, its source texts beside; null and texts of white space stay as they are.
+    """The line in the other language, with its source texts beside. Null and texts of white space stay as they are.
 
-    "language" is that of the question, which keeps its own when only predictions are translated.
+    "language" is the question's language, so it does not change when only predictions are translated.
     """
     language = flags.to if "question" in flags.fields else line["language"]
     texts = {field: translations.get(line[field], line[field]) for field in flags.fields}
@@ -184,7 +184,7 @@ def translated(line: Line, translations: Mapping[str, str], flags: argparse.Name
 
 
 def estimate(texts: Iterable[str], prompt: str, to: str) -> tuple[int, int]:
-    """Tokens (in, out) of translating `texts`, a request each with `prompt` before it, by `RULE`."""
+    """Tokens (in, out) for translating `texts` by `RULE`, with one request for each text and `prompt` before it."""
     tokens_in = tokens_out = 0.0
     for text in texts:
         chinese = chinese_characters(text)
@@ -199,12 +199,12 @@ def _new_id(line: Line, to: str) -> str:
 
 
 def _reasons(line: Line, obstacles: Mapping[str, str], flags: argparse.Namespace) -> list[str]:
-    """Why a row cannot be written."""
+    """The reasons why a line cannot be written."""
     return [f"{field}: {obstacles[line[field]]}" for field in flags.fields if line[field] in obstacles]
 
 
 def _summary(report: dict[str, Any], out: Path, files: Mapping[str, Path]) -> str:
-    """The few lines that say what was written and what a person has to do."""
+    """A few lines on the written file and on the work that is left for a person."""
     lines = [f"{out}: {report['rows_written']} of {report['rows']} rows"]
     if report["answered"] + report["failed"]:
         cost = "" if report["cost"] is None else f", cost {report['cost']:.2f}"
@@ -236,7 +236,7 @@ def _check(flags: argparse.Namespace, report: Path) -> None:
 
 
 def _is_report(file: Path) -> bool:
-    """Whether a file is what this command reports."""
+    """Whether a file is a report of this command."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,15 +1,15 @@
-"""Evaluation sets as rows of the project's schema, read from the files in which they are distributed.
+"""Readers of evaluation sets: their published files become instructions of the project's schema.
 
-A row has "id", "video", "language" ("en"), "question" and "answer" as any other, the set's name as "benchmark", and
-where the set has it
+Such an instruction has "id", "video", "language" ("en"), "question" and "answer" as usual, the set's name as
+"benchmark", and the optional fields
 
-    "kind"          what the set reports by; levels are separated by "/", e.g. "short/Counting Problem"
+    "kind"          the set's category for results; levels are separated by "/", e.g. "short/Counting Problem"
     "choices"       multiple choice: the options as the question shows them, each beginning with its label
-    "group"         rows that are judged together: VCGBench's consistency pairs, VNBench's four tries
+    "group"         instructions that are judged together: VCGBench's consistency pairs, VNBench's four tries
     "start", "end"  seconds of the video that the question is about
 
-"question" is all that is asked: with its choices, and the sentence that asks for a label. "answer" is then the label.
-Where no source is named, the form is from memory of the published files and was not compared with one.
+"question" is the whole question, with its choices and the sentence that asks for a label; "answer" is then the label.
+A reader whose docstring names no source is written from memory of the published files, without a comparison.
 """
 
 import string
@@ -50,14 +50,14 @@ TEMPCOMPASS_ASKS = {
 
 
 class EvalSet(NamedTuple):
-    """How a set is read: a reader of one file, and the names of the published ones, which may be a pattern."""
+    """A reader of one file of a set, and the names or patterns of the set's published files."""
 
     read: Callable[[Path], Instructions]
     files: tuple[str, ...]
 
 
 def read_benchmark(benchmark: str, path: str | Path) -> list[Instruction]:
-    """Reads an evaluation set of `BENCHMARKS`: one of its published files, or the folder with all of them.
+    """Reads an evaluation set of `BENCHMARKS` from one of its published files, or from the folder with all of them.
 
     Answers are matched by id. Raises UserError naming file, row and field.
     """
@@ -77,7 +77,7 @@ def read_benchmark(benchmark: str, path: str | Path) -> list[Instruction]:
 def read_vcgbench(path: Path) -> Instructions:
     """VCGBench's {generic,temporal,consistency}_qa.json: {"Q" or "Q1" and "Q2", "A", "video_name"}.
 
-    As its code reads it. The file's name tells the kind. Both questions of a consistency pair are rows, one "group".
+    As its code reads it. The file's name is the kind. A consistency pair becomes two instructions with one "group".
     """
     kind = _kind(path, ("generic", "temporal", "consistency"), "_qa")
     for index, record in enumerate(read_records(path)):
@@ -127,7 +127,7 @@ def read_msrvtt_qa(path: Path) -> Instructions:
 
 
 def read_tgif_frameqa(path: Path) -> Instructions:
-    """TGIF-QA's Test_frameqa_question.csv, which tabs separate [checked with the published file].
+    """TGIF-QA's Test_frameqa_question.csv, whose cells are separated by tabs [checked with the published file].
 
     Columns gif_name, question, answer, type, vid_id (the question's id) and others. Or `read_pair`'s form.
     """
@@ -147,8 +147,8 @@ def read_activitynet_qa(path: Path) -> Instructions:
 def read_pair(path: Path, kinds: Sequence[str] = ()) -> Instructions:
     """Questions {"video_name", "question", "question_id"} and, beside them, answers {"answer", "type", "question_id"}.
 
-    They are matched by question_id; answers to other questions are not used. kinds: what a type's number means. The
-    three other sets have this form in Video-LLaVA's files [from memory].
+    They are matched by question_id; answers to other questions are not used. kinds: the meanings of the numbers in
+    "type". The three other sets have this form in Video-LLaVA's files [from memory].
     """
     if not path.stem.endswith("_q"):
         raise UserError(
@@ -186,7 +186,7 @@ def read_mvbench(path: Path) -> Instructions:
 
 
 def read_videomme(path: Path) -> Instructions:
-    """Video-MME's Parquet, one row a question [fields as its card lists them]; JSON and JSON Lines will do, too.
+    """Video-MME's Parquet, one record a question [fields as its card lists them], or the same in JSON or JSON Lines.
 
     {"question_id", "videoID", "question", "options": ["A. …", …], "answer": "A", "task_type", "duration"} and others.
     """
@@ -208,8 +208,8 @@ def read_videomme(path: Path) -> Instructions:
 def read_tempcompass(path: Path) -> Instructions:
     """TempCompass' {multi-choice,yes_no,caption_matching,captioning}.json [checked with the published files].
 
-    {video: {aspect: [{"question", "answer"}, …]}}; options are lines of the question, the answer is one of them. The
-    file's name and the aspect are the kind. Captions have no choices: they need a judge.
+    {video: {aspect: [{"question", "answer"}, …]}}. The options are lines of the question, and the answer is one of
+    them. The file's name and the aspect are the kind. Captions have no choices, because they need a judge.
     """
     form = _kind(path, tuple(TEMPCOMPASS_ASKS))
     for video, aspects in check_object(str(path), read_json(path)).items():
@@ -237,7 +237,7 @@ def read_tempcompass(path: Path) -> Instructions:
 def read_vnbench(path: Path) -> Instructions:
     """VNBench's VNBench-main-4try.json: {"video", "question", "options", "gt": one of them, "type", "try": 0..3}.
 
-    As its code reads it. A video's four tries are a group, which is right if all are.
+    As its code reads it. A video's four tries are a group, which is right if all four are right.
     """
     for record in read_records(path):
         video = _video(record, "video")
@@ -271,14 +271,14 @@ def _video(record: Record, field: str) -> str:
 
 
 def _kind(path: Path, kinds: Sequence[str], suffix: str = "") -> str:
-    """What a file's name tells."""
+    """The kind that a file's name states."""
     if not path.stem.endswith(suffix) or (kind := path.stem.removesuffix(suffix)) not in kinds:
         raise UserError(f"{path}: expected a file named {', '.join(f'{kind}{suffix}.json' for kind in kinds)}")
     return kind
 
 
 def _choose(record: Record, field: str, names: Sequence[str]) -> str:
-    """The name of a field that is an index, as a number or its digits."""
+    """The entry of `names` at the index in a field, a number or its digits."""
     index = name(record, field)
     if index not in map(str, range(len(names))):
         raise UserError(f"{record.where}: field {field!r} is {show(index)}, expected 0 to {len(names) - 1}")
@@ -300,7 +300,7 @@ def _multiple_choice(record: Record, options: str, answer: str) -> Instruction:
 
 
 def _span(record: Record) -> dict[str, float]:
-    """Which seconds of the video a question is about."""
+    """The seconds of the video that a question is about."""
     start, end = (value(record, field) for field in ("start", "end"))
     try:
         return dict(zip(("start", "end"), checked_part((start, end)), strict=True))

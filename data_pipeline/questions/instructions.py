@@ -1,4 +1,4 @@
-"""Question files as rows of one schema: {"id", "video", "language", "question", "answer"}, all text."""
+"""Reads a question file as instructions: {"id", "video", "language", "question", "answer"}, all text."""
 
 import json
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from data_pipeline.questions.records import read_records, show
 
 
 def read_instructions(path: str | Path, left_out: list[str] | None = None) -> list[Instruction]:
-    """Reads a question file; the fields of its first row tell the form (`formats.FORMATS`).
+    """Reads a question file. The fields of its first record select the format (`formats.FORMATS`).
 
-    Forms are the project's own schema, VideoInstruct-100K's, and conversations as LLaVA and Qwen have them, each in
-    JSON, JSON Lines, CSV, TSV or Parquet. A row that is no question on a video adds its reason to `left_out`; without
-    that list it is a mistake. Raises UserError naming file, row and field.
+    Formats are the project's own schema, VideoInstruct-100K's, and the conversations of LLaVA and Qwen, each in JSON,
+    JSON Lines, CSV, TSV or Parquet. A record that is no question about a video is left out, and its reason is added to
+    `left_out`; without that list it is a UserError. Raises UserError naming file, row and field.
     """
     records = read_records(path)
     fields = records[0].fields if records else {}
@@ -25,9 +25,9 @@ def read_instructions(path: str | Path, left_out: list[str] | None = None) -> li
 def check_instructions(
     path: str | Path, instructions: Iterable[tuple[str, Instruction]], left_out: list[str] | None = None
 ) -> list[Instruction]:
-    """The rows of (where, row) pairs; one that JSON cannot hold is left out as in `read_instructions`.
+    """The instructions of (where, instruction) pairs, without those that JSON cannot hold (see `read_instructions`).
 
-    Raises UserError if there is none, or an id comes twice.
+    Raises UserError when none is left, or when an id comes twice.
     """
     first: dict[str, str] = {}
     checked = []
@@ -45,7 +45,7 @@ def check_instructions(
 
 
 def check_json(where: str, instruction: Instruction) -> None:
-    """Raises UserError for a row that JSON cannot hold: bytes and dates of Parquet, halves of characters."""
+    """Raises UserError for an instruction that JSON cannot hold: bytes and dates of Parquet, halves of characters."""
     try:
         json.dumps(instruction, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:

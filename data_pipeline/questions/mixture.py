@@ -1,4 +1,4 @@
-"""Several question files as one set, each with a weight."""
+"""Reads several question files, each with a weight, as one list of instructions."""
 
 import hashlib
 import math
@@ -17,17 +17,16 @@ from data_pipeline.questions.records import show
 def read_mixture(
     files: Sequence[str], read: Callable[[str, list[str]], list[Instruction]] = read_instructions
 ) -> tuple[list[Instruction], dict[str, Any]]:
-    """Reads "file" or "file:weight", e.g. "a.json:0.5": how often an epoch asks each of its questions.
+    """Reads files given as "file" or "file:weight"; a weight says how often an epoch asks each question of the file.
 
-    The whole part of a weight repeats every row, its fraction takes a share of the rows by a hash of their ids: the
-    same rows each time, and those of a smaller share are among those of a larger one. Repeats have ids "x#2", "x#3", ….
-    Files that have an id in common get their name without extension before all their ids, "a/x".
+    The whole part of a weight repeats every instruction; repeats have ids "x#2", "x#3", …. The fraction takes a share
+    of the instructions by a hash of their ids, so that the choice is the same each time and a smaller share is part of
+    a larger one. Files that have an id in common get their name without extension before all their ids, "a/x".
 
-    read: gives the rows of a file, and adds to a list the reasons of those that it leaves out.
+    read: returns the instructions of a file, and adds the reasons of left-out records to the list that it gets.
 
-    Returns the rows and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "rows_left_out": their
-    reasons, "questions_repeated": [{"id", "same_as"}], questions that the files themselves have more than once}.
-    Raises UserError.
+    Returns the instructions and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "rows_left_out":
+    reasons, "questions_repeated": [{"id", "same_as"}], repetitions within the files themselves}. Raises UserError.
     """
     paths, weights = zip(*map(split_weight, files), strict=True)
     left_out: list[str] = []
@@ -63,7 +62,7 @@ def read_mixture(
 
 
 def split_weight(file: str) -> tuple[str, float]:
-    """Splits "file:weight"; without one the weight is 1. Raises UserError for a weight that takes nothing."""
+    """Splits "file:weight"; the default weight is 1. Raises UserError for a weight out of bounds."""
     match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", file, re.DOTALL)
     if not match:
         return file, 1.0
@@ -74,13 +73,13 @@ def split_weight(file: str) -> tuple[str, float]:
 
 
 def copies(id: str, weight: float) -> int:
-    """How often a row is asked per epoch: the weight, rounded up for a fixed share of the ids and down for others."""
+    """How often an epoch asks a question: the weight, rounded up for a fixed share of the ids and down for others."""
     place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]) / 2**64
     return math.floor(weight) + (place < weight % 1)
 
 
 def repeated_questions(instructions: Sequence[Instruction]) -> list[dict[str, str]]:
-    """Instructions with the video (or its part), the question and the answer of an earlier one."""
+    """The instructions that repeat the video (or its part), the question and the answer of an earlier one."""
     first: dict[tuple[Any, ...], str] = {}
     repeated = []
     for instruction in instructions:

@@ -4,15 +4,16 @@ python -m redvillm_jax.answer --model=RUN --video=clip.mp4 --question="What happ
 python -m redvillm_jax.answer --model=BASE --config=configs/qwen.py --picture=photo.jpg --question="…"
 python -m redvillm_jax.answer --model=EXPORT --input=questions.jsonl --output=answers.jsonl
 
---model is a run directory, a base folder with the config of its switches (the untrained video LLM; about a picture, the
-image LLM it is), or an export of conversion.to_torch. One --video or --picture with its questions is answered on the
-terminal, as the words come; the video is read once.
+--model is a run directory, a base folder with a --config (the untrained video LLM; for pictures, the image LLM itself),
+or an export of conversion.to_torch. Use --video or --picture with one or several --question to ask on the terminal,
+where the words appear as they are written; the video is read once.
 
---input has a question a line: {"question": …, "video" or "picture": path from the file's folder}, with "start" and
-"end" in seconds for a part of a video, and any other fields. --output has the same lines in the same order with
-"prediction" and how it came about; a stopped run continues. Several processes share the videos. A question whose video
-cannot be read, or for which the model computes numbers that are none, gets "prediction": null and an "error";
-OUTPUT.report.json lists them, the exit code is then 1, and the same command tries those again.
+Use --input and --output for files. --input has a question a line: {"question": …, "video" or "picture": path from the
+file's folder}, with "start" and "end" in seconds for a part of a video, and any other fields. --output has the same
+lines in the same order, with "prediction" and the settings that led to it. A stopped run continues. Several processes
+share the videos. A question gets "prediction": null and an "error" when its video cannot be read or the model's logits
+are NaN or infinite; OUTPUT.report.json lists these questions, the exit code is then 1, and the same command tries them
+again.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ FLAGS = {
     "model": (None, "A run directory, a base folder (give its --config too), or an export."),
     "video": (None, "A video file."),
     "picture": (None, "A picture file."),
-    "question": ([], "What to ask about it; may be repeated."),
+    "question": ([], "A question about it; may be repeated."),
     "input": (None, "Questions, a JSON object a line."),
     "output": (None, "Answers to --input, a JSON object a line."),
     "num_workers": ("4", "Processes that read the videos of --input."),
@@ -68,7 +69,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question of --input has no answer."""
+    """Runs the command. Returns 1 when a question of --input has no answer."""
     flags = parse(argv, __doc__, FLAGS)
     if not flags["model"]:
         raise UserError(f"--model is needed: {FLAGS['model'][1]}")
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
 
 
 def show_answer(assistant: Assistant, media: Clip | Picture, question: str, generation: Generation) -> None:
-    """Prints a question, and its answer as it is written."""
+    """Prints a question, and its answer word by word."""
     start = time.time()
     words = assistant.stream(media, question, **dataclasses.asdict(generation))
     print(f"> {question}", flush=True)
@@ -156,7 +157,7 @@ def answer_file(
     workers: int,
     time_limit: int,
 ) -> int:
-    """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
+    """Answers --input into --output and writes the report. A finished output is left alone, except failed questions."""
     folder, output = Path(flags["input"]).parent, as_path(flags["output"])
     report_file = report_of(output)
     settings = made_with(assistant, instructions, generation)

@@ -1,14 +1,14 @@
-"""Answers the questions of a store, and scores what needs no judge.
+"""Answers the questions of a store, and scores the answers that need no judge.
 
 python -m redvillm_jax.evaluate --model=RUN --data=TEST --out=DIR
 python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=TEST --out=DIR    (untrained)
 
---data is a frame store of data_pipeline.prepare, with --benchmark=NAME there for a published set, or streams of
-redvillm_jax.encode. Writes DIR/answers.jsonl, a line per question in the store's order with all that a judge needs
-later (python -m redvillm_jax.judge), and DIR/summary.json: multiple choice, yes/no, exact match and token F1, with 95 %
-intervals. A stopped run continues; several processes share the videos and write into the same DIR. A question that
-cannot be answered gets "prediction": null and an "error" and is left out of all means; the exit code is then 1, and the
-same command tries it again.
+--data is a frame store of data_pipeline.prepare (made with --benchmark=NAME for a published set) or a stream store of
+redvillm_jax.encode. The command writes DIR/answers.jsonl, with a line for each question in the store's order, which
+redvillm_jax.judge can judge later, and DIR/summary.json with multiple choice, yes/no, exact match and token F1, with
+95 % intervals. A stopped run continues. Several processes share the videos and write into the same DIR. A question that
+cannot be answered gets "prediction": null and an "error", and is left out of all means; the exit code is then 1, and
+the same command tries it again.
 """
 
 import json
@@ -57,7 +57,7 @@ FLAGS = {
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question has no answer."""
+    """Runs the command. Returns 1 when a question has no answer."""
     flags = parse(argv, __doc__, FLAGS)
     for name in ("model", "data", "out"):
         if not flags[name]:
@@ -84,7 +84,7 @@ def answer_store(
     sizes: Mapping[str, int],
     tensor: int,
 ) -> int:
-    """Answers what is open and scores all; returns the exit code."""
+    """Answers the open questions and scores all answers. Returns the exit code."""
     assistant = Assistant(opened, dtype=flags["dtype"], tensor=tensor, parts=needed_parts(store))
     settings = made_with(assistant, instructions, generation) | {"data": store.meta["fingerprint"]}
     if flags["text_only"]:
@@ -124,7 +124,7 @@ def answer_store(
 
 
 def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Instruction]:
-    """The store's questions, of one language or all. Raises UserError for a flag that fits none."""
+    """The store's instructions, in one language or all. Raises UserError for a flag that fits none of them."""
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark}: expected one of {', '.join(BENCHMARKS)}")
     chosen = [instruction for instruction in store.instructions if language in (None, instruction["language"])]
@@ -135,14 +135,14 @@ def questions(store: VideoStore, benchmark: str | None, language: str | None) ->
 
 
 def left_out(store: VideoStore) -> int:
-    """How many questions the store was made without, because their videos could not be used."""
+    """The number of questions that are not in the store because their videos could not be used."""
     report = store.path / "report.json"
     found = read_object(report, REPORT) if report.is_file() else {}
     return found.get("questions_found", 0) - found.get("questions_used", 0)
 
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary in `out` if it came from the same model, data and settings."""
+    """The summary in `out` when it came from the same model, data and settings, else None."""
     summary = read_made(out / "summary.json", SUMMARY)
     same = summary is not None and summary["made_with"] == settings
     return summary if same and (out / "answers.jsonl").is_file() else None

@@ -1,4 +1,4 @@
-"""Command: answers judged through a chat model, or scored by rule where no judge is needed, with intervals."""
+"""Command: judges answers through a chat model, or scores them by rule, with intervals."""
 
 import argparse
 import contextlib
@@ -47,16 +47,16 @@ Judge the answers of redvillm_jax.evaluate through any OpenAI-compatible endpoin
       --model=Qwen2.5-7B-Instruct --allow_undated
   python -m redvillm_jax.judge --compare judged_a/ judged_b/
 
-A row's "benchmark" and "kind" say how it is judged; multiple choice and yes/no are scored by rule, without a model.
---dry_run prints the estimate and sends nothing. Every reply is kept in OUT's cache.sqlite, so that a stopped run
-continues and a second one costs nothing. OUT's verdicts.jsonl has a line for every verdict, summary.json the means with
-95 % intervals; both are always those of one command, and are replaced when answers, model or settings change. What was
-not judged is listed, left out and never counted as 0, and the exit code is then 1; run again to try again what failed.
-The key is read from OPENAI_API_KEY."""
+An answer's "benchmark" and "kind" select its protocol; multiple choice and yes/no are scored by rule, without a model.
+Use --dry_run to print the estimate without sending anything. Every reply is kept in OUT's cache.sqlite, so a stopped
+run continues and a second run costs nothing. OUT's verdicts.jsonl has a line for every verdict, and summary.json has
+the means with 95 % intervals. Both always come from one command, and are replaced when answers, model or settings
+change. Questions without a verdict are listed, left out and never counted as 0, and the exit code is then 1; run again
+to repeat the failed requests. The key is read from OPENAI_API_KEY."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question has no verdict. Raises UserError for what the user must change."""
+    """Runs the command. Returns 1 when a question has no verdict. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     if flags.compare:
         if flags.answers or flags.out:
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 def judge(
     path: Path, answers: Sequence[Answer], asked: Sequence[tuple[Result, JudgeTask | None]], flags: argparse.Namespace
 ) -> int:
-    """Judges what `questions` gave and writes the folder; returns the exit code."""
+    """Judges the tasks of `judge_tasks` and writes the folder. Returns the exit code."""
     to_ask = [task for _, task in asked if task]
     made_with = _made_with(path, answers, to_ask, flags)
     check_folder(flags.out)
@@ -111,7 +111,7 @@ def _judge(
     made_with: Mapping[str, Any],
     flags: argparse.Namespace,
 ) -> tuple[dict[JudgeTask, Judged], tuple[int, int]]:
-    """Prints what there is to do and what it may cost, and asks; returns also the tokens of all replies."""
+    """Prints the work and its estimated cost, and asks the judge. Returns outcomes and the tokens of all replies."""
     sets = Counter(answer.get("benchmark", OWN) for answer in answers)
     model = made_with["answered_by"] or {}
     by = f" of {model.get('name')} ({str(model.get('fingerprint'))[:12]})" if model else ""
@@ -164,7 +164,7 @@ def _judge(
 def _made_with(
     path: Path, answers: Sequence[Answer], to_ask: Sequence[JudgeTask], flags: argparse.Namespace
 ) -> dict[str, Any]:
-    """All that decides what the results are."""
+    """Everything on which the results depend."""
     prompts = {aspect: prompt_hash(aspect) for aspect in sorted({task.aspect for task in to_ask})}
     judge = {
         "model": flags.model,
@@ -195,7 +195,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for verdicts.jsonl, summary.json and the cache of replies")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two judged folders: second minus first")
     parser.add_argument(
-        "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of rows that have no "benchmark"'
+        "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of answers that have no "benchmark"'
     )
     parser.add_argument("--limit", type=positive(int), help="judge only the first so many questions")
     parser.add_argument("--attempts", type=positive(int), default=3, help="at a readable reply (default 3)")

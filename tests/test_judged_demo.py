@@ -152,7 +152,7 @@ def right(row):
     return row["prediction"] == row["answer"]
 
 
-def test_published_rows_keep_their_fields_through_translation_and_a_second_prepare(evaluated, answered):
+def test_published_systems_keep_their_fields_through_translation_and_a_second_prepare(evaluated, answered):
     by_id = {row["id"]: row for row in answered}
     for name in ("vcgbench", "activitynet_qa", "mvbench", "vnbench"):
         for asked in lines(evaluated / name / "instructions.jsonl"):

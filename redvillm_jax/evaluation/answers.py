@@ -1,4 +1,4 @@
-"""Answer files as rows: questions with "prediction", of redvillm_jax.evaluate and data_pipeline.translate."""
+"""Reads answer files, lines of instructions with "prediction", of redvillm_jax.evaluate or data_pipeline.translate."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from redvillm_jax.evaluation.scoring import OWN, Answer
 
 
 def read_answers(path: Path, benchmark: str | None) -> list[Answer]:
-    """Reads answers, each in one language; rows without "benchmark" get the one given.
+    """Reads answers, each with its texts in one language. benchmark: for answers without that field.
 
-    Raises UserError naming file, row and field.
+    Raises UserError naming file, id and field.
     """
     answers, models = [], set()
     for answer in read_instructions(path):
@@ -45,11 +45,11 @@ def read_answers(path: Path, benchmark: str | None) -> list[Answer]:
 
 
 def in_one_language(answer: Answer, where: str) -> Answer:
-    """The row with "language", "question" and "answer" in the language of its prediction.
+    """The answer with "language", "question" and "answer" in the language of its prediction.
 
-    After data_pipeline.translate that is told by the end of the id (-en, -zh); question and answer are then those that
-    stand there, or those that they were translated from. where: what a message begins with. Raises UserError if they
-    are not there.
+    After data_pipeline.translate the end of the id (-en, -zh) states that language. Question and answer are the fields
+    themselves, or their sources before translation. where: the beginning of messages. Raises UserError when no question
+    and answer in that language are there.
     """
     if "source_prediction" not in answer:
         return answer
@@ -72,7 +72,7 @@ def in_one_language(answer: Answer, where: str) -> Answer:
 
 
 def first(answers: Sequence[Answer], limit: int | None) -> list[Answer]:
-    """The first `limit` rows, and with them the others of their groups."""
+    """The first `limit` answers, and the other answers of their groups."""
     groups = {(answer.get("benchmark"), answer["group"]) for answer in answers[:limit] if "group" in answer}
     return [answer for i, answer in enumerate(answers) if limit is None or i < limit or _in_group(answer, groups)]
 

@@ -1,4 +1,4 @@
-"""From rows with predictions to what a judge is asked, and from its replies to verdicts."""
+"""Makes tasks for a judge from answers, and verdicts from its replies."""
 
 import math
 import re
@@ -13,20 +13,20 @@ from redvillm_jax.evaluation.judge_prompts import messages, prompt_hash
 from redvillm_jax.evaluation.scoring import Answer, Result, protocol
 from redvillm_jax.evaluation.verdicts import Verdict, read_verdict
 
-GENERIC = ("correctness", "detail", "context")  # what VCGBench's generic predictions are judged for
+GENERIC = ("correctness", "detail", "context")  # the aspects of VCGBench's generic answers
 REPLY_TOKENS = 12  # {'pred': 'yes', 'score': 4}
 RULE = f"a token: 4 letters or 1 Chinese character; {REPLY_TOKENS} a reply"
 
 
 class JudgeTask(NamedTuple):
-    """What a judge is asked, once for all rows with the same texts; texts: (name, text) as the prompt has them."""
+    """A task for a judge, shared by all answers with the same texts. texts: (name in the prompt, text)."""
 
     aspect: str
     texts: tuple[tuple[str, str], ...]
 
 
 class Judged(NamedTuple):
-    """What came of a question: a verdict or the reason why there is none, "unparsed" or "failed"."""
+    """The outcome of a task: a verdict, or the reason why there is none ("unparsed" or "failed")."""
 
     status: str
     verdict: Verdict | None = None
@@ -38,10 +38,11 @@ class Judged(NamedTuple):
 
 
 def judge_tasks(answers: Sequence[Answer], results: Sequence[Result]) -> list[tuple[Result, JudgeTask | None]]:
-    """Returns the results with what a judge is asked for each, None where nothing.
+    """Returns (result, task) pairs; a result that needs no judge has the task None.
 
-    rows, results: as `scoring.score` takes and gives them. A generic row of VCGBench becomes a result for each aspect,
-    a pair of consistency one, whose id is the group's. Raises UserError for rows that are none of VCGBench's.
+    answers, results: arguments and results of `scoring.score`. A generic answer of VCGBench becomes a result for each
+    aspect; a consistency pair becomes one result, whose id is the group's. Raises UserError for a kind that VCGBench
+    does not have.
     """
     asked: list[tuple[Result, JudgeTask | None]] = []
     pairs: dict[str, list[tuple[Answer, Result]]] = defaultdict(list)
@@ -69,10 +70,11 @@ def ask_judge(
     attempts: int,
     ask: Callable[[list[JudgeTask], Callable[[JudgeTask], Request], Statistics], tuple[dict, Statistics]],
 ) -> tuple[dict[JudgeTask, Judged], Statistics]:
-    """Asks each question until its reply can be read, at most `attempts` times, in rounds.
+    """Asks each task until its reply can be read, at most `attempts` times, in rounds.
 
-    Every attempt is a request of its own, so that a cache has the useless replies as well and a second run sends
-    nothing. sampling: what else is in a request. ask: `ask_all` but for its options; it gets what was spent before.
+    Every attempt is a different request, so that the cache also keeps unreadable replies and a second run sends
+    nothing. sampling: the other fields of a request. ask: `ask_all` with its options; its last argument is the
+    statistics of the rounds before.
     """
     judged: dict[JudgeTask, Judged] = {}
     spent = Statistics()
@@ -92,7 +94,7 @@ def ask_judge(
 
 
 def unsent(asked: Iterable[JudgeTask], sampling: Mapping[str, Any], attempts: int, cache: ReplyCache) -> list[Request]:
-    """The requests that have to be sent at least; more if replies to them cannot be read."""
+    """The requests that must be sent at least. Unreadable replies lead to more."""
     missing = []
     for task in dict.fromkeys(asked):
         for attempt in range(1, attempts + 1):
@@ -106,7 +108,7 @@ def unsent(asked: Iterable[JudgeTask], sampling: Mapping[str, Any], attempts: in
 
 
 def request(task: JudgeTask, attempt: int, sampling: Mapping[str, Any]) -> Request:
-    """The request of an attempt, from 1."""
+    """The request of an attempt, counted from 1."""
     return {"messages": messages(task.aspect, dict(task.texts), attempt), **sampling}
 
 
@@ -121,7 +123,7 @@ def estimate(requests: Iterable[Request]) -> tuple[int, int]:
 
 
 def with_verdict(result: Result, task: JudgeTask, judged: Judged, *, truncate: bool) -> Result:
-    """The result with what the judge said; truncate: 4.8 counts 4, as in the published scripts."""
+    """The result with the judge's verdict. truncate: 4.8 counts 4, as in the published scripts."""
     found: Result = {"status": judged.status, "values": {}}
     if judged.verdict is None:
         found["reason"] = judged.reason
@@ -148,7 +150,7 @@ def _judged(
 
 
 def _shown(answer: Answer) -> Result:
-    """A row's texts; "question_id" is that of the question before translations, where there were some."""
+    """An answer's texts, and after translations the original question's id as "question_id"."""
     shown = {field: answer[field] for field in ("question", "answer", "prediction")}
     if any(field.startswith("source_") for field in answer):
         shown["question_id"] = _before_translations(answer["id"])

@@ -1,14 +1,14 @@
-"""What an answer file says without a judge: a result for every question, and means with intervals over them.
+"""Scores answers by rule, one result for each, and averages results with intervals.
 
-A result is {"id", "video", "language", "benchmark", "status", "values": {metric: number}}, and "kind", "group",
-"reason", "chosen" where there are such. Statuses:
+A result is {"id", "video", "language", "benchmark", "status", "values": {metric: number}}, with the optional fields
+"kind", "group", "reason" and "chosen". Statuses:
 
-    "scored"        "values" are right or wrong, or what a judge gave
+    "scored"        "values" are right or wrong, or a judge's numbers
     "no_choice"     the prediction names no option, or several: wrong, and counted
-    "unanswered"    the model was not asked: left out
-    "incomplete"    others of its group are missing or unanswered: left out
-    "not_judged"    needs a judge, or more than the row has: left out
-    "unparsed", "failed"   the judge's reply was of no use, or there was none: left out
+    "unanswered"    there is no prediction: left out
+    "incomplete"    another answer of its group is missing or has no prediction: left out
+    "not_judged"    the answer needs a judge, or a field that it does not have: left out
+    "unparsed", "failed"   the judge's reply was unusable, or there was none: left out
 """
 
 from collections import Counter, defaultdict
@@ -20,19 +20,19 @@ from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
 from redvillm_jax.evaluation.intervals import Interval, means
 from redvillm_jax.evaluation.short_answers import exact_match, token_f1
 
-OWN = "own questions"  # the "benchmark" of rows without one
+OWN = "own questions"  # the "benchmark" of answers without that field
 ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")
 CAPTION = "TempCompass asks the judge a question about the caption that the row does not have"
 
-Answer = Mapping[str, Any]
+Answer = Mapping[str, Any]  # a line of answers.jsonl
 Result = dict[str, Any]
 
 
 def score(answers: Iterable[Answer]) -> list[Result]:
-    """Scores every row of an answer file by rule, in its order.
+    """Scores every answer by rule, in the order given.
 
     "values" are {"accuracy": 0 or 1} for choices and yes/no, and {"exact_match", "f1"} for short answers. Raises
-    UserError naming a row whose answer is none of its choices.
+    UserError naming an instruction whose reference answer is none of its choices.
     """
     answers = list(answers)
     sizes = Counter((_benchmark(answer), answer["group"]) for answer in answers if "group" in answer)
@@ -64,7 +64,7 @@ def score(answers: Iterable[Answer]) -> list[Result]:
 
 
 def protocol(answer: Answer) -> str:
-    """How a row is scored: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
+    """The protocol that scores an answer: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
     if answer.get("choices"):
         return "choice"
     if answer.get("benchmark") == "tempcompass":
@@ -75,8 +75,8 @@ def protocol(answer: Answer) -> str:
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
     """Returns {benchmark: {"questions", "videos", "statuses", "metrics": {metric: {group: interval}}}}.
 
-    Groups are "all", "kind:…" for every level of a kind, and "language:…" where there are several. VCGBench has
-    "aspect:…" and their "mean", MVBench the "mean" of its tasks. VNBench's questions are its groups of four.
+    Groups are "all", "kind:…" for every level of a kind, and "language:…" when there are several languages. VCGBench
+    has "aspect:…" and their "mean", MVBench the "mean" of its tasks. A question of VNBench is a group of four tries.
     """
     summary = {}
     for name in sorted({result["benchmark"] for result in results}):
@@ -91,7 +91,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def observations(results: Sequence[Result]) -> dict[tuple, dict[str, Any]]:
-    """What is averaged, of one benchmark: {key: {"video", "groups", "values"}}, VNBench's tries as one."""
+    """The averaged units of one benchmark: {key: {"video", "groups", "values"}}, with VNBench's tries as one."""
     languages = {result["language"] for result in results}
     found: dict[tuple, list[Result]] = defaultdict(list)
     for result in results:
@@ -101,7 +101,7 @@ def observations(results: Sequence[Result]) -> dict[tuple, dict[str, Any]]:
 
 
 def estimates(benchmark: str, observed: Mapping[tuple, Mapping[str, Any]]) -> dict[str, dict[str, Interval]]:
-    """Means with intervals by metric and group; a metric's are over those that have it."""
+    """Means with intervals by metric and group. A metric's mean is over the units that have the metric."""
     result = {}
     for metric in dict.fromkeys(metric for one in observed.values() for metric in one["values"]):
         own = [one for one in observed.values() if metric in one["values"]]
@@ -133,7 +133,7 @@ def _observation(several: Sequence[Result], languages: set[str]) -> dict[str, An
 
 
 def _levels(result: Result) -> list[str]:
-    """A kind's levels; only these sets have some: "yes/no" is one of ActivityNet-QA's kinds."""
+    """The levels of a kind. Only two sets have levels; "yes/no" is a single kind of ActivityNet-QA."""
     if "kind" not in result:
         return []
     return result["kind"].split("/") if result["benchmark"] in ("videomme", "tempcompass") else [result["kind"]]

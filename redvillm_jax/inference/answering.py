@@ -59,16 +59,16 @@ def sizes_of(flags: Mapping[str, str]) -> dict[str, int]:
 
 
 def made_with(assistant: Assistant, instructions: Sequence[Instruction], generation: Generation) -> dict[str, Any]:
-    """All that decides the answers."""
+    """Everything on which the answers depend."""
     questions = hashlib.sha256(json.dumps(instructions, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
     return {"model": assistant.identity, "generation": settings, "questions": questions}
 
 
 def known_answers(path: Path, instructions: Sequence[Instruction], report: Mapping[str, Any]) -> dict[int, Answer]:
-    """The answers of a file by number of the question, but for what failed and what is not about these rows.
+    """The answers of a finished file, by number of the question, without failed ones and those to other instructions.
 
-    None where the file is not the one that `report` was written with.
+    {} when the file is not the one with which `report` was written.
     """
     content = read_bytes(path, ANSWER)
     if report.get("answers_sha256") not in (None, hashlib.sha256(content).hexdigest()):
@@ -80,14 +80,14 @@ def known_answers(path: Path, instructions: Sequence[Instruction], report: Mappi
 
 
 def failures(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """The questions without an answer, counted from 1, each with its "error"."""
+    """The numbers of the questions without an answer, counted from 1, with their errors."""
     return [
         {"question": i, "error": answer["error"]} for i, answer in enumerate(answers, 1) if answer["prediction"] is None
     ]
 
 
 def tell(failed: Sequence[Mapping[str, Any]], where: Path) -> None:
-    """Prints the first of the questions that failed; where: the file that has them all."""
+    """Prints the first failed questions. where: the file that lists all of them."""
     for failure in failed[:5]:
         print(f"  question {failure['question']}: {failure['error']}")
     if failed:
@@ -104,10 +104,10 @@ def write_answers(
     generation: Generation,
     sizes: Mapping[str, int],
 ) -> None:
-    """Answers the rows that are not in the log: of this process's share of the videos.
+    """Answers the instructions that are not in the log, for this process's share of the videos.
 
-    source(row): which video a row is about; read: for a list of those their arrays, or why there are none, in order.
-    A question that has no answer gets a row with "prediction" null and an "error".
+    source(instruction): its video. read(videos): the arrays of each video in order, or the error why there are none. A
+    question without an answer gets "prediction" null and an "error".
     """
     open_questions = [i for i in range(len(instructions)) if i not in log.done]
     by_video: dict[Hashable, list[int]] = {}
@@ -160,12 +160,12 @@ def write_answers(
 
 
 def frames_seen(one: Asked) -> dict[str, int]:
-    """{"num_frames"} of a question that is asked with a video."""
+    """{"num_frames": …} for a question that is asked with a video, else {}."""
     return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.slots and "num_frames" in one.arrays else {}
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, taken by a thread that runs `count` ahead; who stops early waits for one of them at most."""
+    """Yields the same items, read by a thread that runs `count` ahead. Stopping early waits for one item at most."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         try:

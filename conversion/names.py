@@ -48,7 +48,7 @@ CODES = {  # safetensors' names of the dtypes
     "bool": "BOOL",
 }
 DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
-FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # the dtypes that a base can load
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")  # loadable by a base
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""Says before renting whether a training fits a TPU slice, what limits it and what it will cost.
+"""Tells before renting whether a training fits a TPU slice, how long it takes, and what limits its speed.
 
 python -m redvillm_jax.plan --config=configs/llava.py --topology=v5e-16 [--rows-per-chip=1] [--dump=DIR]
 python -m redvillm_jax.plan --config=configs/llava.py --all --dump=DIR
 
-Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]') on
-a machine that needs no TPU. A base's real size is taken without weights (--size), or that of --config.base; rows have
-VideoInstruct's lengths, or those of --config.data. Times are bounds: no run will be faster than what is charged here,
-and input, logging and a shared network can make it slower. --all compares the slices, each kind of chip with
-the settings that were found best for it.
+Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]'). The
+machine needs no TPU. The model is a base's real size without weights (--size), or the base in --config.base. The rows
+have VideoInstruct's lengths, or the lengths in --config.data. Times are lower bounds: input, logging and a shared
+network can only make a run slower. Use --all to compare all slices, each kind of chip with its best known settings.
 """
 
 import dataclasses

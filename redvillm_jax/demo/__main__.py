@@ -2,10 +2,10 @@
 
 python -m redvillm_jax.demo [--base=llava|qwen_vl] [--workdir=demo]
 
-Every command is printed before it runs, so that it can be copied. It makes videos of moving shapes, prepares them,
-converts a tiny image LLM that the project carries, encodes the videos with it, trains its projectors three ways,
-answers questions about videos that were held out, and exports the result. Killed, it continues where it was. The table
-at its end begins with what is answered right without the video, or without its order (docs/demo.md).
+The demo prints every command before it runs it, so that you can copy it. It makes videos of moving shapes, prepares
+them, converts a tiny image LLM that comes with the project, encodes the videos, trains the projectors in three ways,
+answers questions about held-out videos, and exports the result. After a kill it continues. The table at the end begins
+with floors: how often a reader is right without the video, or without its order (docs/demo.md).
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def demonstrate(flags: argparse.Namespace) -> None:
-    """Runs every command, and prints and draws what came of it."""
+    """Runs every command, then prints and draws the results."""
     start, work = time.time(), flags.workdir / flags.base
     runs = work / f"seed-{flags.seed}"
     config = f"--config={os.path.relpath(ROOT / 'configs' / 'demo.py')}:{flags.base}"
@@ -103,8 +103,8 @@ def command(module: str, *arguments: str) -> None:
 def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
     """The test questions, and by column of the table which of them are answered right: (questions,), 0 to 1.
 
-    The floors come first. "text only" is the base asked without visual tokens: what is trained makes nothing but visual
-    tokens, so every other column's model would then say the same.
+    The floors come first. "text only" is the base, asked without visual tokens. Trained projectors make nothing but
+    visual tokens, so without them every model of the table answers as the base does.
     """
     work, videos = workdir / base, workdir / "videos"
     folders = {TEXT_ONLY: work / "text_only", UNTRAINED: work / "before_training"}
@@ -118,12 +118,12 @@ def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, 
 
 
 def hit(row: Mapping[str, str]) -> float:
-    """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it; no answer is a wrong one."""
+    """1 for an exact match with the reference answer, as `redvillm_jax.evaluate` counts it; no prediction counts 0."""
     return exact_match(row["prediction"] or "", row["answer"])
 
 
 def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
-    """Which questions (questions,) are of each kind, of the temporal and spatial kinds, of a language, and all."""
+    """Masks (questions,) of the questions of each kind, of the temporal and spatial kinds, of each language, of all."""
     kinds, languages = (np.array([question[field] for question in questions]) for field in ("kind", "language"))
     groups = {}
     for group, names in KINDS.items():
@@ -133,12 +133,12 @@ def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
 
 
 def label(group: str) -> str:
-    """A group's name as it is shown: a kind in small letters, what holds several in capitals."""
+    """A group's name in the table: a kind in small letters, a group of several kinds in capitals."""
     return group.replace("_", " ") if any(group in kinds for kinds in KINDS.values()) else group.upper()
 
 
 def table(questions: Sequence[Mapping], hits: Mapping[str, np.ndarray]) -> str:
-    """One line per group of questions, one column per row of the comparison, in per cent."""
+    """The accuracies in per cent: a line for each group of questions, a column for each model or floor."""
     heads = [textwrap.wrap(row, 12) for row in hits]
     depth = max(map(len, heads))
     heads = [[""] * (depth - len(head)) + head for head in heads]

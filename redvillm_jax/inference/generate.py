@@ -1,8 +1,8 @@
 """Decoding with a key-value cache, in static shapes.
 
-The cache of a row has three ranges of slots: [what stands up to the end of the video | the question | the answer].
-The first is computed once per video (`prefill`) and laid into the rows of its questions (`lay_out`, `place`); `start`
-reads the questions and chooses the first tokens, `decode` the following ones.
+The cache of an answer has three ranges of slots: [prompt up to the end of the video | question | answer]. `prefill`
+computes the first range once for each video, `lay_out` and `place` copy it to the video's questions, `start` reads the
+questions and chooses the first tokens, and `decode` chooses the following tokens.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, h
 
 
 class Decoding(NamedTuple):
-    """R answers while they are written, N tokens at most.
+    """The state of R answers while they are written, with at most N tokens.
 
     prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
     bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last ids, which are not in the cache yet;
@@ -40,7 +40,7 @@ class Decoding(NamedTuple):
 
 
 def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array]) -> Cache:
-    """Keys and values of what stands up to the end of each video.
+    """Keys and values of each prompt up to the end of its video.
 
     tokens: visual tokens (B, V, K); prefixes: token_ids, video_slots: (B, P) int32, padded on the right, -1 in
     video_slots for text; length: (B,) int32; context_length: (B,) int32, of the whole prompts (see the bases' `LLM`).
@@ -123,8 +123,8 @@ def start(
 def decode(model: VideoLLM, state: Decoding, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Decoding:
     """Goes on until `until` ids are chosen or every row has met a stop token.
 
-    After a row's first stop token its ids repeat that token, up to the step that was reached. Logits that are not
-    finite say nothing: their row stops.
+    After its first stop token, a row's ids repeat that token up to the last step. A row whose logits are not finite
+    stops.
     """
     num_slots, max_new_tokens = state.prompt.shape[1], state.ids.shape[1]
     slots, first = jnp.arange(num_slots), num_slots - max_new_tokens

@@ -1,10 +1,10 @@
-"""What one decoding step of a 7B base moves and takes on a TPU, by its compiler; needs no TPU.
+"""Estimates memory traffic and time of one decoding step of a 7B base on a TPU, by its compiler; needs no TPU.
 
 python benchmarks/decode_cost.py [--topology=v5e-4] [--family=llava] [--batches=1,32] [--slots=704]
 
 Compiles `Inference`'s decoding loop in bf16, weights and heads split over all chips of the slice (`tensor`), and reads
-its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and what
-the memory's bandwidth alone would need to read the weights and the cache once. Collectives are not charged.
+its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and the time
+that the memory's bandwidth alone needs to read the weights and the cache once. Collectives are not charged.
 """
 
 import importlib

@@ -57,7 +57,7 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     ]
     lines += [_origin(file) for file in report["instructions"] if file["prefix"] or file["weight"] != 1]
     if repeated:
-        lines.append(f"kept: {len(repeated)} questions that repeat another on their video ({_some(_ids(repeated))})")
+        lines.append(f"kept: {len(repeated)} questions that repeat another about their video ({_some(_ids(repeated))})")
     if short:
         lines.append(f"kept: {len(short)} videos that end before their header says:")
         lines += [f"  {video['note']}" for video in short[:10]]
@@ -67,11 +67,12 @@ def summary(out: Path, report: dict[str, Any]) -> str:
         lines.append(f"left out: {len(left_out)} videos that gave no frames:")
         lines += [f"  {video['reason']}" for video in left_out[:10]]
     if rows:
-        lines.append(f"left out: {len(rows)} rows that are no question on a video:")
+        lines.append(f"left out: {len(rows)} records that are no question about a video:")
         lines += [f"  {reason}" for reason in rows[:10]]
     if orphans:
         missing = sorted({question["video"] for question in orphans})
-        lines.append(f"left out: {len(orphans)} questions on {len(missing)} videos not in the store ({_some(missing)})")
+        about = f"{len(missing)} videos that are not in the store ({_some(missing)})"
+        lines.append(f"left out: {len(orphans)} questions about {about}")
     if left_out or short or unasked or rows or orphans or repeated:
         lines.append(f"the complete lists are in {out / 'report.json'}")
     return "\n".join(lines)

@@ -225,7 +225,7 @@ def _check_frames(store: VideoStore) -> None:
     """Raises UserError for a store of streams, naming the frame store from which it was made."""
     if store.meta["kind"] != "frames":
         made_from = read_object(store.path / "report.json", REPORT).get("made_from", "unknown")
-        raise UserError(f"{store.path}: holds streams, no frames: give the store they were made from, {made_from}")
+        raise UserError(f"{store.path}: holds streams, no frames: give the frame store of these streams, {made_from}")
 
 
 def _check_out(out: Path) -> None:

@@ -146,7 +146,7 @@ class VideoStore:
         except RuntimeError as error:
             damaged = re.search(r"Corrupted|Invalid|at least 64KB", str(error))
             raise UserError(
-                f"{where} cannot be read ({_short(error)}); {mend if damaged else 'is the disk or the network well?'}"
+                f"{where} cannot be read ({_short(error)}); {mend if damaged else 'check the disk or the network'}"
             ) from None
         try:
             record = self._features.deserialize_example_np(stored)
@@ -308,7 +308,7 @@ def write_shards(
         more = f", and {len(replaced) - 1} more shards hold such videos" if len(replaced) > 1 else ""
         raise UserError(
             f"{files[first]}: the file of {video!r} is not the one whose frames are stored{more}: delete the shard to "
-            "store those of the file that is there, or choose another --out"
+            "store the new file's frames, or choose another --out"
         )
     missing = [i for i in mine if i in broken or files[i].name not in sizes]
     if missing:

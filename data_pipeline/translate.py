@@ -66,7 +66,7 @@ def translate(flags: argparse.Namespace) -> int:
     _check(flags, files["report"])
     lines, skipped = to_translate(read_instructions(flags.input), flags)
     if not lines:
-        raise UserError(f"{flags.input}: all {skipped} rows are in {LANGUAGES[flags.to]} already")
+        raise UserError(f"{flags.input}: all {skipped} lines are in {LANGUAGES[flags.to]} already")
     sources = Counter(line[field] for line in lines for field in flags.fields if (line[field] or "").strip())
     prompt = PROMPT.format(source=LANGUAGES["zh" if flags.to == "en" else "en"], target=LANGUAGES[flags.to])
 
@@ -84,7 +84,7 @@ def translate(flags: argparse.Namespace) -> int:
         missing = [text for text in undecided if cache.get(request(text)) is None]
         tokens = estimate(missing, prompt, flags.to)
         already = f" ({skipped} more are in {LANGUAGES[flags.to]} already)" if skipped else ""
-        print(f"{flags.input}: {len(lines)} rows{already}, {sources.total()} texts, {len(sources)} different:")
+        print(f"{flags.input}: {len(lines)} lines{already}, {sources.total()} texts, {len(sources)} different:")
         known = f"{len(sources) - len(undecided)} decided by a person, {len(undecided) - len(missing)} cached"
         print(f"  {known}, {len(missing)} to send")
         announce(*tokens, flags, RULE)
@@ -138,7 +138,7 @@ def translate(flags: argparse.Namespace) -> int:
     }
     write_text(files["report"], json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if not done:
-        raise UserError(f"{flags.out}: no row of {len(lines)} could be written; the first: {left_out[0]['reasons'][0]}")
+        raise UserError(f"{flags.out}: none of {len(lines)} lines is written; the first: {left_out[0]['reasons'][0]}")
     write_text(flags.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done))
     print(_summary(report, flags.out, files))
     return 1 if left_out else 0
@@ -150,7 +150,7 @@ def to_translate(lines: Iterable[Line], flags: argparse.Namespace) -> tuple[list
     ids = {line["id"] for line in lines}
     chosen, skipped = [], 0
     for line in lines:
-        where = f"{flags.input}: row with id {line['id']!r}"
+        where = f"{flags.input}: line with id {line['id']!r}"
         if line["language"] not in LANGUAGES:
             raise UserError(f"{where}: language {line['language']!r}, expected {' or '.join(LANGUAGES)}")
         if line["language"] == flags.to:
@@ -205,7 +205,7 @@ def _reasons(line: Line, obstacles: Mapping[str, str], flags: argparse.Namespace
 
 def _summary(report: dict[str, Any], out: Path, files: Mapping[str, Path]) -> str:
     """A few lines on the written file and on the work that is left for a person."""
-    lines = [f"{out}: {report['rows_written']} of {report['rows']} rows"]
+    lines = [f"{out}: {report['rows_written']} of {report['rows']} lines"]
     if report["answered"] + report["failed"]:
         cost = "" if report["cost"] is None else f", cost {report['cost']:.2f}"
         tokens = f"{report['prompt_tokens']} tokens in, {report['completion_tokens']} out{cost}"
@@ -215,7 +215,7 @@ def _summary(report: dict[str, Any], out: Path, files: Mapping[str, Path]) -> st
     if report["to_review"]:
         lines.append(f"to review: {report['to_review']} texts in {files['review']}")
     if left_out := report["rows_left_out"]:
-        lines.append(f"left out: {len(left_out)} rows, listed in {files['report']}; run again to try again what failed")
+        lines.append(f"left out: {len(left_out)} lines, listed in {files['report']}; run again to repeat failures")
         lines += [f"  {line['id']}: {line['reasons'][0]}" for line in left_out[:5]]
     return "\n".join(lines)
 
@@ -258,8 +258,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--fields", type=_fields, default=["question", "answer"], help="to translate (default question,answer)"
     )
-    parser.add_argument("--limit", type=positive(int), help="translate only the first so many rows")
-    parser.add_argument("--strict", action="store_true", help="leave rows under review out, exit code 1 if there are")
+    parser.add_argument("--limit", type=positive(int), help="translate only the first N lines")
+    parser.add_argument("--strict", action="store_true", help="leave out lines under review; exit code 1 if any")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 

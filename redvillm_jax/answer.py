@@ -164,7 +164,7 @@ def answer_file(
     report = read_made(report_file, ANSWER_REPORT)
     known = known_answers(output, instructions, report) if report and report["made_with"] == settings else {}
     if len(known) == len(instructions):
-        print(f"{output} is whole already")
+        print(f"{output} is finished already")
         return 0
 
     def source(instruction: Instruction) -> Clip | Picture:

@@ -92,7 +92,7 @@ def answer_store(
     summary = finished(out, settings)
     known = known_answers(out / "answers.jsonl", instructions, summary) if summary else {}
     if summary and len(known) == len(instructions):
-        print(f"{out} is whole already\n{summary_table(summary)}")
+        print(f"{out} is finished already\n{summary_table(summary)}")
         return 0
 
     index = {video["video"]: i for i, video in enumerate(store.videos)}

@@ -197,7 +197,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of answers that have no "benchmark"'
     )
-    parser.add_argument("--limit", type=positive(int), help="judge only the first so many questions")
+    parser.add_argument("--limit", type=positive(int), help="judge only the first N questions")
     parser.add_argument("--attempts", type=positive(int), default=3, help="at a readable reply (default 3)")
     parser.add_argument(
         "--truncate",

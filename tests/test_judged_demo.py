@@ -264,6 +264,6 @@ def test_multiple_choice_is_not_translated(evaluated, tmp_path):
     with pytest.raises(UserError) as error:
         in_chinese(source, tmp_path / "zh.jsonl")
     assert str(error.value) == (
-        f"{source}: row with id 'count/0': is multiple choice ('choices'), whose question cannot be translated: the "
+        f"{source}: line with id 'count/0': is multiple choice ('choices'), whose question cannot be translated: the "
         "options in the question would not be those it is scored by"
     )

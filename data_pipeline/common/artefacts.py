@@ -170,7 +170,7 @@ def parse_lines(
     """`read_lines` for the content of a file."""
     *lines, rest = content.split(b"\n")
     if rest and not growing:
-        raise UserError(f"{path}: line {len(lines) + 1}: ends without an end of line; {form.remedy}")
+        raise UserError(f"{path}: line {len(lines) + 1}: has no line break at its end; {form.remedy}")
     numbered = enumerate(lines, start=1)
     return [_parsed(f"{path}: line {i}", line, first if first and i == 1 else form) for i, line in numbered]
 

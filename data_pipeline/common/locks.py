@@ -145,7 +145,7 @@ def take(lock: "FileLock | ObjectLock", path: Path) -> None:
 
 def watch(lock: "FileLock | ObjectLock", found: Found, path: Path) -> None:
     """Waits until the holder of a lock must be dead. Raises UserError as soon as the holder writes the lock."""
-    print(f"note: {path}: looks whether {who(found)} still writes here, up to {DEAD_SECONDS} s", file=sys.stderr)
+    print(f"note: {path}: waits up to {DEAD_SECONDS} s to see whether {who(found)} still writes here", file=sys.stderr)
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
         time.sleep(DEAD_SECONDS / 50)
@@ -169,13 +169,13 @@ def keep(lock: "FileLock | ObjectLock", path: Path, over: threading.Event) -> No
 
 def lost(path: Path) -> None:
     """Ends this process: another run writes its output."""
-    said = f"error: {path}: showed no sign of life for {DEAD_SECONDS} s, and another run writes here: this one ends"
+    said = f"error: {path}: another run took the lock after {DEAD_SECONDS} s without a sign of this run: this run ends"
     print(said, file=sys.stderr, flush=True)
     os._exit(2)
 
 
 def in_use(path: Path, found: Found) -> UserError:
-    return UserError(f"{path}: {who(found)} is writing here: wait until it ends, or choose another place for this one")
+    return UserError(f"{path}: {who(found)} is writing here: wait until it ends, or choose another output")
 
 
 def who(found: Found) -> str:

@@ -69,7 +69,7 @@ def read_benchmark(benchmark: str, path: str | Path) -> list[Instruction]:
     if path.is_dir():
         files = [file for name in names for file in sorted(path.glob(name)) or [path / name]]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with those published")
+            raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with all of them")
     found = (pair for file in files for pair in read(file))
     return check_instructions(path, ((where, instruction | {"benchmark": benchmark}) for where, instruction in found))
 

@@ -51,8 +51,8 @@ def read_mixture(
     ids = Counter(instruction["id"] for instruction in mixture)
     if twice := [id for id, times in ids.items() if times > 1]:
         raise UserError(
-            f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} do): "
-            "give each file once, and files that share ids different names"
+            f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} ids do): "
+            "give each file once, and rename one of two files that share ids"
         )
     return mixture, {
         "files": report,

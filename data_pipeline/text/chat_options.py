@@ -40,7 +40,7 @@ def check_endpoint(flags: argparse.Namespace) -> None:
     if flags.model is not None and not flags.allow_undated and not is_dated(flags.model):
         raise UserError(
             f"--model={flags.model}: names no dated version (as gpt-4o-mini-2024-07-18 does), so it may change under "
-            "the same name; choose one that does, or say --allow_undated"
+            "the same name; choose a dated name, or add --allow_undated"
         )
 
 

@@ -10,6 +10,9 @@ from data_pipeline.questions.eval_sets import BENCHMARKS
 from data_pipeline.questions.instructions import read_instructions
 from redvillm_jax.evaluation.scoring import OWN, Answer
 
+KINDS = {"prediction": str | None, "benchmark": str, "group": str, "choices": list, "model": dict}
+EXPECTED = {"prediction": "text or null", "choices": "a list", "model": "an object"}  # others: text
+
 
 def read_answers(path: Path, benchmark: str | None) -> list[Answer]:
     """Reads answers, each with its texts in one language. benchmark: for answers without that field.
@@ -18,13 +21,13 @@ def read_answers(path: Path, benchmark: str | None) -> list[Answer]:
     """
     answers, models = [], set()
     for answer in read_instructions(path):
-        where = f"{path}: row with id {answer['id']!r}"
+        where = f"{path}: answer with id {answer['id']!r}"
         if "prediction" not in answer:
             raise UserError(f"{where}: has no 'prediction'; expected answers, as redvillm_jax.evaluate writes them")
-        kinds = {"prediction": str | None, "benchmark": str, "group": str, "choices": list, "model": dict}
-        for field, kind in kinds.items():
+        for field, kind in KINDS.items():
             if field in answer and not isinstance(answer[field], kind):
-                raise UserError(f"{where}: field {field!r} is {json.dumps(answer[field])[:40]}, which it cannot be")
+                found, expected = json.dumps(answer[field])[:40], EXPECTED.get(field, "text")
+                raise UserError(f"{where}: field {field!r} is {found}, expected {expected}")
         if not all(isinstance(choice, str) for choice in answer.get("choices", ())):
             raise UserError(f"{where}: field 'choices' is {json.dumps(answer['choices'])[:40]}, expected texts")
         if benchmark is not None:

@@ -70,7 +70,7 @@ def _check_same(ours: Result, theirs: Result) -> None:
     for field in REFERENCE:
         if ours.get(field) != theirs.get(field):
             found = " and ".join(json.dumps(side.get(field), ensure_ascii=False) for side in (ours, theirs))
-            raise UserError(f"row with id {ours['id']!r}: the {field} differs: {found[:300]}: not comparable")
+            raise UserError(f"question with id {ours['id']!r}: the {field} differs: {found[:300]}: not comparable")
 
 
 def _difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def judge_tasks(answers: Sequence[Answer], results: Sequence[Result]) -> list[tu
             pairs[answer["group"]].append((answer, result))
         else:
             if answer.get("kind") not in ("generic", "temporal"):
-                raise UserError(f"row with id {answer['id']!r}: kind {answer.get('kind')!r} is none of VCGBench's")
+                raise UserError(f"answer with id {answer['id']!r}: kind {answer.get('kind')!r} is none of VCGBench's")
             aspects = GENERIC if answer["kind"] == "generic" else ("temporal",)
             asked += [_ask(answer, result, aspect) for aspect in aspects]
     for group, pair in pairs.items():
@@ -182,7 +182,9 @@ def _ask_pair(group: str, pair: Sequence[tuple[Answer, Result]]) -> tuple[Result
         return {**result, "status": "incomplete", "reason": reason}, None
     other = others[0][0]
     if (answer["language"], answer["answer"]) != (other["language"], other["answer"]):
-        raise UserError(f"rows with ids {answer['id']!r} and {other['id']!r}: a pair has one answer, in one language")
+        raise UserError(
+            f"answers with ids {answer['id']!r} and {other['id']!r}: a pair has one answer, in one language"
+        )
     texts = {"question": answer["question"], "question_2": other["question"], "answer": answer["answer"]}
     texts |= {"prediction": answer["prediction"], "prediction_2": other["prediction"]}
     return result, JudgeTask("consistency", tuple(texts.items()))

@@ -146,13 +146,13 @@ def _choice(answer: Answer) -> Result:
         if answer["answer"] in (o.label, o.text, choice)
     ]
     if not right:
-        raise UserError(f"row with id {answer['id']!r}: its answer {answer['answer']!r} is none of its choices")
+        raise UserError(f"answer with id {answer['id']!r}: the reference {answer['answer']!r} is none of the choices")
     return _wrong_or_right(chosen(answer["prediction"], answer["choices"]), right[0])
 
 
 def _yes_no(answer: Answer) -> Result:
     if (right := yes_or_no(answer["answer"])) is None:
-        raise UserError(f"row with id {answer['id']!r}: its answer {answer['answer']!r} is neither yes nor no")
+        raise UserError(f"answer with id {answer['id']!r}: the reference {answer['answer']!r} is neither yes nor no")
     return _wrong_or_right(yes_or_no(answer["prediction"]), right)
 
 

@@ -94,7 +94,7 @@ def read_part(part: Path) -> list[dict[str, Any]]:
     """The lines of a part: first {"made_with"}, the settings of its answers, then the answers."""
     lines = read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
     if not lines and not part.read_text(errors="replace").startswith(BEGIN[: part.stat().st_size]):
-        raise UserError(f"{part}: is no part of {part.stem}: move it away, or choose another name for that")
+        raise UserError(f"{part}: is no part of {part.stem}: move it away, or choose another output")
     return lines
 
 

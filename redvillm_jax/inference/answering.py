@@ -72,7 +72,7 @@ def known_answers(path: Path, instructions: Sequence[Instruction], report: Mappi
     """
     content = read_bytes(path, ANSWER)
     if report.get("answers_sha256") not in (None, hashlib.sha256(content).hexdigest()):
-        print(f"note: {path}: was changed after it was written; all is answered anew", file=sys.stderr)
+        print(f"note: {path}: was changed after it was written; all questions are answered again", file=sys.stderr)
         return {}
     pairs = enumerate(zip(parse_lines(path, content, ANSWER), instructions, strict=False))
     same = {i: answer for i, (answer, instruction) in pairs if answer | instruction == answer}
@@ -91,7 +91,7 @@ def tell(failed: Sequence[Mapping[str, Any]], where: Path) -> None:
     for failure in failed[:5]:
         print(f"  question {failure['question']}: {failure['error']}")
     if failed:
-        print(f"  all {len(failed)} that failed are in {where}; the same command tries them again")
+        print(f"  all {len(failed)} failed questions are in {where}; the same command tries them again")
 
 
 def write_answers(

@@ -2,8 +2,8 @@
 
 python -m redvillm_jax.encode --config=configs/qwen.py --config.base=BASE --data=FRAMES --out=STREAMS
 
-Use it before a training of more than one question per video: the encoder is frozen and the pooling has no parameters,
-so a video's streams are the same for every question and epoch. Train with --config.data=STREAMS; the encoder's weights
+Use it before training, when videos have several questions: the encoder is frozen and the pooling has no parameters, so
+a video's streams are the same for every question and epoch. Train with --config.data=STREAMS; the encoder's weights
 are then not loaded. A stopped run continues with the missing shards. New questions in FRAMES are taken over without
 encoding again. Several processes share the shards. Each device has the whole encoder and encodes videos of its own,
 independent of config.mesh.

@@ -1,4 +1,4 @@
-"""Floors of the demo's accuracies: how often a reader is right without looking, or without looking at the order.
+"""Baselines of the demo's accuracies: how often a reader is right without the video, or without its order.
 
 Each function returns the chance of a right answer, question by question.
 """

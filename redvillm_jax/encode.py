@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def encode_store(flags: Mapping[str, Any], base: Base, frames: stores.VideoStore) -> None:
-    """Writes the shards that are missing, and what describes them."""
+    """Writes the missing shards, and the files that describe the store."""
     config = flags["config"]
     mesh = make_mesh(DATA_PARALLEL, jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
@@ -131,7 +131,7 @@ def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype:
 def read_ahead(
     frames: stores.VideoStore, videos: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], Mapping[str, np.ndarray]]]:
-    """Batches of videos, by their indices, with `frames.padded` of each; threads read while the caller computes.
+    """Yields (indices, `frames.padded` of them) for batches of videos; threads read while the caller computes.
 
     The last batch is filled up with empty videos.
     """
@@ -148,7 +148,7 @@ def read_ahead(
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each after the next one was asked for: devices work on that while the caller fetches this one."""
+    """Yields each item after requesting the next, so that devices compute the next while the caller fetches this."""
     waiting = next(items, None)
     while waiting is not None:
         following = next(items, None)
@@ -157,7 +157,7 @@ def one_behind(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def fingerprint(frames: stores.VideoStore) -> str:
-    """Identifies the frames of a store, whatever its questions."""
+    """A hash that identifies the frames of a store, independent of its questions."""
     made = {key: value for key, value in frames.meta.items() if key != "fingerprint"}
     return hashlib.sha256(json.dumps([made, frames.videos], sort_keys=True).encode()).hexdigest()
 

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
-    """The base, the questions' lengths and how many questions an epoch has."""
+    """The base, the questions' lengths and the number of questions of an epoch."""
     family = config["family"]
     if config["base"] and not size:
         base = check_base(open_base(config["base"]), config)
@@ -88,7 +88,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
 
 
 def shapes_only(base: Base) -> Base:
-    """The base without its folder: models of it have shapes instead of arrays."""
+    """The base without its folder, so that its models have shapes instead of arrays."""
     return dataclasses.replace(base, path=None, tensors=None, published={})
 
 
@@ -134,7 +134,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
 
 
 def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Program, float]:
-    """The encode step of one host, and how many videos a second all hosts encode; NaN where its time is not known."""
+    """The encode step of one host, and the videos a second of all hosts, NaN when the time is unknown."""
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
@@ -143,12 +143,12 @@ def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Pro
 
 
 def folder(dump: Path | None, topology: str, name: str) -> Path | None:
-    """Where a program is dumped."""
+    """The folder of a program's dump."""
     return None if dump is None else dump / topology / name
 
 
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
-    """Bytes per chip, and what to change when they are too many."""
+    """Prints bytes per chip, and remedies when they are too many."""
     if not program.peak:
         print(f"  {name} {program.problem}; try shorter rows (--config.row_length), or fewer rows or videos per chip")
         return
@@ -169,7 +169,7 @@ def gb(size: float) -> str:
 
 
 def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_chip: int) -> list[str]:
-    """What makes a program smaller, the cheapest in time first."""
+    """Settings that make a program smaller, in the order of their cost in time."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
         found.append("--config.int8=True (what that loses: docs/performance.md)")
@@ -185,7 +185,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
-    """Time of a step and what follows from it."""
+    """Prints the time of a step, its MFU and the hours of a training."""
     flops, useful = model_flops(base, config, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds

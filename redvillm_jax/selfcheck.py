@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_checks(checks: Mapping[str, Callable[[], str]]) -> int:
-    """Runs and prints all checks, the same in every process; returns the exit code."""
+    """Runs and prints all checks, the same in every process. Returns the exit code."""
     begun, bad = time.perf_counter(), []
     for name, check in checks.items():
         start, stop = time.perf_counter(), False
@@ -98,7 +98,7 @@ def line(word: str, name: str, seconds: float, text: str) -> str:
 
 @contextmanager
 def limited(name: str) -> Iterator[None]:
-    """Ends this process with a line when what is inside takes longer than LIMIT_SECONDS."""
+    """Ends this process with a line when the block takes longer than LIMIT_SECONDS."""
     start = time.perf_counter()
 
     def give_up() -> None:

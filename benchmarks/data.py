@@ -1,4 +1,4 @@
-"""How fast videos are prepared and batches are read, and what memory that takes.
+"""Measures speed and memory of preparing videos and reading batches.
 
 python benchmarks/data.py [--parts=prepare,loader,memory]
 
@@ -40,7 +40,7 @@ from redvillm_jax.model.settings import model_settings, plain_config  # noqa: E4
 from redvillm_jax.training.recipe import recipe_of  # noqa: E402
 from redvillm_jax.training.rows import row_settings  # noqa: E402
 
-# Whatever needs JAX is imported where it is used: the workers import this file, too.
+# Modules that need JAX are imported inside functions, because the workers import this file, too.
 
 SETTINGS = {"kind": "frames", "num_frames": 100, "sampling": "uniform", "image_size": 224, "resize": "nearest"}
 JPEG = SETTINGS | {"format": "jpeg", "quality": 95}
@@ -243,7 +243,7 @@ def rate(iterator: Iterator, steps: Sequence[Step], *, least: float = 3.0) -> fl
 
 
 def compare_predicted_step(folder: Path, step_seconds: float, step_rows: int, hosts: int) -> None:
-    """Prints what one host of several must read and what this machine's loader reads, at the 7B model's sizes."""
+    """Prints the rows a second that one of several hosts needs at the 7B sizes, and the rows that this loader reads."""
     from data_pipeline.pipeline import batches
     from redvillm_jax.planning.workload import paper_lengths
     from redvillm_jax.training.rows import pad_row

@@ -1,10 +1,10 @@
-"""What one decoding step of a 7B base moves and takes on a TPU, by its compiler; needs no TPU.
+"""Estimates memory traffic and time of one decoding step of a 7B base on a TPU, by its compiler; needs no TPU.
 
 python benchmarks/decode_cost.py [--topology=v5e-4] [--family=llava] [--batches=1,32] [--slots=704]
 
 Compiles `Inference`'s decoding loop in bf16, weights and heads split over all chips of the slice (`tensor`), and reads
-its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and what
-the memory's bandwidth alone would need to read the weights and the cache once. Collectives are not charged.
+its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and the time
+that the memory's bandwidth alone needs to read the weights and the cache once. Collectives are not charged.
 """
 
 import importlib
@@ -74,7 +74,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
 
     from redvillm_jax.bases.contract import load_family
     from redvillm_jax.inference.engine import Inference
-    from redvillm_jax.inference.generate import Rows
+    from redvillm_jax.inference.generate import Decoding
     from redvillm_jax.inference.sampler import Sampling
     from redvillm_jax.model.base_folder import sized_base
     from redvillm_jax.model.build import load_model
@@ -94,7 +94,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
         keys = jax.eval_shape(lambda: model.llm.init_cache(rows, slots, jnp.bfloat16))[0]
         cache = array(keys.shape, keys.dtype, None, None, "tensor")
         random = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        state = Rows(
+        state = Decoding(
             cache=(cache, cache),
             prompt=array((rows, slots), bool),
             length=array((rows,), jnp.int32),

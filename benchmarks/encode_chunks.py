@@ -1,4 +1,4 @@
-"""What a chip's encoding of a video costs, by the compiler's estimate, with how many pictures at a time.
+"""Estimates with the compiler how long a chip takes to encode a video, by the number of pictures at a time.
 
 python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [--pictures=5,10,25,50,100]
 """

@@ -2,11 +2,11 @@
 
 python benchmarks/encode_vs_torch.py [--family=llava] [--size=tiny|7b] [--steps=N]
 
-Frames as stored (uint8) go in, patch features come out. PyTorch runs transformers' CLIPVisionModel with SDPA, eager and
-compiled, as LLaVA uses it: all layers run and the features before the last one are taken, which is why this project
-runs one layer less; for qwen_vl an independent PyTorch of Qwen-VL's vision transformer. tiny: the demo's bases in
-fp32, one CPU core for each variant, features equal within 1e-4. 7b: CLIP ViT-L/14 with 224 pixels or Qwen-VL's
-ViT-bigG with 448, bf16, random weights. TFLOP/s count what this project computes.
+Frames as stored (uint8) go in, patch features come out. PyTorch runs transformers' CLIPVisionModel with SDPA, eager
+and compiled, as LLaVA uses it: all layers run, and the features before the last layer are taken. This project therefore
+runs one layer less. For qwen_vl PyTorch runs an independent implementation of Qwen-VL's vision transformer. tiny: the
+demo's bases in fp32, one CPU core for each variant, features equal within 1e-4. 7b: CLIP ViT-L/14 with 224 pixels or
+Qwen-VL's ViT-bigG with 448, bf16, random weights. TFLOP/s count this project's operations.
 """
 
 import sys

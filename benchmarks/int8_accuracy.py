@@ -1,4 +1,4 @@
-"""What a language model in 8 bits changes: logits of a trained run against bfloat16 and float32.
+"""Measures the loss of accuracy of 8 bits: logits of a trained run against bfloat16 and float32.
 
 python benchmarks/int8_accuracy.py --model=RUN --data=STREAMS
 

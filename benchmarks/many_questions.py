@@ -1,4 +1,4 @@
-"""What many questions about one video cost, by the way they are asked: `redvillm_jax.load(...).ask`, in one run.
+"""Measures `redvillm_jax.load(...).ask` with many questions about one video, asked in three ways.
 
 python benchmarks/many_questions.py [--base=llava|qwen_vl] [--questions=20] [--frames=100] [--rounds=5]
 

@@ -1,4 +1,4 @@
-"""What shared-prefix packing saves: row tokens per question, padding included, and examples per second.
+"""Measures the savings of shared-prefix packing: row tokens per question, with padding, and examples per second.
 
 python benchmarks/packing.py [--steps=12]
 

@@ -1,9 +1,10 @@
-"""The way to the bound: one lever after the other, as `redvillm_jax.plan` prices the real train step.
+"""Prices the real train step with `redvillm_jax.plan` while one setting after the other is improved.
 
 python benchmarks/plan_variants.py [--family=llava] [--topology=v5e-16]
 
-Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table is the line before it
-with one thing changed; a variant that does not fit says what it would need. Compiling one takes about a minute.
+Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table changes one setting of
+the line before it. A variant that does not fit prints the memory that it would need. Compiling a variant takes about a
+minute.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What bfloat16 and 8 bits change of a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
+"""Measures bfloat16 and 8 bits on a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
 
 python benchmarks/real_decoder.py [--workdir=real_decoder] [--file=MODEL.gguf] [--text=test] [--tokens=3072]
 

@@ -1,8 +1,8 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
 The projector keeps the published names; a copy such as the temporal module has the same names under
-`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with
-them, and has the hashes of all files.
+`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json has the settings that turn a video into
+tokens, and the hashes of all files.
 """
 
 import functools
@@ -48,18 +48,18 @@ IMAGE = "image"  # the group of the image LLM's projector in exports of a run th
 
 
 def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
-    """Exports a run or a base and returns its redvillm.json; an earlier export in `out` is replaced.
+    """Exports a run or a base and returns its redvillm.json. An earlier export in `out` is replaced.
 
-    Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
-    under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
-    neither a run nor a base, or `out` holds something else, and while another run exports to `out`.
+    Without `full`: projectors.safetensors, in fp32 for a run and in the published dtype for a base. With `full`: all
+    tensors under their published names, the trained ones cast to their published dtypes. Raises UserError when `model`
+    is neither a run nor a base, when `out` holds something else, and while another run exports to `out`.
     """
     with locked(out, beside=True):
         return export(model, out, full)
 
 
 def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
-    """`to_torch` for who alone may write `out`."""
+    """`to_torch` for a caller that holds the lock of `out`."""
     base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)
@@ -102,7 +102,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
 
 
 def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
-    """A run as (its base, its config, its trained projectors), or a base as (it, None, nothing)."""
+    """A run as (its base, its config, its trained projectors), or a base as (the base, None, {})."""
     if (model / BASE_MARK).is_file():
         return open_base(model), None, {}
     if not (model / "checkpoints").is_dir():
@@ -130,7 +130,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 def trained_tensors(
     base: Base, video: Representation, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
+    """The projectors of a run in fp32 by their names in PyTorch. Untrained parts come from the base."""
     image = image_projector(video) or IMAGE
     arrays = {}
     for group, tree in ({image: {}} | dict(trained)).items():
@@ -147,12 +147,12 @@ def trained_tensors(
 
 
 def in_memory(array: np.ndarray) -> Tensor:
-    """An array as a tensor to write."""
+    """A `Tensor` of an array in memory."""
     return Tensor(array.shape, array.dtype, functools.partial(np.asarray, array))
 
 
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
+    """redvillm.json without "files": the use of the projectors. A base that is an export keeps its own settings."""
     if config is None and (base.path / EXPORT_MARK).is_file():
         return read_object(base.path / EXPORT_MARK, EXPORT)
     return {

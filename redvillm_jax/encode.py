@@ -2,10 +2,11 @@
 
 python -m redvillm_jax.encode --config=configs/qwen.py --config.base=BASE --data=FRAMES --out=STREAMS
 
-The encoder is frozen and the pooling has no parameters, so a video's streams are the same for every question and
-epoch. Train with --config.data=STREAMS; the encoder's weights are then not even loaded. A run that was stopped
-continues with the missing shards; new questions in FRAMES are taken over without encoding anything again. Several
-processes share the shards. Each device has the whole encoder and encodes videos of its own, whatever config.mesh says.
+Use it before training, when videos have several questions: the encoder is frozen and the pooling has no parameters, so
+a video's streams are the same for every question and epoch. Train with --config.data=STREAMS; the encoder's weights
+are then not loaded. A stopped run continues with the missing shards. New questions in FRAMES are taken over without
+encoding again. Several processes share the shards. Each device has the whole encoder and encodes videos of its own,
+independent of config.mesh.
 """
 
 import hashlib
@@ -140,7 +141,7 @@ def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype:
 def read_ahead(
     frames: stores.VideoStore, videos: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], Mapping[str, np.ndarray]]]:
-    """Batches of videos, by their indices, with `frames.padded` of each; threads read while the caller computes.
+    """Yields (indices, `frames.padded` of them) for batches of videos; threads read while the caller computes.
 
     The last batch is filled up with empty videos.
     """
@@ -157,7 +158,7 @@ def read_ahead(
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each after the next one was asked for: devices work on that while the caller fetches this one."""
+    """Yields each item after requesting the next, so that devices compute the next while the caller fetches this."""
     waiting = next(items, None)
     while waiting is not None:
         following = next(items, None)
@@ -166,7 +167,7 @@ def one_behind(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def fingerprint(frames: stores.VideoStore) -> str:
-    """Identifies the frames of a store, whatever its questions."""
+    """A hash that identifies the frames of a store, independent of its questions."""
     made = {key: value for key, value in frames.meta.items() if key != "fingerprint"}
     return hashlib.sha256(json.dumps([made, frames.videos], sort_keys=True).encode()).hexdigest()
 

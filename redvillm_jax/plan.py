@@ -1,13 +1,12 @@
-"""Says before renting whether a training fits a TPU slice, what limits it and what it will cost.
+"""Tells before renting whether a training fits a TPU slice, how long it takes, and what limits its speed.
 
 python -m redvillm_jax.plan --config=configs/llava.py --topology=v5e-16 [--rows-per-chip=1] [--dump=DIR]
 python -m redvillm_jax.plan --config=configs/llava.py --all --dump=DIR
 
-Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]') on
-a machine that needs no TPU. A base's real size is taken without weights (--size), or that of --config.base; rows have
-VideoInstruct's lengths, or those of --config.data. Times are bounds: no run will be faster than what is charged here,
-and input, logging and a shared network can make it slower. --all compares the slices, each kind of chip with
-the settings that were found best for it.
+Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]'). The
+machine needs no TPU. The model is a base's real size without weights (--size), or the base in --config.base. The rows
+have VideoInstruct's lengths, or the lengths in --config.data. Times are lower bounds: input, logging and a shared
+network can only make a run slower. Use --all to compare all slices, each kind of chip with its best known settings.
 """
 
 import dataclasses
@@ -94,7 +93,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
 
 
 def shapes_only(base: Base) -> Base:
-    """The base without its folder: models of it have shapes instead of arrays."""
+    """The base without its folder, so that its models have shapes instead of arrays."""
     return dataclasses.replace(base, path=None, tensors=None, published={})
 
 
@@ -140,7 +139,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
 
 
 def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Program, float]:
-    """The encode step of one host, and how many videos a second all hosts encode; NaN where its time is not known."""
+    """The encode step of one host, and the videos a second of all hosts, NaN when the time is unknown."""
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
@@ -149,12 +148,12 @@ def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Pro
 
 
 def folder(dump: Path | None, topology: str, name: str) -> Path | None:
-    """Where a program is dumped."""
+    """The folder of a program's dump."""
     return None if dump is None else dump / topology / name
 
 
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
-    """Bytes per chip, and what to change when they are too many."""
+    """Prints bytes per chip, and remedies when they are too many."""
     if not program.peak:
         print(f"  {name} {program.problem}; try shorter rows (--config.row_length), or fewer rows or videos per chip")
         return
@@ -175,7 +174,7 @@ def gb(size: float) -> str:
 
 
 def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_chip: int) -> list[str]:
-    """What makes a program smaller, the cheapest in time first."""
+    """Settings that make a program smaller, in the order of their cost in time."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
         found.append("--config.int8=True (what that loses: docs/performance.md)")
@@ -191,7 +190,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
-    """Time of a step and what follows from it."""
+    """Prints the time of a step, its MFU and the hours of a training."""
     flops, useful = model_flops(base, config, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds

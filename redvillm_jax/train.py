@@ -167,9 +167,9 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
-    """Makes the run directory; one with checkpoints may only be continued with what decides its weights.
+    """Makes the run directory, and returns the number of epochs that the run was planned for before this command.
 
-    Returns the number of epochs that the run was to have so far.
+    Raises UserError for a run with checkpoints when a setting that decides its weights has changed.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
@@ -184,7 +184,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
 
 
 def refuse_foreign(workdir: Path) -> None:
-    """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
+    """Raises UserError for a folder, such as a base, that has files with a run's names but is no run."""
     there = [name for name in WRITTEN if (workdir / name).exists()]
     if checkpoint.saved_steps(workdir) or not there:
         return
@@ -200,13 +200,13 @@ def refuse_foreign(workdir: Path) -> None:
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json; its folders are absolute, so that a run can be used from anywhere."""
+    """Writes config.json with absolute folders, so that a run can be used from anywhere."""
     folders = {key: str(absolute(config[key])) for key in ("base", "data")}
     write_text(workdir / "config.json", json.dumps({**config, **folders}, indent=2) + "\n")
 
 
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
-    """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
+    """Opens metrics.jsonl for appending, without the lines of steps after `last_step`, which will run again."""
     lines = read_lines(path, METRICS, growing=True)
     return open_lines(path, [line for line in lines if line["step"] <= last_step])
 
@@ -225,7 +225,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start) -> None:
-    """Prints what is about to happen."""
+    """Prints the plan of the training."""
     count = sum(x.size for x, label in zip(*map(jax.tree.leaves, (trainable, labels)), strict=True) if label != FROZEN)
     print(
         f"{len(store.videos)} videos, {len(plan.instructions)} questions, {config['num_epochs']} epochs: "
@@ -241,7 +241,7 @@ def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start)
 
 
 def other_epochs(config: Mapping[str, Any], before: int, num_steps: int, start: int) -> str:
-    """What another number of epochs does to a run that continues after step `start`."""
+    """A line on the effect of another number of epochs on a run that continues after step `start`."""
     rate = float(warmup_cosine(config["learning_rate"], num_steps, config["warmup_ratio"])(start))
     return (
         f"note: num_epochs is {config['num_epochs']}, was {before}: from step {start + 1} on the learning rate follows "

@@ -293,7 +293,7 @@ def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
     before = (tmp_path / "answers.jsonl").stat().st_mtime_ns
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
-    assert "is whole already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
     assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="this folder cannot be made"):
         answer.main(flags(bases, files, "/proc/nowhere/answers.jsonl"))

@@ -1,4 +1,4 @@
-"""Checks of what the devices compute, against one CPU device of the same process, and of saving and restoring it."""
+"""Checks of the devices' results, against one CPU device of the same process, and of saving and restoring."""
 
 import contextlib
 import functools

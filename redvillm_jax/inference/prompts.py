@@ -1,4 +1,4 @@
-"""Prompts as token ids: what stands up to the end of the video, and the question behind it."""
+"""Prompts as token ids: the part up to the end of the video, and the question behind it."""
 
 import itertools
 from typing import Any, NamedTuple

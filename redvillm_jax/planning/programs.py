@@ -1,4 +1,4 @@
-"""The train step and the encode step compiled for a slice, with their memory and what they are charged with."""
+"""The train step and the encode step compiled for a slice, with their memory and their charges."""
 
 import dataclasses
 import json

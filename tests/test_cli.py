@@ -112,9 +112,7 @@ def test_flags_are_of_their_type():
     assert (flags.rows_per_chip, flags.question, flags.topology, flags.all) == (3, ["a", "b"], "v5e-4", True)
     assert flags.config is None and not flags.check_files
     for text in ("0", "-1", "1.5", "²", "1" * 10, ""):
-        with pytest.raises(
-            UserError, match="argument --rows_per_chip: expected a positive integer of at most 9 digits"
-        ):
+        with pytest.raises(UserError, match="--rows_per_chip: expected a positive integer of at most 9 digits"):
             cli.parse(parser(), [f"--rows_per_chip={text}"])
     assert number(float)("1e-3") == 1e-3 and path("") is None and path("gs://b/x").parts[-1] == "x"
     for kind, text in ((number(int), "1.0"), (number(float), "x"), (above_zero, "nan"), (above_zero, "0")):
@@ -132,7 +130,7 @@ def test_every_help_can_be_read(command, capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["--help"])
     said, name = capsys.readouterr().out, command.__name__.removesuffix(".__main__")
-    assert end.value.code == 0 and said.startswith(f"usage: python -m {name} ") and f"python -m {name} --" in said
+    assert end.value.code == 0 and said.startswith("usage: ") and said.count(f"python -m {name} ") > 1
     assert max(map(len, said.splitlines())) <= 120 and "None" not in said and "%(" not in said
     assert said.endswith("  show the traceback of an error\n")
 

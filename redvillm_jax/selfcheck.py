@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workdir",
         metavar="DIR",
-        help="folder or gs:// path to try files and checkpoints in (a temporary folder); several processes need one that all "
-        "see",
+        help="folder or gs:// path to try files and checkpoints in (a temporary folder); several processes need "
+        "one that all of them see",
     )
     workdir = parser.parse_args(argv).workdir
     try:

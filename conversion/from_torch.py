@@ -1,5 +1,10 @@
 """Makes a base folder from a published image LLM: safetensors or PyTorch's .bin files, one or many.
 
+python -m conversion.from_torch --family=llava --source=llava-1.5-7b-hf --out=bases/llava-1.5
+python -m conversion.from_torch --family=llava --source=LLaVA-7B-Lightening-v1-1 \\
+    --vision=clip-vit-large-patch14 --out=bases/llava-v1
+python -m conversion.from_torch --family=qwen_vl --source=Qwen-VL-Chat --out=bases/qwen-vl-chat
+
 A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files. It also has
 config.json, the tokenizer's files, and base.json, which marks the folder as whole and has the hashes of its files.
 """
@@ -215,9 +220,11 @@ def main(argv: list[str]) -> None:
     parser = Parser("python -m conversion.from_torch", __doc__, needed=("family", "source", "out"))
     families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
     parser.add_argument("--family", help=f"which image LLM it is: {families}")
-    parser.add_argument("--source", type=local_path, help="the published folder")
-    parser.add_argument("--vision", type=local_path, help="the folder of its vision tower, if published apart (LLaVA)")
-    parser.add_argument("--out", type=local_path, help="the base folder to write")
+    parser.add_argument("--source", type=local_path, metavar="DIR", help="the published folder")
+    parser.add_argument(
+        "--vision", type=local_path, metavar="DIR", help="the folder of its vision tower, if published apart (LLaVA)"
+    )
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="the base folder to write")
     parser.add_argument(
         "--without_tokenizer", action="store_true", help="take weights alone: the base neither trains nor answers"
     )

@@ -1,5 +1,7 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
+python -m conversion.to_torch --model=RUN --out=EXPORT [--full]
+
 The projector keeps the published names; a copy such as the temporal module has the same names under
 `temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json has the settings that turn a video into
 tokens, and the hashes of all files.
@@ -181,9 +183,9 @@ def point_at_vision(file: Path, field: str) -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser("python -m conversion.to_torch", __doc__, needed=("model", "out"))
-    parser.add_argument("--model", type=local_path, help="a run (its --workdir) or a base folder")
-    parser.add_argument("--out", type=local_path, help="the folder to write")
-    parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
+    parser.add_argument("--model", type=local_path, metavar="DIR", help="run directory or base folder")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--full", action="store_true", help="write a complete folder like the published one")
     add_check_files(parser)
     args = parser.parse_args(argv)
     meta = to_torch(args.model, args.out, args.full)

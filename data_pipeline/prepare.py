@@ -256,20 +256,24 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m data_pipeline.prepare", HELP, needed=("videos", "instructions", "out"))
-    parser.add_argument("--videos", type=local_path, help="folder of video files, or a list: a path a line")
+    parser.add_argument(
+        "--videos", type=local_path, metavar="DIR", help="folder of video files, or a list: a path a line"
+    )
     parser.add_argument(
         "--instructions", action="append", metavar="FILE[:WEIGHT]", help="question file; may be repeated"
     )
     parser.add_argument(
         "--benchmark", choices=BENCHMARKS, metavar="NAME", help=f"evaluation set to read: {', '.join(BENCHMARKS)}"
     )
-    parser.add_argument("--out", type=path, help="folder of the frame store")
+    parser.add_argument("--out", type=path, metavar="DIR", help="folder of the frame store")
     group = parser.add_argument_group("frames")
-    group.add_argument("--base", type=local_path, help="base folder: take its image size and resize rule")
+    group.add_argument(
+        "--base", type=local_path, metavar="DIR", help="base folder: take its image size and resize rule"
+    )
     group.add_argument("--image_size", type=whole(4096), metavar="N", help="width and height of a frame (224)")
     group.add_argument("--resize", choices=RESIZE, help="nearest: LLaVA, bicubic: Qwen-VL (nearest)")
     group.add_argument(
-        "--num_frames", type=whole(10_000), default=100, metavar="N", help="at most so many a video (%(default)s)"
+        "--num_frames", type=whole(10_000), default=100, metavar="N", help="most frames of a video (%(default)s)"
     )
     group.add_argument(
         "--sampling",
@@ -278,14 +282,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="RULE",
         help="which frames: uniform, fps=F or every=N (%(default)s)",
     )
-    group.add_argument("--format", choices=store.FORMATS, default="jpeg", help="raw: lossless (%(default)s)")
-    group.add_argument("--quality", type=whole(100), default=95, metavar="N", help="of JPEG, 1 to 100 (%(default)s)")
-    group = parser.add_argument_group("the machine")
     group.add_argument(
-        "--num_workers", type=whole(1024), default=os.cpu_count(), metavar="N", help="processes (all cores)"
+        "--format", choices=store.FORMATS, default="jpeg", help="how frames are stored; raw is lossless (%(default)s)"
     )
     group.add_argument(
-        "--time_limit", type=_seconds, default=600, metavar="SECONDS", help="for one video (%(default)s)"
+        "--quality", type=whole(100), default=95, metavar="N", help="quality of JPEG, 1 to 100 (%(default)s)"
+    )
+    group = parser.add_argument_group("the machine")
+    group.add_argument(
+        "--num_workers",
+        type=whole(1024),
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that decode videos (all cores)",
+    )
+    group.add_argument(
+        "--time_limit",
+        type=_seconds,
+        default=600,
+        metavar="SECONDS",
+        help="after which a video is given up (%(default)s)",
     )
     group.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="i/n", help="one of n runs that share --out: 1/n … n/n"

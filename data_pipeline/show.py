@@ -256,7 +256,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--video", metavar="ID", help="one video: all of its frames and questions")
     what.add_argument("--random", type=whole(100), metavar="N", help="N videos by chance, other ones each time")
     what.add_argument("--stats", action="store_true", help="print and plot distributions over the store")
-    parser.add_argument("--out", type=path, default=Path("show.png"), help="the picture (%(default)s)")
+    parser.add_argument("--out", type=path, metavar="FILE", default=Path("show.png"), help="the picture (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -246,11 +246,19 @@ def _is_report(file: Path) -> bool:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("python -m data_pipeline.translate", HELP, needed=("input", "out", "model"))
-    parser.add_argument("--input", type=local_path, help="question file, as data_pipeline.prepare reads it")
-    parser.add_argument("--out", type=local_path, help="JSON Lines file to write")
+    parser.add_argument(
+        "--input", type=local_path, metavar="FILE", help="question file, as data_pipeline.prepare reads it"
+    )
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="JSON Lines file to write")
     add_endpoint(parser)
     parser.add_argument("--to", choices=tuple(LANGUAGES), default="zh", help="language to translate to (%(default)s)")
-    parser.add_argument("--fields", type=_fields, default=["question", "answer"], help="to translate (question,answer)")
+    parser.add_argument(
+        "--fields",
+        metavar="A,B",
+        type=_fields,
+        default=["question", "answer"],
+        help="fields to translate (question,answer)",
+    )
     parser.add_argument("--limit", type=whole(), metavar="N", help="translate only the first N lines")
     parser.add_argument("--strict", action="store_true", help="leave out lines under review; exit code 1 if any")
     return parser.parse_args(argv)

@@ -83,11 +83,12 @@ def main(argv: list[str]) -> int:
 
 def make_parser() -> Parser:
     """The command's own flags."""
-    parser = Parser("python -m redvillm_jax.answer", __doc__, needed=("model",))
-    parser.add_argument("--model", help="run directory, base folder (give its --config, too), or export")
+    arguments = "(--video=FILE | --picture=FILE | --input=FILE)"
+    parser = Parser("python -m redvillm_jax.answer", __doc__, needed=("model",), arguments=arguments)
+    parser.add_argument("--model", metavar="DIR", help="run directory, base folder (give its --config, too), or export")
     parser.add_argument("--video", metavar="FILE", help="a video")
     parser.add_argument("--picture", metavar="FILE", help="a picture")
-    parser.add_argument("--question", action="append", help="what to ask about it; may be repeated")
+    parser.add_argument("--question", action="append", metavar="TEXT", help="a question about it; may be repeated")
     parser.add_argument("--input", type=local_path, metavar="FILE", help="questions, a JSON object a line")
     parser.add_argument("--output", type=path, metavar="FILE", help="answers to --input, a JSON object a line")
     add_answering(parser)
@@ -100,7 +101,7 @@ def make_parser() -> Parser:
         type=whole(),
         default=120,
         metavar="SECONDS",
-        help="after which the process that reads a video is ended (%(default)s)",
+        help="after which a process that reads a video is ended (%(default)s)",
     )
     return parser
 

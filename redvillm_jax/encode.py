@@ -42,13 +42,13 @@ READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 
 def main(argv: list[str]) -> None:
     parser = Parser("python -m redvillm_jax.encode", __doc__, needed=("config", "data", "out"))
-    parser.add_argument("--data", type=path, help="frame store made by data_pipeline.prepare")
-    parser.add_argument("--out", type=path, help="folder for the streams")
+    parser.add_argument("--data", type=path, metavar="FRAMES", help="frame store made by data_pipeline.prepare")
+    parser.add_argument("--out", type=path, metavar="STREAMS", help="folder for the streams")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored streams (%(default)s)"
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the stored streams (%(default)s)"
     )
     parser.add_argument(
-        "--batch_size", type=whole(), default=8, help="videos that a process encodes at once (%(default)s)"
+        "--batch_size", type=whole(), default=8, metavar="N", help="videos that a process encodes at once (%(default)s)"
     )
     flags = parse(parser, argv, complete)
     base, frames = open_config_base(flags.config), stores.open_store(flags.data)

@@ -64,11 +64,13 @@ def main(argv: list[str]) -> int:
 def make_parser() -> Parser:
     """The command's own flags."""
     parser = Parser("python -m redvillm_jax.evaluate", __doc__, needed=("model", "data", "out"))
-    parser.add_argument("--model", help="run directory, base folder (give its --config, too), or export")
-    parser.add_argument("--data", type=path, help="store of data_pipeline.prepare, or of redvillm_jax.encode")
-    parser.add_argument("--out", type=path, help="folder for answers.jsonl and summary.json")
-    parser.add_argument("--benchmark", metavar="NAME", help="set that questions without one are scored as")
-    parser.add_argument("--language", help="only the questions in this language, en or zh")
+    parser.add_argument("--model", metavar="DIR", help="run directory, base folder (give its --config, too), or export")
+    parser.add_argument(
+        "--data", type=path, metavar="DIR", help="store of data_pipeline.prepare, or of redvillm_jax.encode"
+    )
+    parser.add_argument("--out", type=path, metavar="DIR", help="folder for answers.jsonl and summary.json")
+    parser.add_argument("--benchmark", metavar="NAME", help="evaluation set of the questions that do not name one")
+    parser.add_argument("--language", metavar="en|zh", help="only the questions in this language")
     parser.add_argument(
         "--text_only", action="store_true", help="ask without the videos: what the words of the questions give away"
     )

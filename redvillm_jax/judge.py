@@ -185,20 +185,31 @@ def _made_with(
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("python -m redvillm_jax.judge", HELP)
-    parser.add_argument("--answers", type=local_path, help="answers.jsonl, or the folder that has it")
-    parser.add_argument("--out", type=local_path, help="folder for verdicts.jsonl, summary.json and the replies")
+    parser = Parser("python -m redvillm_jax.judge", HELP, arguments="(--answers=FILE --out=DIR | --compare DIR DIR)")
+    parser.add_argument("--answers", type=local_path, metavar="FILE", help="answers.jsonl, or the folder that has it")
+    parser.add_argument(
+        "--out", type=local_path, metavar="DIR", help="folder for verdicts.jsonl, summary.json and the replies"
+    )
     parser.add_argument("--compare", type=Path, nargs=2, metavar="DIR", help="two judged folders: second minus first")
     parser.add_argument(
-        "--benchmark", choices=tuple(BENCHMARKS), metavar="NAME", help='of answers that have no "benchmark"'
+        "--benchmark",
+        choices=tuple(BENCHMARKS),
+        metavar="NAME",
+        help=f"evaluation set of the answers that name none: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument("--limit", type=whole(), metavar="N", help="judge only the first so many questions")
-    parser.add_argument("--attempts", type=whole(), default=3, metavar="N", help="at a readable reply (%(default)s)")
+    parser.add_argument(
+        "--attempts",
+        type=whole(),
+        default=3,
+        metavar="N",
+        help="requests for a readable reply to a question (%(default)s)",
+    )
     parser.add_argument(
         "--no_truncate",
         dest="truncate",
         action="store_false",
-        help="count a score of 4.8 as 4.8, not as 4 as the published scripts do",
+        help="count a score of 4.8 as 4.8, not as 4, which the published scripts do",
     )
     add_endpoint(parser)
     return parser.parse_args(argv)

@@ -44,21 +44,30 @@ BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("python -m redvillm_jax.plan", __doc__, needed=("config",))
+    parser = Parser("python -m redvillm_jax.plan", __doc__, needed=("config",), arguments="(--topology=SLICE | --all)")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--topology", metavar="SLICE", help=f"the slice: {NAMES[0]} … {NAMES[-1]}")
     which.add_argument("--all", action="store_true", help="compare all slices")
-    parser.add_argument("--size", help="named size of the family, such as v1-7b (its first), instead of --config.base")
+    parser.add_argument(
+        "--size", metavar="NAME", help="named size of the family, such as v1-7b (its first), instead of --config.base"
+    )
     parser.add_argument(
         "--rows_per_chip",
         type=whole(),
         default=1,
+        metavar="N",
         help="rows of a step on each chip, in the second line (%(default)s)",
     )
     parser.add_argument(
-        "--batch_size", type=whole(), default=8, help="videos that a host encodes at once, as in encode (%(default)s)"
+        "--batch_size",
+        type=whole(),
+        default=8,
+        metavar="N",
+        help="videos that a host encodes at once, as in encode (%(default)s)",
     )
-    parser.add_argument("--dump", type=path, metavar="DIR", help="folder for the HLO, the memory and the arithmetic")
+    parser.add_argument(
+        "--dump", type=path, metavar="DIR", help="folder for the HLO, the memory analysis and the arithmetic"
+    )
     flags = parse(parser, argv, complete)
     config = flags.config
     check_config(config)

@@ -35,8 +35,9 @@ def main(argv: list[str]) -> int:
     parser = Parser("python -m redvillm_jax.selfcheck", __doc__)
     parser.add_argument(
         "--workdir",
-        help="folder or gs:// path in which files and checkpoints are tried (one process: a temporary folder; several: "
-        "needed, all of them must see it)",
+        metavar="DIR",
+        help="folder or gs:// path to try files and checkpoints in (a temporary folder); several processes need "
+        "one that all of them see",
     )
     workdir = parser.parse_args(argv).workdir
     try:

@@ -1,4 +1,11 @@
-"""Trains the projectors of a video LLM: python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN."""
+"""Trains the projectors of a video LLM.
+
+python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN --config.base=BASE --config.data=STREAMS
+
+BASE is a folder of conversion.from_torch; the data are frames of data_pipeline.prepare or streams of
+redvillm_jax.encode. RUN gets config.json, metrics.jsonl, first_batch.txt (rows as the model reads them) and
+checkpoints/. The same command continues a run that was stopped. SIGTERM saves a checkpoint first.
+"""
 
 import collections
 import contextlib
@@ -42,7 +49,7 @@ WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run dire
 
 def main(argv: list[str]) -> int:
     parser = Parser("python -m redvillm_jax.train", __doc__, needed=("config", "workdir"))
-    parser.add_argument("--workdir", type=path, help="run directory; the same command again continues it")
+    parser.add_argument("--workdir", type=path, metavar="RUN", help="run directory, new or to be continued")
     flags = parse(parser, argv, complete)
     return train(flags.config, flags.workdir)
 

@@ -32,11 +32,14 @@ class Parser(argparse.ArgumentParser):
             description=doc,
             formatter_class=in_columns,
             allow_abbrev=False,
+            add_help=False,  # that is the last group of flags
         )
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         """The flags by name, each of its type. --check_files, where a command has it, is told to `file_hashes`."""
+        group = self.add_argument_group("help")
+        group.add_argument("-h", "--help", action="help", help="show this text")
+        group.add_argument("--debug", action="store_true", help="show the traceback of an error")
         flags, rest = self.parse_known_args([underscored(arg) for arg in argv])
         if rest and rest[0].startswith("-"):
             name = rest[0].partition("=")[0]

@@ -21,7 +21,7 @@ from data_pipeline.common.files import cache_folder, write_text
 CHUNK = 8 * 2**20
 THREADS = 4  # reading at once
 FLAG = "--check_files"
-HELP = "Read all files of a base and compare their hashes, also if that was done before."
+HELP = "read all files of a base and compare their hashes, also if that was done before"
 
 always = False  # whether this process was told --check_files
 

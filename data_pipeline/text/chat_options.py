@@ -12,16 +12,27 @@ from data_pipeline.text.chat_client import Statistics, check_address, is_dated
 def add_endpoint(parser: Parser) -> None:
     """Adds --model and the options of its endpoint."""
     group = parser.add_argument_group("the model that is asked")
-    group.add_argument("--model", help="name of the model at the endpoint, with its date")
+    group.add_argument("--model", metavar="NAME", help="its name at the endpoint, with its date")
     group.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
-    group.add_argument("--base_url", metavar="URL", help="of the endpoint (OPENAI_BASE_URL, or OpenAI's)")
+    group.add_argument("--base_url", metavar="URL", help="address of the endpoint (OPENAI_BASE_URL, or OpenAI's)")
     group.add_argument(
-        "--temperature", type=_temperature, default=0.0, metavar="T", help="of sampling (0); none: the endpoint's own"
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (0); none: the endpoint's own",
     )
     group.add_argument("--concurrency", type=whole(), default=16, metavar="N", help="requests at once (%(default)s)")
-    group.add_argument("--timeout", type=above_zero, default=120, metavar="SECONDS", help="for an answer (%(default)s)")
     group.add_argument(
-        "--max_retries", type=int, choices=range(21), metavar="0..20", default=5, help="of a request (%(default)s)"
+        "--timeout", type=above_zero, default=120, metavar="SECONDS", help="to wait for an answer (%(default)s)"
+    )
+    group.add_argument(
+        "--max_retries",
+        type=int,
+        choices=range(21),
+        metavar="0..20",
+        default=5,
+        help="retries of a failed request (%(default)s)",
     )
     group = parser.add_argument_group("the cost")
     group.add_argument("--dry_run", action="store_true", help="print the estimate and stop")

@@ -49,10 +49,18 @@ def main(argv: list[str]) -> None:
     bases = sorted(p.name for p in BASES.iterdir())
     parser.add_argument("--base", choices=bases, default="llava", help="which tiny image LLM (%(default)s)")
     parser.add_argument(
-        "--workdir", type=local_path, default=Path("demo"), help="folder for everything it makes (%(default)s)"
+        "--workdir",
+        type=local_path,
+        metavar="DIR",
+        default=Path("demo"),
+        help="folder for everything it makes (%(default)s)",
     )
     parser.add_argument(
-        "--seed", type=number(int), default=0, metavar="N", help="of the order of the training questions (%(default)s)"
+        "--seed",
+        type=number(int),
+        default=0,
+        metavar="N",
+        help="seed of the order of the training questions (%(default)s)",
     )
     flags = parser.parse_args(argv)
     with locked(flags.workdir / flags.base):

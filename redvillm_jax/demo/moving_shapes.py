@@ -324,15 +324,23 @@ def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence
 
 def main(argv: list[str]) -> None:
     parser = Parser("python -m redvillm_jax.demo.moving_shapes", __doc__, needed=("out",))
-    parser.add_argument("--out", type=local_path, help="folder to write")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder to write")
     for split, count in zip(SPLITS, (3000, 300, 600), strict=True):
         parser.add_argument(
             f"--{split}", type=number(int), default=count, metavar="N", help=f"videos in {split} (%(default)s)"
         )
-    parser.add_argument("--language", choices=("both", *LANGUAGES), default="both", help="of the questions")
-    parser.add_argument("--seed", type=number(int), default=0, metavar="N", help="of what is random (%(default)s)")
     parser.add_argument(
-        "--num_workers", type=whole(1024), default=os.cpu_count(), metavar="N", help="processes (%(default)s)"
+        "--language", choices=("both", *LANGUAGES), default="both", help="language of the questions (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int), default=0, metavar="N", help="seed of all that is random (%(default)s)"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=whole(1024),
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that write videos (%(default)s)",
     )
     args = parser.parse_args(argv)
     with locked(args.out):

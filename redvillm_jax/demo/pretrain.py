@@ -479,9 +479,11 @@ def make_base(family: str, folder: Path, seed: int = 0) -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser("python -m redvillm_jax.demo.pretrain", __doc__, needed=("family", "out"))
-    parser.add_argument("--family", choices=sorted(PHASES), help="whose architecture and format")
-    parser.add_argument("--out", type=local_path, help="folder to write")
-    parser.add_argument("--seed", type=number(int), default=0, metavar="N", help="of what is random (%(default)s)")
+    parser.add_argument("--family", choices=sorted(PHASES), help="whose architecture and file format")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--seed", type=number(int), default=0, metavar="N", help="seed of all that is random (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if (args.out / "model.safetensors").exists():
         print(f"{args.out}: already there; choose another --out to make it again")

@@ -29,11 +29,11 @@ from redvillm_jax.inference.prompts import Prompt, check_length, prompt_text
 T = TypeVar("T")
 GENERATION = {  # what --help says of each setting
     "max_new_tokens": "longest answer in tokens",
-    "temperature": "0 chooses the most likely token; more draws at random",
-    "top_k": "draws among the k most likely tokens, 0 among all",
-    "top_p": "draws among the most likely tokens that reach this probability together",
-    "repetition_penalty": "more than 1 makes tokens that were there before less likely",
-    "seed": "of the random draws; the number of the question decides with it",
+    "temperature": "0: take the most likely token; above 0: draw at random",
+    "top_k": "draw among the k most likely tokens; 0: among all",
+    "top_p": "draw among the most likely tokens that together have this probability",
+    "repetition_penalty": "above 1: tokens that came before become less likely",
+    "seed": "seed of the draws; a question's number goes into it, too",
 }
 
 WRITTEN = ("prediction", "error", "finish", "prompt", "num_frames", "generation", "model")  # fields of answers
@@ -41,19 +41,23 @@ WRITTEN = ("prediction", "error", "finish", "prompt", "num_frames", "generation"
 
 def add_answering(parser: Parser) -> None:
     """Adds the flags that both commands have: which base, how answers are drawn, and how much at once."""
-    parser.add_argument("--base", help="base folder: of an export of projectors alone, or where a run's own has moved")
+    parser.add_argument(
+        "--base", metavar="DIR", help="base folder, for an export of projectors alone, or if that of a run has moved"
+    )
     group = parser.add_argument_group("generation")
     for field in dataclasses.fields(Generation):
         text = f"{GENERATION[field.name]} (%(default)s)"
         group.add_argument(f"--{field.name}", type=number(field.type), default=field.default, metavar="N", help=text)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--dtype", help="bfloat16, float16 or float32 (the run's own)")
+    group.add_argument(
+        "--dtype", metavar="TYPE", help="of weights and activations: bfloat16, float16 or float32 (the run's)"
+    )
     group.add_argument(
         "--tensor",
         type=whole(),
         default=1,
         metavar="N",
-        help="devices that hold one copy of the model together; others hold further copies (%(default)s)",
+        help="devices that share one copy of the model; the others hold further copies (%(default)s)",
     )
     group.add_argument("--batch_size", type=whole(), default=32, metavar="N", help="questions at once (%(default)s)")
     group.add_argument(

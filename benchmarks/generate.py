@@ -281,7 +281,7 @@ def with_this_project(
     from configs.llava import get_config
     from redvillm_jax.inference.engine import Generation, Inference
     from redvillm_jax.inference.prompts import Prompt
-    from redvillm_jax.model.base_folder import PARTS
+    from redvillm_jax.model.weights import PARTS
 
     mesh = open_mesh(device)
     with jax.set_mesh(mesh):

@@ -38,7 +38,8 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
 from redvillm_jax.bases.contract import Family, known_families, load_family
-from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, expected_tensors, read_config
+from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, read_config
+from redvillm_jax.model.weights import expected_tensors
 
 
 def from_torch(

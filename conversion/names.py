@@ -25,7 +25,8 @@ from safetensors.numpy import save_file
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import temporary_name
 from redvillm_jax.bases.contract import Family
-from redvillm_jax.model.base_folder import ADDED, BASE_MARK, canonical_name, expected_tensors
+from redvillm_jax.model.base_folder import ADDED, BASE_MARK, canonical_name
+from redvillm_jax.model.weights import expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")

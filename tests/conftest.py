@@ -20,14 +20,14 @@ import shutil  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from flax import nnx  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
 from conversion import from_torch  # noqa: E402
 from data_pipeline import prepare  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402
-from redvillm_jax.demo.pretrain import published_tensors, write_text_files  # noqa: E402
+from redvillm_jax.demo.pretrain import write_text_files  # noqa: E402
 from redvillm_jax.model.base_folder import load_family  # noqa: E402
+from redvillm_jax.model.weights import random_parts, tensors_of  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -47,13 +47,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
         source, out = tmp_path_factory.mktemp(f"{family}_published"), tmp_path_factory.mktemp(family) / "base"
         base = load_family(family)
         config = base.Config.from_published(write_text_files(family, source))
-        rngs = nnx.Rngs(0)
-        parts = {
-            "encoder": base.Encoder(config, rngs=rngs),
-            "projector": base.Projector(config, rngs=rngs),
-            "llm": base.LLM(config, rngs=rngs),
-        }
-        save_file(published_tensors(base, config, parts), source / "model.safetensors", metadata={"format": "pt"})
+        tensors = tensors_of(base, config, random_parts(base, config))
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
         from_torch.main([f"--family={family}", f"--source={source}", f"--out={out}"])
         folders[family] = out
     return folders

@@ -18,7 +18,8 @@ from configs import demo
 from data_pipeline.store import Shards, VideoStore, finish_store, open_store
 from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
-from redvillm_jax.model.base_folder import Base, name_table
+from redvillm_jax.model import weights
+from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
@@ -41,16 +42,12 @@ def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dty
     """The module (arrays or shapes) with its weights taken from `tensors` by canonical name, cast to `dtype`."""
     layers: dict[tuple, list[np.ndarray]] = {}
     stacked = {}
-    for name, leaf in name_table(module, prefix).items():
+    for name, leaf in weights.name_table(module, prefix).items():
         assert tensors[name].shape == leaf.shape, f"{name}: {tensors[name].shape}, expected {leaf.shape}"
         layers.setdefault(leaf.path, []).append(tensors[name])
         stacked[leaf.path] = leaf.layer is not None
-    graphdef, state = nnx.split(module)
-    flat = {
-        path: leaf.replace(jnp.asarray(np.stack(layers[path]) if stacked[path] else layers[path][0], dtype))
-        for path, leaf in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    arrays = {path: np.stack(found) if stacked[path] else found[0] for path, found in layers.items()}
+    return weights.fill(module, lambda path, leaf: jnp.asarray(arrays[path], dtype))
 
 
 def torch_tensors(*files: Path) -> dict[str, np.ndarray]:

@@ -26,8 +26,9 @@ from redvillm_jax.bases import llava
 from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer
 from redvillm_jax.inference import open_model
-from redvillm_jax.model.base_folder import canonical_name, expected_tensors, load_part, name_table, open_base
+from redvillm_jax.model.base_folder import canonical_name, load_part, open_base
 from redvillm_jax.model.settings import plain_config
+from redvillm_jax.model.weights import expected_tensors, name_table
 from redvillm_jax.training import checkpoint
 from redvillm_jax.video import red_villm
 from tests.helpers import REFERENCE

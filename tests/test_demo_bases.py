@@ -17,7 +17,8 @@ from redvillm_jax.demo import pretrain
 from redvillm_jax.demo.moving_shapes import LANGUAGES, SPATIAL, TEMPLATES, WORDS
 from redvillm_jax.demo.shape_stories import KINDS, NOTHING
 from redvillm_jax.demo.tokenizers import CHINESE
-from redvillm_jax.model.base_folder import PARTS, load_part, open_base
+from redvillm_jax.model.base_folder import load_part, open_base
+from redvillm_jax.model.weights import PARTS, tensors_of
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 POSITIONS = "transformer.visual.attn_pool.pos_embed"
@@ -137,9 +138,9 @@ def test_batches_are_a_function_of_seed_and_phase(family, text_folder):
 def test_fixed_positions_do_not_train(tmp_path):
     pretrain.write_text_files("qwen_vl", tmp_path)
     base, config, rows, parts = untrained("qwen_vl", tmp_path)
-    before = pretrain.published_tensors(base, config, parts)
+    before = tensors_of(base, config, parts)
     parts = pretrain.train_language(parts, base, rows, 0, [pretrain.Phase("align", 2, (), 1.0)])
-    after = pretrain.published_tensors(base, config, parts)
+    after = tensors_of(base, config, parts)
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {n for n in before if re.search(r"attn_pool|ln_post|proj$", n)} - {POSITIONS}
 
@@ -153,7 +154,7 @@ def test_making_is_deterministic(family, text_folder):
         base, config, rows, parts = untrained(family, text_folder)
         parts["encoder"] = pretrain.train_encoder(parts["encoder"], base, config, 0, 2)
         parts = pretrain.train_language(parts, base, rows, 0, phases)
-        return pretrain.published_tensors(base, config, parts)
+        return tensors_of(base, config, parts)
 
     first, second = make(), make()
     for name in first:

@@ -61,7 +61,7 @@ def test_weights_lie_by_the_first_matching_rule():
 
 @pytest.mark.parametrize("family", ["llava", "qwen_vl"])
 def test_every_weight_of_a_base_has_a_sharding_rule(family):
-    from redvillm_jax.model.base_folder import expected_tensors
+    from redvillm_jax.model.weights import expected_tensors
 
     base = load_family(family)
     place = weight_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), base.SHARDING)
@@ -74,7 +74,7 @@ def test_a_large_base_lies_in_parts(bases):
     """No weight matrix of the real sizes is whole on every device of an fsdp mesh."""
     for family in bases:
         base = load_family(family)
-        from redvillm_jax.model.base_folder import expected_tensors
+        from redvillm_jax.model.weights import expected_tensors
 
         place = weight_sharding(make_mesh({"data": 1, "fsdp": 8, "tensor": 1}), base.SHARDING)
         size = next(size for name, size in base.SIZES.items() if "7b" in name)

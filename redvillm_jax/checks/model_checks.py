@@ -119,7 +119,9 @@ def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
     """A tiny base with random weights, and the demo's config for it."""
     config = read_config(f"{CONFIG}:{family}", complete=complete)
     with tempfile.TemporaryDirectory() as folder:
-        yield random_base(family, Path(folder)), config | {"num_frames": NUM_FRAMES}
+        with jax.default_device(cpu()):  # which needs no compiler for each random tensor
+            base = random_base(family, Path(folder))
+        yield base, config | {"num_frames": NUM_FRAMES}
 
 
 def check_encoder() -> str:

@@ -15,9 +15,9 @@ from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixe
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
 from redvillm_jax.inference.streaming import pieces
-from redvillm_jax.model.base_folder import PARTS
 from redvillm_jax.model.build import VideoPlaces, load_model, num_picture_tokens, put_trained
 from redvillm_jax.model.settings import plain_config
+from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import whole
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards

@@ -26,7 +26,6 @@ from redvillm_jax.model.base_folder import (
     Base,
     TensorFolder,
     head_name,
-    name_table,
     open_base,
     projector_names,
     published_base,
@@ -35,6 +34,7 @@ from redvillm_jax.model.base_folder import (
 from redvillm_jax.model.config_bounds import FIELDS, check_fields
 from redvillm_jax.model.run_config import ADDED_TO_EXPORTS, as_trained
 from redvillm_jax.model.settings import ModelSettings, check_base, check_config, config_fields, model_settings
+from redvillm_jax.model.weights import name_table
 from redvillm_jax.modules.quantize import SCHEME
 from redvillm_jax.training.checkpoint import load_trainables
 from redvillm_jax.video.contract import export_name, fields_with, has_random_start

@@ -18,10 +18,9 @@ from data_pipeline.common.buckets import local_copy
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.file_hashes import check_files
 from redvillm_jax.bases.contract import Family, load_family
-from redvillm_jax.modules.layers import Stack
+from redvillm_jax.model.weights import Leaf, abstract_part, fill, name_table
 from redvillm_jax.modules.quantize import quantize, quantized_shapes
 
-PARTS = ("encoder", "projector", "llm")
 BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
@@ -30,48 +29,11 @@ ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # how names begin that expo
 REMEDY = BASE.remedy
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Where a published tensor lives in a module: its path, its index in a stacked leaf, its torch shape."""
-
-    path: tuple
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
-    """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
-    modules = dict(nnx.iter_modules(module))
-    table = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        shape = tuple(leaf.shape)
-        at = next((i for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
-        if at is None:
-            table[prefix + ".".join(map(str, path))] = Leaf(path, None, shape)
-            continue
-        for i in range(shape[0]):  # path[at] is the Stack's `block`, on disk the layer's number
-            name = ".".join(map(str, (*path[:at], i, *path[at + 1 :])))
-            table[prefix + name] = Leaf(path, i, shape[1:])
-    return table
-
-
-def abstract_part(base: Family, part: str, config: Any, **options: Any) -> nnx.Module:
-    """The encoder, projector or llm of a family with shapes instead of arrays."""
-    make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
-    return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
-
-
 def head_name(base: "Base") -> str:
     """The canonical name of the weight that makes the logits."""
     llm = abstract_part(base.module, "llm", base.config)
     path = next(path for path, module in nnx.iter_modules(llm) if module is llm.head)
     return base.module.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
-
-
-def expected_tensors(base: Family, config: Any) -> dict[str, Leaf]:
-    """Canonical name -> leaf for everything that the base loads, all parts."""
-    tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
-    return {name: leaf for table in tables for name, leaf in table.items()}
 
 
 def canonical_name(base: Family, published: str) -> str:
@@ -238,20 +200,16 @@ def load_part(
             return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
         return jax.make_array_from_callback(shape, at, callback)
 
-    graphdef, state = nnx.split(module)
-    flat = dict(nnx.to_flat_state(state))
-    for path in layers_of:
-        if path in scales:
-            arrays = functools.cache(functools.partial(quantized, path))
-            for number, name in enumerate((path, *scales[path])):
-                leaf = flat[name]
-                array = place(path, leaf.shape, leaf.dtype, lambda i, number=number, arrays=arrays: arrays()[number][i])
-                flat[name] = leaf.replace(array)
-        else:
-            leaf = flat[path]
-            array = place(path, leaf.shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
-            flat[path] = leaf.replace(array)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    numbers = {name: (path, i) for path, names in scales.items() for i, name in enumerate((path, *names))}
+    in_8_bits = {path: functools.cache(functools.partial(quantized, path)) for path in scales}
+
+    def value(path: tuple, leaf: nnx.Variable) -> jax.Array | jax.ShapeDtypeStruct:
+        if path not in numbers:
+            return place(path, leaf.shape, dtype, lambda index: read(path, index).astype(dtype))
+        matrix, number = numbers[path]
+        return place(matrix, leaf.shape, leaf.dtype, lambda index: in_8_bits[matrix]()[number][index])
+
+    return fill(module, value)
 
 
 def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:

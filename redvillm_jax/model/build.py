@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import EXTRA_PREFIX, PARTS, Base, abstract_part, load_part
+from redvillm_jax.model.base_folder import EXTRA_PREFIX, Base, load_part
 from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.model.weights import PARTS, abstract_part, fill
 from redvillm_jax.runtime.sharding import weight_sharding
 from redvillm_jax.video.contract import blocks, has_text, num_slots, place_blocks, stream_shapes, what_does_not_fit
 
@@ -74,14 +75,13 @@ def random_module(
     rngs: nnx.Rngs | None,
 ) -> nnx.Module:
     """A module with its own random weights where `place(path, shape)` says, or without `rngs` their shapes alone."""
-    abstract = rngs is None
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if abstract else make(rngs=rngs))
-    flat = {}
-    for path, leaf in nnx.to_flat_state(state):
-        at = place(path, leaf.shape)
-        array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at) if abstract else jax.device_put(leaf[...], at)
-        flat[path] = leaf.replace(array)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    if rngs is not None:
+        return fill(make(rngs=rngs), lambda path, leaf: jax.device_put(leaf[...], place(path, leaf.shape)))
+
+    def shape(path: tuple, leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path, leaf.shape))
+
+    return fill(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), shape)
 
 
 class VideoPlaces:

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from data_pipeline.common.errors import UserError
 from data_pipeline.store import VideoStore
 from redvillm_jax.bases.contract import load_family
-from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, open_base, read_export
+from redvillm_jax.model.base_folder import EXPORT_MARK, Base, open_base, read_export
 from redvillm_jax.model.config_bounds import DECAY, FIELDS, RATE, Fields, check_fields
+from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import one_of
 from redvillm_jax.video.contract import Representation, load_video, make_video, pooling_fields
 

@@ -135,17 +135,18 @@ class RMSNorm(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel, without bias; weight: (width, 3, patch_size, patch_size).
+    """A convolution whose stride is its kernel, without bias; weight: (width, 3, height, width of a patch).
 
     images: (B, H, W, 3) -> (B, N, width), patches in row-major order.
     """
 
-    def __init__(self, width: int, patch_size: int, *, rngs: nnx.Rngs):
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, patch_size, patch_size)))
+    def __init__(self, width: int, patch_size: int | tuple[int, int], *, rngs: nnx.Rngs):
+        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, *sides)))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        p = self.weight.shape[-1]
-        patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=p, p2=p)
+        high, wide = self.weight.shape[-2:]
+        patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=high, p2=wide)
         weight = rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
         return product("...i,io->...o", patches, weight)
 

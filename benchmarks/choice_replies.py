@@ -1,15 +1,16 @@
-"""How many replies to multiple choice are read rightly, wrongly and not at all: tests/choice_replies.jsonl.
+"""Counts the replies of tests/choice_replies.jsonl that are read rightly, wrongly and not at all.
 
   python benchmarks/choice_replies.py --show=dev
 
 Tune the rules on "dev" alone; "test" is for reporting, and --show never prints it.
 """
 
-import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
+from data_pipeline.common.cli import Parser
 from redvillm_jax.evaluation.choices import chosen
 
 FILE = Path(__file__).parents[1] / "tests" / "choice_replies.jsonl"
@@ -24,9 +25,9 @@ def outcome(reads: str | None, found: str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--show", choices=("dev",), help="print what is not read rightly")
-    show = parser.parse_args().show
+    parser = Parser("python benchmarks/choice_replies.py", __doc__)
+    parser.add_argument("--show", choices=("dev",), help="print the replies that are not read rightly")
+    show = parser.parse_args(sys.argv[1:]).show
     counts: dict[str, Counter] = {}
     for line in FILE.read_text(encoding="utf-8").splitlines():
         group = json.loads(line)

@@ -8,7 +8,6 @@ fp32, and a clip goes through the functions that training and answering use. An 
 code 1 when an array is over its limit.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -18,7 +17,8 @@ import numpy as np
 from benchmarks.jax_stages import stages
 from benchmarks.stage_file import sample
 from configs import llava, qwen
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import load_model
 from redvillm_jax.model.settings import model_settings
@@ -42,7 +42,7 @@ def differences(got: np.ndarray, want: np.ndarray) -> tuple[float, float, float]
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python benchmarks/compare_stages.py", __doc__)
     parser.add_argument("--base", required=True, type=Path, help="folder made by conversion.from_torch")
     parser.add_argument("--reference", required=True, type=Path, help="the PyTorch model's arrays")
     parser.add_argument("--limit", type=float, default=1e-4, help="largest |a - b| / max(1, |b|) that is allowed")

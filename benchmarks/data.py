@@ -1,4 +1,4 @@
-"""How fast videos are prepared and batches are read, and what memory that takes.
+"""Measures speed and memory of preparing videos and reading batches.
 
 python benchmarks/data.py [--parts=prepare,loader,memory]
 
@@ -9,7 +9,6 @@ loader:  batches from frames and from streams against the step of a tiny model o
 memory:  of the loader and its workers over many batches.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -30,6 +29,7 @@ from av.video.reformatter import VideoReformatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from data_pipeline import prepare, store  # noqa: E402
+from data_pipeline.common.cli import Parser  # noqa: E402
 from data_pipeline.common.processes import ordered_map  # noqa: E402
 from data_pipeline.media.decode import resize_nearest  # noqa: E402
 from data_pipeline.media.sampling import uniform_indices  # noqa: E402
@@ -40,7 +40,7 @@ from redvillm_jax.model.settings import model_settings, plain_config  # noqa: E4
 from redvillm_jax.training.recipe import recipe_of  # noqa: E402
 from redvillm_jax.training.rows import row_settings  # noqa: E402
 
-# Whatever needs JAX is imported where it is used: the workers import this file, too.
+# Modules that need JAX are imported inside functions, because the workers import this file, too.
 
 SETTINGS = {"kind": "frames", "num_frames": 100, "sampling": "uniform", "image_size": 224, "resize": "nearest"}
 JPEG = SETTINGS | {"format": "jpeg", "quality": 95}
@@ -49,7 +49,7 @@ PARTS = ("prepare", "loader", "memory")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python benchmarks/data.py", __doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="(all)")
     parser.add_argument("--videos", type=int, default=12, help="generated, for prepare (12)")
     parser.add_argument("--frames", type=int, default=1500, help="of each of them, 320 × 240 (1500: a minute)")
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--step_rows", type=int, default=16, help="rows of that step (16)")
     parser.add_argument("--hosts", type=int, default=4, help="hosts that read them (4)")
     parser.add_argument("--batches", type=int, default=20_000, help="for memory (20000)")
-    flags = parser.parse_args()
+    flags = parser.parse_args(sys.argv[1:])
     if unknown := set(flags.parts.split(",")) - set(PARTS):
         parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
     with tempfile.TemporaryDirectory(prefix="redvillm_data.") as folder:
@@ -243,7 +243,7 @@ def rate(iterator: Iterator, steps: Sequence[Step], *, least: float = 3.0) -> fl
 
 
 def compare_predicted_step(folder: Path, step_seconds: float, step_rows: int, hosts: int) -> None:
-    """Prints what one host of several must read and what this machine's loader reads, at the 7B model's sizes."""
+    """Prints the rows a second that one of several hosts needs at the 7B sizes, and the rows that this loader reads."""
     from data_pipeline.pipeline import batches
     from redvillm_jax.planning.workload import paper_lengths
     from redvillm_jax.training.rows import pad_row

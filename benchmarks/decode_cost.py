@@ -1,10 +1,10 @@
-"""What one decoding step of a 7B base moves and takes on a TPU, by its compiler; needs no TPU.
+"""Estimates memory traffic and time of one decoding step of a 7B base on a TPU, by its compiler; needs no TPU.
 
 python benchmarks/decode_cost.py [--topology=v5e-4] [--family=llava] [--batches=1,32] [--slots=704]
 
 Compiles `Inference`'s decoding loop in bf16, weights and heads split over all chips of the slice (`tensor`), and reads
-its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and what
-the memory's bandwidth alone would need to read the weights and the cache once. Collectives are not charged.
+its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and the time
+that the memory's bandwidth alone needs to read the weights and the cache once. Collectives are not charged.
 """
 
 import importlib
@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
 from redvillm_jax.runtime.chips import Chip, parse_topology, tpu_devices
@@ -28,7 +29,7 @@ NEW_TOKENS = 256
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/decode_cost.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/decode_cost.py", __doc__)
     parser.add_argument("--topology", default="v5e-4", help="slice, e.g. v5e-4 or v5p-8 (v5e-4)")
     parser.add_argument("--family", choices=sorted(CONFIGS), default="llava", help="(llava)")
     parser.add_argument("--batches", default="1,32", help="rows decoded at once (1,32)")
@@ -73,7 +74,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
 
     from redvillm_jax.bases.contract import load_family
     from redvillm_jax.inference.engine import Inference
-    from redvillm_jax.inference.generate import Rows
+    from redvillm_jax.inference.generate import Decoding
     from redvillm_jax.inference.sampler import Sampling
     from redvillm_jax.model.base_folder import sized_base
     from redvillm_jax.model.build import load_model
@@ -93,7 +94,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
         keys = jax.eval_shape(lambda: model.llm.init_cache(rows, slots, jnp.bfloat16))[0]
         cache = array(keys.shape, keys.dtype, None, None, "tensor")
         random = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        state = Rows(
+        state = Decoding(
             cache=(cache, cache),
             prompt=array((rows, slots), bool),
             length=array((rows,), jnp.int32),

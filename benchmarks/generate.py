@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.train_vs_torch import ROOT, big_config, convert
 from benchmarks.variants import Running, Variant, ask, gpu_name, print_table, start, stop
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import read_config
 from redvillm_jax.model.settings import plain_config
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, with their defaults for this machine, and `gpu`."""
-    parser = Parser(prog="python benchmarks/generate.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/generate.py", __doc__)
     parser.add_argument("--size", choices=("tiny", "7b"), help="tiny or 7b (7b where there is a GPU)")
     parser.add_argument("--batches", default="1,8,32", help="rows decoded at once (1,8,32)")
     parser.add_argument("--new_tokens", type=int, default=64, help="length of an answer (64)")

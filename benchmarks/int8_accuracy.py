@@ -1,4 +1,4 @@
-"""What a language model in 8 bits changes: logits of a trained run against bfloat16 and float32.
+"""Measures the loss of accuracy of 8 bits: logits of a trained run against bfloat16 and float32.
 
 python benchmarks/int8_accuracy.py --model=RUN --data=STREAMS
 
@@ -17,7 +17,8 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
 from redvillm_jax.inference.open_model import open_model
@@ -30,7 +31,7 @@ VARIANTS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bfl
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/int8_accuracy.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/int8_accuracy.py", __doc__)
     parser.add_argument("--model", required=True, help="a run of redvillm_jax.train")
     parser.add_argument("--data", required=True, help="a store of frames or streams with questions")
     flags = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""Kills a training again and again at random moments and compares what comes out with an undisturbed run.
+"""Kills a training again and again at random moments, and compares its result with an undisturbed run.
 
     python benchmarks/kills.py --base=BASE --data=STORE --out=DIR [--processes=2] [--kills=10] [--seed=0]
 
-BASE and STORE: e.g. those that `python -m redvillm_jax.demo` makes. With several processes every third kill hits one of
-them, the others must end by themselves; the rest hit all at once, as when a slice goes away. Prints for each kill
-where it hit and how long the next start took to its first new step, and at the end whether the trained weights and
-the logged losses are bit-equal.
+BASE and STORE may be the demo's (`python -m redvillm_jax.demo`). With several processes, every third kill hits one
+process, and the others must end by themselves. The other kills hit all processes at once, as when a slice goes away.
+Prints the moment of each kill and the time from the next start to its first new step, and at the end whether the
+trained weights and the logged losses are bit-equal.
 """
 
 import json
@@ -24,14 +24,15 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from data_pipeline.common.cli import Parser  # noqa: E402
+from data_pipeline.common.errors import UserError, run  # noqa: E402
 from redvillm_jax.training.checkpoint import load_trainables  # noqa: E402
 
 AIMS = ("plan and load", "compile", "step", "save")
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python benchmarks/kills.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/kills.py", __doc__)
     for name in ("base", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=1)

@@ -2,9 +2,9 @@
 
 python benchmarks/launch_transcript.py [--workdir=transcript]
 
-The cloud is tests/fake_gcloud.py: two workers are two processes here, and nothing is installed on a new node, so what
-is measured is what the launcher and the command themselves take. As on a spot node, all processes get SIGTERM, SIGKILL
-30 seconds later, and the node's state tells after that. Lines begin with the seconds since the launch.
+The cloud is tests/fake_gcloud.py: two workers are two processes here, and nothing is installed on a new node, so the
+times are those of the launcher and the command alone. As on a spot node, all processes get SIGTERM, and SIGKILL 30
+seconds later, and the node's state changes after that. Lines begin with the seconds since the launch.
 """
 
 import json
@@ -16,7 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "redvillm_jax" / "demo" / "bases" / "llava"
@@ -25,7 +26,7 @@ PREEMPTED_AT_STEP = 10
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/launch_transcript.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/launch_transcript.py", __doc__)
     parser.add_argument("--workdir", type=Path, default=Path("transcript"), help="a new folder (transcript)")
     work = parser.parse_args(argv).workdir.absolute()
     if work.exists():

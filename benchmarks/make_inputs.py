@@ -7,13 +7,13 @@ picture), text_ids (1, S), video_prefix_ids and video_suffix_ids (1, P) int64: t
 picture or a clip, or arbitrary ids when the base folder has no tokenizer.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.model.base_folder import Base, open_base
 
 TEXT = "A red square moves over coloured grain, from left to right. 一个红色的方块从左向右移动。In 2.5 s."
@@ -48,7 +48,7 @@ def make_ids(base: Base) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python benchmarks/make_inputs.py", __doc__)
     parser.add_argument("--base", required=True, type=Path, help="folder made by conversion.from_torch")
     parser.add_argument("--out", required=True, type=Path, help="the .npz to write")
     parser.add_argument("--frames", type=int, default=9, help="frames of the clip")

@@ -1,4 +1,4 @@
-"""What many questions about one video cost, by the way they are asked: `redvillm_jax.load(...).ask`, in one run.
+"""Measures `redvillm_jax.load(...).ask` with many questions about one video, asked in three ways.
 
 python benchmarks/many_questions.py [--base=llava|qwen_vl] [--questions=20] [--frames=100] [--rounds=5]
 
@@ -29,7 +29,8 @@ import redvillm_jax  # noqa: E402
 from benchmarks.train_vs_torch import convert  # noqa: E402
 from benchmarks.variants import print_table  # noqa: E402
 from configs.demo import get_config  # noqa: E402
-from data_pipeline.common.errors import Parser, UserError, run  # noqa: E402
+from data_pipeline.common.cli import Parser  # noqa: E402
+from data_pipeline.common.errors import UserError, run  # noqa: E402
 from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS, moving_scene, render, write_mp4  # noqa: E402
 from redvillm_jax.model.settings import plain_config  # noqa: E402
 
@@ -38,7 +39,7 @@ BASES = ROOT / "redvillm_jax" / "demo" / "bases"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python benchmarks/many_questions.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/many_questions.py", __doc__)
     parser.add_argument("--base", choices=sorted(p.name for p in BASES.iterdir()), default="llava", help="(llava)")
     parser.add_argument("--questions", type=int, default=20, help="questions about the video (20)")
     parser.add_argument("--frames", type=int, default=100, help="frames of the video (100)")

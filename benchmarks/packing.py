@@ -1,4 +1,4 @@
-"""What shared-prefix packing saves: row tokens per question, padding included, and examples per second.
+"""Measures the savings of shared-prefix packing: row tokens per question, with padding, and examples per second.
 
 python benchmarks/packing.py [--steps=12]
 
@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import demo
 from conversion import from_torch
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from data_pipeline.packing import Prefix, Question, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from redvillm_jax.demo.__main__ import BASES
 from redvillm_jax.model.base_folder import Base, open_base
@@ -73,7 +74,7 @@ class Plan(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/packing.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/packing.py", __doc__)
     parser.add_argument("--steps", type=int, default=12, help="timed train steps, packed and unpacked each (12)")
     flags = parser.parse_args(argv)
     lengths = draw(VIDEOS, QUESTIONS)

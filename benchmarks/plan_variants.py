@@ -1,9 +1,10 @@
-"""The way to the bound: one lever after the other, as `redvillm_jax.plan` prices the real train step.
+"""Prices the real train step with `redvillm_jax.plan` while one setting after the other is improved.
 
 python benchmarks/plan_variants.py [--family=llava] [--topology=v5e-16]
 
-Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table is the line before it
-with one thing changed; a variant that does not fit says what it would need. Compiling one takes about a minute.
+Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table changes one setting of
+the line before it. A variant that does not fit prints the memory that it would need. Compiling a variant takes about a
+minute.
 """
 
 import importlib
@@ -13,7 +14,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import run
 from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.build import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
@@ -28,7 +30,7 @@ CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b"
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/plan_variants.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/plan_variants.py", __doc__)
     parser.add_argument("--family", default="llava", choices=list(CONFIGS), help="llava or qwen_vl (llava)")
     parser.add_argument("--topology", default="v5e-16", help="a slice, as in redvillm_jax.plan (v5e-16)")
     parser.add_argument("--last", type=int, default=99, help="only so many variants from the end (all)")

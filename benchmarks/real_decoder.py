@@ -1,4 +1,4 @@
-"""What bfloat16 and 8 bits change of a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
+"""Measures bfloat16 and 8 bits on a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
 
 python benchmarks/real_decoder.py [--workdir=real_decoder] [--file=MODEL.gguf] [--text=test] [--tokens=3072]
 
@@ -31,7 +31,8 @@ from safetensors.numpy import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conversion.from_torch import from_torch
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError, run
 from redvillm_jax.bases import llava
 from redvillm_jax.model.base_folder import Base, canonical_name, load_part, open_base
 from redvillm_jax.model.weights import expected_tensors
@@ -49,7 +50,7 @@ Weights = dict[str, np.ndarray]
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python benchmarks/real_decoder.py", description=__doc__.split("\n\n")[0])
+    parser = Parser("python benchmarks/real_decoder.py", __doc__)
     parser.add_argument("--workdir", type=Path, default=Path("real_decoder"), help="where files lie (real_decoder)")
     parser.add_argument("--file", type=Path, help="the .gguf file, instead of a download")
     parser.add_argument("--text", default="test", choices=("dev", "test"), help="dev or test (test)")

@@ -1,4 +1,4 @@
-"""What a PyTorch user would encode frames with, for benchmarks/encode_vs_torch.py.
+"""The PyTorch encoder of benchmarks/encode_vs_torch.py.
 
 A `folder` gives published weights; without one they are random.
 """

@@ -1,10 +1,14 @@
 """Makes a base folder from a published image LLM: safetensors or PyTorch's .bin files, one or many.
 
-A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files, beside
-config.json, the tokenizer's files and base.json, which says that the folder is whole and has its files' hashes.
+python -m conversion.from_torch --family=llava --source=llava-1.5-7b-hf --out=bases/llava-1.5
+python -m conversion.from_torch --family=llava --source=LLaVA-7B-Lightening-v1-1 \\
+    --vision=clip-vit-large-patch14 --out=bases/llava-v1
+python -m conversion.from_torch --family=qwen_vl --source=Qwen-VL-Chat --out=bases/qwen-vl-chat
+
+A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files. It also has
+config.json, the tokenizer's files, and base.json, which marks the folder as whole and has the hashes of its files.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -29,7 +33,8 @@ from conversion.names import (
     write_shards,
 )
 from data_pipeline.common.artefacts import CONVERTED, read_object, with_checksum
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
 from redvillm_jax.bases.contract import Family, known_families, load_family
@@ -40,18 +45,18 @@ from redvillm_jax.model.weights import expected_tensors
 def from_torch(
     family: str, source: Path, out: Path, vision: Path | None = None, *, tokenizer: bool = True
 ) -> dict[str, Any]:
-    """Writes a base folder and returns its base.json; a folder that is there already is left as it is.
+    """Writes a base folder and returns its base.json. An existing base folder is left as it is.
 
     vision: the CLIP folder of a model that is published without its vision tower. tokenizer: whether the source
     must have the tokenizer that belongs to its weights; a base without one can neither train nor answer. Raises
-    UserError for everything that does not fit, and while another run converts to `out`.
+    UserError for a source that cannot be converted, and while another run converts to `out`.
     """
     with locked(out, beside=True):
         return convert(family, source, out, vision, tokenizer)
 
 
 def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
-    """`from_torch` for who alone may write `out`."""
+    """`from_torch` for a caller that holds the lock of `out`."""
     base = load_family(family)
     check_folder(source, "--source takes the folder of a published model")
     refuse_delta(source)
@@ -72,7 +77,7 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
     tower: Tensors = {}
     hint = ""
     if vision:
-        # A tower that the model brings along may be fine-tuned: it goes before the separate one.
+        # The model's own tower may be fine-tuned, so it goes before a separate one.
         tower = {} if has_tower else read_folder(vision)
     elif not has_tower:
         hint = " | there is no vision tower"
@@ -118,10 +123,10 @@ def digest(array: np.ndarray) -> str:
 def describe(
     base: Family, config: Any, tensors: Tensors, published: dict[str, str], digests: dict[str, str]
 ) -> dict[str, Any]:
-    """What base.json says of the model; the fingerprint depends on what the base loads, not on its files.
+    """The content of base.json. The fingerprint depends on the loaded tensors, not on their files.
 
     fingerprint: SHA-256 over the base's Config and, by canonical name, dtype, shape and bytes of every loaded
-    tensor. parameters: the published model's, those that a base never runs included.
+    tensor. parameters: of the published model, including tensors that a base never runs.
     """
     loaded = sorted(expected_tensors(base, config))
     lines = [json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)]
@@ -147,7 +152,7 @@ def describe(
 def refuse_delta(source: Path) -> None:
     """Raises UserError for delta weights, known by the name of their folder or of their hub repository.
 
-    config.json's _name_or_path says nothing: merging writes the delta's name into the merged copy.
+    config.json's _name_or_path is no evidence, because merging writes the delta's name into the merged copy.
     """
     for part in source.resolve().parts[-3:]:  # a hub cache has <repository>/snapshots/<revision>
         if re.search(r"(^|[-_.])delta([-_.]|$)", part, re.IGNORECASE):
@@ -159,9 +164,9 @@ def refuse_delta(source: Path) -> None:
 
 
 def find_vision(base: Family, source: Path, vision: Path | None) -> Path | None:
-    """The folder of a vision tower of its own: the one given, else `vision` in the source, as in bases and exports.
+    """The folder of a separate vision tower: the given one, or `vision` in the source, as bases and exports have it.
 
-    What config.json says in `VISION_FIELD` only names a tower and is never opened as a path. Raises UserError for a
+    The value of `VISION_FIELD` in config.json only names a tower and is never opened as a path. Raises UserError for a
     family that has its tower in its own files.
     """
     if vision is None and (source / "vision").is_dir():
@@ -175,7 +180,7 @@ def find_vision(base: Family, source: Path, vision: Path | None) -> Path | None:
 
 
 def parse_config(base: Family, source: Path, vision: Path | None) -> Any:
-    """The base's Config; raises UserError when config.json is another family's or asks for what is not computed."""
+    """The base's Config. Raises UserError when config.json is another family's or asks for another computation."""
     file = source / "config.json"
     model_type = read_json(file).get("model_type")
     families = [other for other in known_families() if model_type in load_family(other).MODEL_TYPES]
@@ -187,7 +192,7 @@ def parse_config(base: Family, source: Path, vision: Path | None) -> Any:
 
 
 def check_tokenizer(base: Family, config: Any, source: Path) -> None:
-    """Raises UserError when the source has no tokenizer that can be read, or one that is not of these weights."""
+    """Raises UserError when the source has no readable tokenizer, or the tokenizer of other weights."""
     try:
         tokenizer = base.Tokenizer(source)
     except UserError as error:
@@ -213,18 +218,14 @@ def check_finite(name: str, array: np.ndarray, where: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m conversion.from_torch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m conversion.from_torch", __doc__, needed=("family", "source", "out"))
     families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
-    parser.add_argument("--family", required=True, help=f"which image LLM it is: {families}")
-    parser.add_argument("--source", required=True, type=Path, help="the published folder")
+    parser.add_argument("--family", help=f"which image LLM it is: {families}")
+    parser.add_argument("--source", type=local_path, metavar="DIR", help="the published folder")
     parser.add_argument(
-        "--vision", type=Path, help="the folder of its vision tower, when that is published apart (LLaVA)"
+        "--vision", type=local_path, metavar="DIR", help="the folder of its vision tower, if published apart (LLaVA)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the base folder to write")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="the base folder to write")
     parser.add_argument(
         "--without_tokenizer", action="store_true", help="take weights alone: the base neither trains nor answers"
     )

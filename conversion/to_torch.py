@@ -1,11 +1,12 @@
 """Writes trained projectors for PyTorch: safetensors under PyTorch's names, alone or in a complete folder.
 
+python -m conversion.to_torch --model=RUN --out=EXPORT [--full]
+
 The projector keeps the published names; a copy such as the temporal module has the same names under
-`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with
-them, and has the hashes of all files.
+`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json has the settings that turn a video into
+tokens, and the hashes of all files.
 """
 
-import argparse
 import functools
 import json
 from collections.abc import Mapping
@@ -28,7 +29,8 @@ from conversion.names import (
 )
 from data_pipeline.common import file_hashes
 from data_pipeline.common.artefacts import EXPORT, read_object, with_checksum
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, add_check_files, local_path
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from redvillm_jax.model.base_folder import (
     BASE_MARK,
@@ -48,18 +50,18 @@ IMAGE = "image"  # the group of the image LLM's projector in exports of a run th
 
 
 def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
-    """Exports a run or a base and returns its redvillm.json; an earlier export in `out` is replaced.
+    """Exports a run or a base and returns its redvillm.json. An earlier export in `out` is replaced.
 
-    Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
-    under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
-    neither a run nor a base, or `out` holds something else, and while another run exports to `out`.
+    Without `full`: projectors.safetensors, in fp32 for a run and in the published dtype for a base. With `full`: all
+    tensors under their published names, the trained ones cast to their published dtypes. Raises UserError when `model`
+    is neither a run nor a base, when `out` holds something else, and while another run exports to `out`.
     """
     with locked(out, beside=True):
         return export(model, out, full)
 
 
 def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
-    """`to_torch` for who alone may write `out`."""
+    """`to_torch` for a caller that holds the lock of `out`."""
     base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)
@@ -102,7 +104,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
 
 
 def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
-    """A run as (its base, its config, its trained projectors), or a base as (it, None, nothing)."""
+    """A run as (its base, its config, its trained projectors), or a base as (the base, None, {})."""
     if (model / BASE_MARK).is_file():
         return open_base(model), None, {}
     if not (model / "checkpoints").is_dir():
@@ -130,7 +132,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 def trained_tensors(
     base: Base, video: Representation, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
+    """The projectors of a run in fp32 by their names in PyTorch. Untrained parts come from the base."""
     image = image_projector(video) or IMAGE
     arrays = {}
     for group, tree in ({image: {}} | dict(trained)).items():
@@ -147,12 +149,12 @@ def trained_tensors(
 
 
 def in_memory(array: np.ndarray) -> Tensor:
-    """An array as a tensor to write."""
+    """A `Tensor` of an array in memory."""
     return Tensor(array.shape, array.dtype, functools.partial(np.asarray, array))
 
 
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
+    """redvillm.json without "files": the use of the projectors. A base that is an export keeps its own settings."""
     if config is None and (base.path / EXPORT_MARK).is_file():
         return read_object(base.path / EXPORT_MARK, EXPORT)
     return {
@@ -180,17 +182,12 @@ def point_at_vision(file: Path, field: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(
-        prog="python -m conversion.to_torch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, type=Path, help="a run (its --workdir) or a base folder")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write")
-    parser.add_argument("--full", action="store_true", help="a complete folder like the published one")
-    parser.add_argument(file_hashes.FLAG, action="store_true", help=file_hashes.HELP)
+    parser = Parser("python -m conversion.to_torch", __doc__, needed=("model", "out"))
+    parser.add_argument("--model", type=local_path, metavar="DIR", help="run directory or base folder")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="the folder to write")
+    parser.add_argument("--full", action="store_true", help="write a complete folder like the published one")
+    add_check_files(parser)
     args = parser.parse_args(argv)
-    file_hashes.always = args.check_files
     meta = to_torch(args.model, args.out, args.full)
     files = sorted(str(file.relative_to(args.out)) for file in args.out.rglob("*.safetensors"))
     what = "trained projectors" if meta["trained"] else "an untrained base"

@@ -1,13 +1,12 @@
-"""Says before renting whether a training fits a TPU slice, what limits it and what it will cost.
+"""Tells before renting whether a training fits a TPU slice, how long it takes, and what limits its speed.
 
 python -m redvillm_jax.plan --config=configs/llava.py --topology=v5e-16 [--rows-per-chip=1] [--dump=DIR]
 python -m redvillm_jax.plan --config=configs/llava.py --all --dump=DIR
 
-Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]') on
-a machine that needs no TPU. A base's real size is taken without weights (--size), or that of --config.base; rows have
-VideoInstruct's lengths, or those of --config.data. Times are bounds: no run will be faster than what is charged here,
-and input, logging and a shared network can make it slower. --all compares the slices, each kind of chip with
-the settings that were found best for it.
+Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]'). The
+machine needs no TPU. The model is a base's real size without weights (--size), or the base in --config.base. The rows
+have VideoInstruct's lengths, or the lengths in --config.data. Times are lower bounds: input, logging and a shared
+network can only make a run slower. Use --all to compare all slices, each kind of chip with its best known settings.
 """
 
 import dataclasses
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
@@ -28,18 +28,10 @@ from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
-from redvillm_jax.runtime.cli import parse, positive
+from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.training.rows import plan_rows, row_settings
 
-OPTIONS = {
-    "topology": (None, f"The slice: {NAMES[0]} … {NAMES[-1]}."),
-    "size": (None, "A named size of the family instead of --config.base, such as v1-7b (its first)."),
-    "rows_per_chip": ("1", "Rows of a step on each chip, for the second line."),
-    "batch_size": ("8", "Videos that a host encodes at once, the flag of redvillm_jax.encode."),
-    "dump": (None, "Folder for the optimized HLO, the memory analysis and the arithmetic."),
-    "all": (False, "Compares all slices."),
-}
 PAPER_BATCH = 32
 LONG = ",".join(KEPT)
 SHORT = LONG.removesuffix(",up")
@@ -52,20 +44,41 @@ BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5
 
 
 def main(argv: list[str]) -> None:
-    flags = parse(argv, __doc__, OPTIONS, complete)
-    config = flags["config"]
-    if config is None or not (flags["topology"] or flags["all"]):
-        raise UserError("--config and --topology are needed, e.g. --config=configs/llava.py --topology=v5e-16")
+    parser = Parser("python -m redvillm_jax.plan", __doc__, needed=("config",), arguments="(--topology=SLICE | --all)")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--topology", metavar="SLICE", help=f"the slice: {NAMES[0]} … {NAMES[-1]}")
+    which.add_argument("--all", action="store_true", help="compare all slices")
+    parser.add_argument(
+        "--size", metavar="NAME", help="named size of the family, such as v1-7b (its first), instead of --config.base"
+    )
+    parser.add_argument(
+        "--rows_per_chip",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="rows of a step on each chip, in the second line (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=whole(),
+        default=8,
+        metavar="N",
+        help="videos that a host encodes at once, as in encode (%(default)s)",
+    )
+    parser.add_argument(
+        "--dump", type=path, metavar="DIR", help="folder for the HLO, the memory analysis and the arithmetic"
+    )
+    flags = parse(parser, argv, complete)
+    config = flags.config
     check_config(config)
     quiet_without_tpu()
-    base, lengths, total = open_workload(config, flags["size"])
-    dump = Path(flags["dump"]) if flags["dump"] else None
+    base, lengths, total = open_workload(config, flags.size)
     videos = int(lengths[0].max()) + 1 if config["data"] else VIDEOS
-    rows_per_chip, batch_size = positive(flags, "rows_per_chip"), positive(flags, "batch_size")
-    if flags["all"]:
-        compare(config, base, lengths, total, videos, batch_size, dump)
+    if flags.all:
+        compare(config, base, lengths, total, videos, flags.batch_size, flags.dump)
         return
-    plan_one(config, base, flags["topology"], lengths, total, videos, rows_per_chip, batch_size, dump)
+    rows_per_chip, batch_size = flags.rows_per_chip, flags.batch_size
+    plan_one(config, base, flags.topology, lengths, total, videos, rows_per_chip, batch_size, flags.dump)
 
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
@@ -89,7 +102,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
 
 
 def shapes_only(base: Base) -> Base:
-    """The base without its folder: models of it have shapes instead of arrays."""
+    """The base without its folder, so that its models have shapes instead of arrays."""
     return dataclasses.replace(base, path=None, tensors=None, published={})
 
 
@@ -135,7 +148,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
 
 
 def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Program, float]:
-    """The encode step of one host, and how many videos a second all hosts encode; NaN where its time is not known."""
+    """The encode step of one host, and the videos a second of all hosts, NaN when the time is unknown."""
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
@@ -144,12 +157,12 @@ def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Pro
 
 
 def folder(dump: Path | None, topology: str, name: str) -> Path | None:
-    """Where a program is dumped."""
+    """The folder of a program's dump."""
     return None if dump is None else dump / topology / name
 
 
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
-    """Bytes per chip, and what to change when they are too many."""
+    """Prints bytes per chip, and remedies when they are too many."""
     if not program.peak:
         print(f"  {name} {program.problem}; try shorter rows (--config.row_length), or fewer rows or videos per chip")
         return
@@ -170,7 +183,7 @@ def gb(size: float) -> str:
 
 
 def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_chip: int) -> list[str]:
-    """What makes a program smaller, the cheapest in time first."""
+    """Settings that make a program smaller, in the order of their cost in time."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
         found.append("--config.int8=True (what that loses: docs/performance.md)")
@@ -186,7 +199,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
-    """Time of a step and what follows from it."""
+    """Prints the time of a step, its MFU and the hours of a training."""
     flops, useful = model_flops(base, config, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds

@@ -1,10 +1,10 @@
-"""Says within ten minutes whether this machine, or this pod, does what the project needs.
+"""Checks within ten minutes whether the project works on this machine or pod.
 
 python -m redvillm_jax.selfcheck [--workdir=FOLDER_OR_gs://BUCKET/check]
 
-One line for each check: pass or fail, its seconds, what was found; a check that rests on a failed one is skipped. The
-exit code is 0 when all pass. Nothing is downloaded, and what is written below --workdir is removed again. In several
-processes all of them compute and compare, and the first prints. What each line means is in docs/tpu.md.
+Each check prints one line: pass or fail, its seconds, and its findings. A check that depends on a failed one is
+skipped. The exit code is 0 when all checks pass. Nothing is downloaded, and files below --workdir are removed at the
+end. With several processes, all of them compute and compare, and the first one prints. docs/tpu.md explains each line.
 """
 
 import functools
@@ -19,7 +19,8 @@ from contextlib import ExitStack, contextmanager
 import jax
 from etils import epath
 
-from data_pipeline.common.errors import Parser, UserError
+from data_pipeline.common.cli import Parser
+from data_pipeline.common.errors import UserError
 from redvillm_jax.checks.machine_checks import check_collectives, check_data_order, check_devices, check_meshes
 from redvillm_jax.checks.model_checks import check_attention, check_checkpoints, check_encoder, check_training
 from redvillm_jax.runtime import distributed
@@ -31,12 +32,12 @@ NEEDS = {"checkpoints": "folder"}
 
 
 def main(argv: list[str]) -> int:
-    summary, _, details = __doc__.split("\n\n")
-    parser = Parser(prog="python -m redvillm_jax.selfcheck", description=summary, epilog=details)
+    parser = Parser("python -m redvillm_jax.selfcheck", __doc__)
     parser.add_argument(
         "--workdir",
-        help="folder or gs:// path in which files and checkpoints are tried (one process: a temporary folder; several: "
-        "needed, all of them must see it)",
+        metavar="DIR",
+        help="folder or gs:// path to try files and checkpoints in (a temporary folder); several processes need "
+        "one that all of them see",
     )
     workdir = parser.parse_args(argv).workdir
     try:
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_checks(checks: Mapping[str, Callable[[], str]]) -> int:
-    """Runs and prints all checks, the same in every process; returns the exit code."""
+    """Runs and prints all checks, the same in every process. Returns the exit code."""
     begun, bad = time.perf_counter(), []
     for name, check in checks.items():
         start, stop = time.perf_counter(), False
@@ -98,7 +99,7 @@ def line(word: str, name: str, seconds: float, text: str) -> str:
 
 @contextmanager
 def limited(name: str) -> Iterator[None]:
-    """Ends this process with a line when what is inside takes longer than LIMIT_SECONDS."""
+    """Ends this process with a line when the block takes longer than LIMIT_SECONDS."""
     start = time.perf_counter()
 
     def give_up() -> None:

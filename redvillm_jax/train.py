@@ -1,4 +1,11 @@
-"""Trains the projectors of a video LLM: python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN."""
+"""Trains the projectors of a video LLM.
+
+python -m redvillm_jax.train --config=configs/llava.py --workdir=RUN --config.base=BASE --config.data=STREAMS
+
+BASE is a folder of conversion.from_torch; the data are frames of data_pipeline.prepare or streams of
+redvillm_jax.encode. RUN gets config.json, metrics.jsonl, first_batch.txt (rows as the model reads them) and
+checkpoints/. The same command continues a run that was stopped. SIGTERM saves a checkpoint first.
+"""
 
 import collections
 import contextlib
@@ -14,8 +21,9 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import METRICS, RUN, read_lines, read_object
+from data_pipeline.common.cli import Parser, path
 from data_pipeline.common.errors import UserError
-from data_pipeline.common.files import absolute, as_path, make_folder, write_text
+from data_pipeline.common.files import absolute, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
@@ -40,10 +48,10 @@ WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run dire
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(argv, __doc__, {"workdir": (None, "Run directory; the same command again continues it.")}, complete)
-    if flags["config"] is None or not flags["workdir"]:
-        raise UserError("--config and --workdir are needed, e.g. --config=configs/llava.py --workdir=runs/llava")
-    return train(flags["config"], as_path(flags["workdir"]))
+    parser = Parser("python -m redvillm_jax.train", __doc__, needed=("config", "workdir"))
+    parser.add_argument("--workdir", type=path, metavar="RUN", help="run directory, new or to be continued")
+    flags = parse(parser, argv, complete)
+    return train(flags.config, flags.workdir)
 
 
 def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device] | None = None) -> int:
@@ -166,9 +174,9 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
-    """Makes the run directory; one with checkpoints may only be continued with what decides its weights.
+    """Makes the run directory, and returns the number of epochs that the run was planned for before this command.
 
-    Returns the number of epochs that the run was to have so far.
+    Raises UserError for a run with checkpoints when a setting that decides its weights has changed.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
@@ -183,7 +191,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
 
 
 def refuse_foreign(workdir: Path) -> None:
-    """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
+    """Raises UserError for a folder, such as a base, that has files with a run's names but is no run."""
     there = [name for name in WRITTEN if (workdir / name).exists()]
     if checkpoint.saved_steps(workdir) or not there:
         return
@@ -199,13 +207,13 @@ def refuse_foreign(workdir: Path) -> None:
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json; its folders are absolute, so that a run can be used from anywhere."""
+    """Writes config.json with absolute folders, so that a run can be used from anywhere."""
     folders = {key: str(absolute(config[key])) for key in ("base", "data")}
     write_text(workdir / "config.json", json.dumps({**config, **folders}, indent=2) + "\n")
 
 
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
-    """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
+    """Opens metrics.jsonl for appending, without the lines of steps after `last_step`, which will run again."""
     lines = read_lines(path, METRICS, growing=True)
     return open_lines(path, [line for line in lines if line["step"] <= last_step])
 
@@ -224,7 +232,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start) -> None:
-    """Prints what is about to happen."""
+    """Prints the plan of the training."""
     count = sum(x.size for x, label in zip(*map(jax.tree.leaves, (trainable, labels)), strict=True) if label != FROZEN)
     print(
         f"{len(store.videos)} videos, {len(plan.instructions)} questions, {config['num_epochs']} epochs: "
@@ -240,7 +248,7 @@ def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start)
 
 
 def other_epochs(config: Mapping[str, Any], before: int, num_steps: int, start: int) -> str:
-    """What another number of epochs does to a run that continues after step `start`."""
+    """A line on the effect of another number of epochs on a run that continues after step `start`."""
     rate = float(warmup_cosine(config["learning_rate"], num_steps, config["warmup_ratio"])(start))
     return (
         f"note: num_epochs is {config['num_epochs']}, was {before}: from step {start + 1} on the learning rate follows "

@@ -14,13 +14,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from configs import demo
 from data_pipeline.store import Shards, VideoStore, finish_store, open_store
 from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
 from redvillm_jax.model import weights
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import VideoPlaces
-from redvillm_jax.model.settings import model_settings
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.training.rows import RowPlan, plan_rows, row_settings
 
@@ -99,6 +100,13 @@ def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.nda
     """Changes a tensor of a base's single safetensors file."""
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_of(family: str, video: str) -> dict:
+    """The demo's config for a representation."""
+    config = demo.get_config(family)
+    config.video = video
+    return plain_config(config)
 
 
 def plan_of(config: Mapping[str, Any], base: Base, store: VideoStore) -> RowPlan:

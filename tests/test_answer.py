@@ -293,7 +293,7 @@ def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
     before = (tmp_path / "answers.jsonl").stat().st_mtime_ns
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
-    assert "is whole already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
     assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="this folder cannot be made"):
         answer.main(flags(bases, files, "/proc/nowhere/answers.jsonl"))
@@ -314,13 +314,16 @@ def test_the_terminal(bases, files, model, capsys):
         (["--video=a.mp4"], "--video and --picture go with --question"),
         (["--video=a.mp4", "--input=x.jsonl", "--output=y.jsonl"], "give one of --video, --picture and --input"),
         (["--video=a.mp4", "--question=What?", "--top_p=2"], "--top_p is 2.0, expected more than 0"),
-        (["--video=a.mp4", "--question=What?", "--top_k=many"], "--top_k is 'many', expected a whole number"),
+        (["--video=a.mp4", "--question=What?", "--top_k=many"], "argument --top_k: expected a whole number, got many"),
         (["--video=a.mp4", "--question=What?", "--temperature=nan"], "--temperature is nan"),
         (["--video=a.mp4", "--question=What?", "--tensor=3"], "does not fit 8 devices"),
         (["--input=gone.jsonl", "--output=y.jsonl"], "gone.jsonl"),
         (["--input=x.jsonl", "--output=x.jsonl"], "--output=x.jsonl: is the --input"),
         (["--input=x.jsonl", "--output=."], "--output=.: is a folder"),
-        (["--video=a.mp4", "--question=What?", "--tensor=²"], "--tensor is '²', expected a positive integer"),
+        (
+            ["--video=a.mp4", "--question=What?", "--tensor=²"],
+            "argument --tensor: expected a positive integer",
+        ),
     ],
 )
 def test_wrong_flags_end_in_one_line(bases, arguments, message):

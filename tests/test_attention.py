@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.modules.attention import Backend, backend_of, choose_kernel, row_attention, splash_blocks
+from redvillm_jax.modules.attention import Backend, backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import BATCH_AXES, attention
+from redvillm_jax.modules.splash import splash_blocks
 from redvillm_jax.runtime.sharding import make_mesh
 
 HEADS, DIM = 2, 128
@@ -76,7 +77,7 @@ def test_splash_equals_xla_when_several_blocks_make_a_row(monkeypatch):
     """Blocks of 128 in rows of 512: most pairs of blocks are skipped, and rows must not reach into each other."""
     small = {name: 128 for name in splash_blocks(512).__dataclass_fields__ if name.startswith("block")}
     blocks = type(splash_blocks(512))(**small)
-    monkeypatch.setattr("redvillm_jax.modules.attention.splash_blocks", lambda _: blocks)
+    monkeypatch.setattr("redvillm_jax.modules.splash.splash_blocks", lambda _: blocks)
     ids, qkv = packed_ids(2, 512), inputs(2, 512)
     want = result_and_gradients(ids, *qkv, "xla")
     with pltpu.force_tpu_interpret_mode():

@@ -1,21 +1,35 @@
 """Command lines: config files from any folder, overrides, and what is said of a wrong one."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conversion import from_torch, to_torch
+from data_pipeline import prepare, show, translate
+from data_pipeline.common.cli import Parser, above_zero, number, path, whole
 from data_pipeline.common.errors import UserError
-from redvillm_jax import plan
+from redvillm_jax import answer, encode, evaluate, judge, plan, selfcheck, train
+from redvillm_jax.demo import __main__ as demo
+from redvillm_jax.demo import moving_shapes, pretrain
 from redvillm_jax.runtime import cli
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"topology": (None, "…"), "all": (False, "…"), "question": ([], "…")}
+
+
+def parser() -> Parser:
+    parser = Parser("python -m command", "What it does.")
+    parser.add_argument("--topology", help="…")
+    parser.add_argument("--all", action="store_true", help="…")
+    parser.add_argument("--question", action="append", help="…")
+    parser.add_argument("--rows_per_chip", type=whole(), default=1, help="… (%(default)s)")
+    return parser
 
 
 def config(*argv: str) -> dict:
-    return cli.parse(list(argv), "", OPTIONS)["config"]
+    return cli.parse(parser(), argv).config
 
 
 @pytest.mark.parametrize("name", ["llava", "configs/llava.py", "qwen", "qwen:zh", "configs/qwen.py:zh", "demo:qwen_vl"])
@@ -45,7 +59,7 @@ def test_another_folder_of_that_name_is_not_in_the_way(tmp_path):
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / file).write_text("")
     code = f"import sys; sys.path.append({str(ROOT)!r}); from redvillm_jax.runtime import cli;"
-    code += "print(cli.parse(['--config=demo:qwen_vl'], '', {})['config']['family'])"
+    code += "print(cli.read_config('demo:qwen_vl')['family'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={})
     assert done.stdout == "qwen_vl\n", done.stderr
 
@@ -63,10 +77,70 @@ def test_fields_that_family_and_video_bring_may_be_set(video):
         return config
 
     argv = ["--config=llava", "--config.seed=3", "--config.other_grid=4", "--config.family=mine", *video]
-    found = cli.parse(argv, "", OPTIONS, complete)["config"]
+    found = cli.parse(parser(), argv, complete).config
     assert (found["family"], found["video"], found["other_grid"], found["seed"]) == ("mine", "other", 4, 3)
     with pytest.raises(UserError, match=r"no field 'other_gird'; did you mean other_grid\?"):
-        cli.parse(["--config=llava", "--config.other_gird=4", "--config.family=mine", *video], "", OPTIONS, complete)
+        cli.parse(parser(), ["--config=llava", "--config.other_gird=4", "--config.family=mine", *video], complete)
+
+
+def test_values_are_of_the_type_of_their_field(tmp_path):
+    file = tmp_path / "mine.py"
+    fields = "{'pair': (1, 2), 'rate': 1.0, 'name': 'x', 'on': True, 'inner': {'count': 3}}"
+    file.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({fields})\n")
+    overrides = ["--config.pair=(3, 4)", "--config.rate", "1e-3", "--config.name=7", "--config.inner.count=5"]
+    found = config(f"--config={file}", *overrides, "--config.on=False", "--config.name=a=b", "--config.rate=2")
+    assert found == {"pair": [3, 4], "rate": 2.0, "name": "a=b", "on": False, "inner": {"count": 5}}
+    assert type(found["rate"]) is float
+    assert config(f"--config={file}", "--config.inner={'count': 6}", "--noconfig.on")["inner"] == {"count": 6}
+    for wrong, message in (
+        ("--config.pair=3", "--config.pair=3: .*tuple"),
+        ("--config.pair=(", r"--config.pair=\(: "),
+        ("--config.rate=fast", "--config.rate=fast: could not convert"),
+        ("--config.rate", "--config.rate: has no value: write --config.rate=VALUE"),
+        ("--config.on=maybe", "--config.on=maybe: expected true or false, got 'maybe'"),
+        ("--noconfig.rate", "--noconfig.rate: rate is no switch: write --config.rate=VALUE"),
+        ("--config.inner.count=5.5", "--config.inner.count=5.5: invalid literal for int"),
+        ("--config.inner={'count': 'x'}", "--config.inner={'count': 'x'}: "),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            config(f"--config={file}", wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_flags_are_of_their_type():
+    flags = cli.parse(parser(), ["--rows-per-chip=3", "--question=a", "--topology", "v5e-4", "--question=b", "--all"])
+    assert (flags.rows_per_chip, flags.question, flags.topology, flags.all) == (3, ["a", "b"], "v5e-4", True)
+    assert flags.config is None and not flags.check_files
+    for text in ("0", "-1", "1.5", "²", "1" * 10, ""):
+        with pytest.raises(UserError, match="--rows_per_chip: expected a positive integer of at most 9 digits"):
+            cli.parse(parser(), [f"--rows_per_chip={text}"])
+    assert number(float)("1e-3") == 1e-3 and path("") is None and path("gs://b/x").parts[-1] == "x"
+    for kind, text in ((number(int), "1.0"), (number(float), "x"), (above_zero, "nan"), (above_zero, "0")):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a"):
+            kind(text)
+
+
+COMMANDS = [train, encode, plan, answer, evaluate, judge, selfcheck, demo, pretrain, moving_shapes]
+
+
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, prepare, show, translate, from_torch, to_torch], ids=lambda command: command.__name__
+)
+def test_every_help_can_be_read(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    said, name = capsys.readouterr().out, command.__name__.removesuffix(".__main__")
+    assert end.value.code == 0 and said.startswith("usage: ") and said.count(f"python -m {name} ") > 1
+    assert max(map(len, said.splitlines())) <= 120 and "None" not in said and "%(" not in said
+    assert said.endswith("  show the traceback of an error\n")
+
+
+def test_help_shows_the_fields_of_the_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(parser(), ["--config=qwen:zh", "--config.mesh.fsdp=4", "--help"])
+    said = capsys.readouterr().out
+    assert "  --config.mesh.fsdp=4\n" in said and "  --config.language=zh\n" in said
+    assert "  --rows_per_chip ROWS_PER_CHIP\n" in said and "… (1)\n" in said
 
 
 LLAVA = "--config=configs/llava.py"
@@ -84,7 +158,7 @@ LLAVA = "--config=configs/llava.py"
         ([LLAVA, "config.seed=1"], "unexpected argument 'config.seed=1': write --config.seed=1"),
         ([LLAVA, "--config.num_epochs=a"], "--config.num_epochs=a: invalid literal for int"),
         ([LLAVA, "--config.mesh=1"], "Failed to parse '1' as a ConfigDict"),
-        ([LLAVA, "--topologi=v5e-4"], r"Unknown command line flag 'topologi'. Did you mean: topology"),
+        ([LLAVA, "--topologi=v5e-4"], r"unknown flag --topologi; did you mean --topology\?"),
         (["--config.seed=1"], "--config.seed=1: sets a field of a config; give that, too"),
         (["--config"], "--config needs a file, or one of demo, llava, qwen"),
         (["--config="], "--config needs a file"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from configs import demo
@@ -317,24 +318,32 @@ def test_fingerprint_sees_one_bit_and_the_dtype_but_not_the_container(tmp_path):
 # ---- shards and whole folders
 
 
-def test_shards_stay_below_their_limit_and_read_one_tensor_at_a_time(tmp_path):
+def test_shards_stay_below_their_limit_and_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
     arrays = {f"t{i}": np.full((100, i + 1), i, [np.float32, np.float16][i % 2]) for i in range(8)}
-    events = []
+    arrays["t7"] = np.arange(800, dtype=np.float16).reshape(8, 100).T  # not as it lies in memory
+    held, seen, save_file = [], [], names.save_file
 
     def lazy(name: str) -> names.Tensor:
         def read() -> np.ndarray:
-            events.append(name)
+            held.append(name)
             return arrays[name]
 
         return names.Tensor(arrays[name].shape, arrays[name].dtype, read)
 
+    def save(tensors, *args, **kwargs):
+        assert list(tensors) == held
+        save_file(tensors, *args, **kwargs)
+        held.clear()
+
+    monkeypatch.setattr(names, "save_file", save)
     tensors = {name: lazy(name) for name in arrays}
-    names.write_shards(tmp_path, tensors, lambda name, array: events.append(name), shard_bytes=3000)
-    assert events[::2] == events[1::2]  # written before the next is read
+    names.write_shards(tmp_path, tensors, lambda name, array: seen.append(name), shard_bytes=3000)
+    assert seen == list(arrays) and not held
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in arrays.values())
     for name, array in arrays.items():
         file = tmp_path / index["weight_map"][name]
+        assert safe_open(file, framework="numpy").metadata() == {"format": "pt"}
         np.testing.assert_array_equal(load_file(file)[name].numpy(), array)
         held = sum(arrays[other].nbytes for other, where in index["weight_map"].items() if where == file.name)
         assert held <= 3000 or held == array.nbytes
@@ -823,6 +832,15 @@ def test_integers_that_a_base_does_not_load_are_kept(tmp_path):
     tensors = random_tensors(TINY) | {name: torch.arange(17)[None]}
     from_torch("llava", write(tmp_path / "hf", hf_config(TINY), {"model.safetensors": tensors}), tmp_path / "base")
     assert load_published(tmp_path / "base")[name].dtype == torch.int64
+
+
+def test_a_dtype_that_cannot_be_read_is_named(tmp_path):
+    name = "vision_tower.embeddings.position_ids"
+    tensors = random_tensors(TINY) | {name: torch.zeros(3, dtype=torch.float8_e4m3fn)}
+    for file, dtype in (("model.safetensors", "F8_E4M3"), ("pytorch_model.bin", "float8_e4m3fn")):
+        source = write(tmp_path / dtype, hf_config(TINY), {file: tensors})
+        with pytest.raises(UserError, match=f"{file}: {name} has dtype {dtype}, expected one of (F64|float64), "):
+            from_torch("llava", source, tmp_path / "base")
 
 
 def test_weights_alone_make_a_base_that_says_what_it_lacks(tmp_path):

@@ -168,7 +168,7 @@ def test_reading_computing_and_fetching_overlap(stores):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--dtype=int8", "expected bfloat16 or float32"),
+        ("--dtype=int8", "argument --dtype: invalid choice: 'int8'"),
         ("--batch_size=none", "expected a positive integer"),
         ("--out=", "--out is needed"),
         ("--data=/nowhere", "/nowhere"),

@@ -50,7 +50,7 @@ def test_a_language_that_no_question_has_ends_in_one_line(tmp_path, bases, store
 def test_configs():
     assert [qwen.get_config(name).language for name in ("zh", "en", "both")] == ["zh", "en", ""]
     assert qwen.get_config().language == demo.get_config("llava").language == ""
-    assert cli.parse(["--config=configs/qwen.py:zh"], "", {})["config"]["language"] == "zh"
-    assert cli.parse(["--config=configs/qwen.py"], "", {})["config"]["language"] == ""
+    assert cli.read_config("configs/qwen.py:zh")["language"] == "zh"
+    assert cli.read_config("configs/qwen.py")["language"] == ""
     with pytest.raises(UserError, match="unknown language 'fr', expected one of zh, en, both"):
-        cli.parse(["--config=configs/qwen.py:fr"], "", {})
+        cli.read_config("configs/qwen.py:fr")

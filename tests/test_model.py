@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
 from flax import nnx
-from helpers import plan_of
+from helpers import config_of, plan_of
 
-from configs import demo
 from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import VideoPlaces, load_model
-from redvillm_jax.model.settings import model_settings, plain_config
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.model.video_llm import mean_loss
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import KEPT
@@ -33,7 +32,8 @@ DTYPE = jnp.float32
 @functools.cache
 def build(folder, family, **switches):
     """(base, config, model) of a base folder with some switches set, on one device."""
-    config = plain_config(demo.get_config(family)) | {"num_frames": NUM_FRAMES} | switches
+    config = {"num_frames": NUM_FRAMES} | switches
+    config = config_of(family, switches.get("video", "red_villm")) | config
     base = open_base(folder)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     return base, config, load_model(base, model_settings(config), mesh, dtype=DTYPE)

@@ -21,11 +21,11 @@ from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import BATCH_AXES, attention
 from redvillm_jax.planning import programs
-from redvillm_jax.planning.programs import needed_bytes
 from redvillm_jax.planning.workload import Workload
-from redvillm_jax.runtime import chips, distributed
+from redvillm_jax.runtime import chips, distributed, jax_private
 from redvillm_jax.runtime.chips import NAMES, parse_topology
 from redvillm_jax.runtime.sharding import make_mesh
+from redvillm_jax.runtime.xla_messages import needed_bytes, small_memory
 from redvillm_jax.training.flops import kernel_flops, step_flops
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +159,7 @@ def test_a_small_memory_that_overflows_is_one_line(said, message, capsys):
     line = capsys.readouterr().out
     assert re.fullmatch(rf"  train does not compile: .*{message}; try shorter rows \(--config.row_length\).*\n", line)
     assert not program.known
-    assert chips.small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
+    assert small_memory("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm.") == ""
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,13 @@ def test_names_count_what_users_count():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--config and --topology are needed"),
+        ([], "one of the arguments --topology --all is required"),
         (["--config=configs/llava.py", "--topology=v5e-5"], "--topology=v5e-5: unknown, expected one of v4-8"),
         (["--config=configs/llava.py", "--topology=v5e-4", "--size=8b"], "unknown size '8b' of llava"),
-        (["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"], "--rows_per_chip is '0'"),
+        (
+            ["--config=configs/llava.py", "--topology=v5e-4", "--rows-per-chip=0"],
+            "--rows_per_chip: expected a positive integer",
+        ),
         (
             ["--config=configs/llava.py", "--topology=v5e-4", "--config.remat=gates"],
             "config.remat is 'gates', expected none, full, or",
@@ -234,8 +237,8 @@ def test_a_machine_with_a_tpu_hears_all_of_it(there, tmp_path, monkeypatch):
     before = {k: v for k, v in os.environ.items() if k not in chips.QUIET_LIBTPU}
     monkeypatch.setattr(os, "environ", dict(before))
     monkeypatch.setattr(chips, "TPU_NODES", (str(tmp_path / "accel*"),))
-    found = (4, 5) if there == "chip" else (0, None)
-    monkeypatch.setattr(chips.hardware_utils, "num_available_tpu_chips_and_device_id", lambda: found)
+    found = 4 if there == "chip" else 0
+    monkeypatch.setattr(jax_private, "num_tpu_chips", lambda: found)
     if there == "node":
         (tmp_path / "accel0").touch()
     if there == "variable":
@@ -246,9 +249,9 @@ def test_a_machine_with_a_tpu_hears_all_of_it(there, tmp_path, monkeypatch):
 
 
 def test_a_missing_compiler_ends_in_one_line(monkeypatch):
-    def missing(**_):
+    def missing(*_, **__):
         raise RuntimeError("no libtpu")
 
-    monkeypatch.setattr(chips.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(jax_private, "described_devices", missing)
     with pytest.raises(UserError, match=r"cannot be used \(no libtpu\); pip install -e '.\[tpu\]' brings it"):
         chips.tpu_devices("v5e-4")

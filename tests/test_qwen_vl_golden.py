@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import save_file
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 from conversion import from_torch
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.model.base_folder import Base, load_part, open_base
-from redvillm_jax.model.video_llm import VideoLLM, cross_entropy
+from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 from tests.helpers import ParityTable, greedy
 
@@ -193,7 +194,7 @@ def test_pictures_and_their_gradients(golden, model):
         tokens = model.picture_tokens(jnp.asarray(pictures), jnp.float32)
         embeds = text(model, ids).at[:, VISUAL].set(tokens)
         found = logits(model, embeds, last=7)
-        return cross_entropy(found[:, :-1], labels).mean(), (tokens, found[:, -4:])
+        return optax.softmax_cross_entropy_with_integer_labels(found[:, :-1], labels).mean(), (tokens, found[:, -4:])
 
     (loss, (tokens, found)), gradients = run(projectors, frozen)
     trained = gradients["projectors"]["spatial"]

@@ -240,7 +240,7 @@ def test_a_store_without_questions_and_one_of_streams_have_distributions(tmp_pat
     show.main([str(made), "--stats", f"--out={tmp_path / 'x.png'}"])
     assert "en question, words" in capsys.readouterr().out
     for what in ("--video=a", "--random=2"):
-        with pytest.raises(UserError, match=r"holds streams, no frames: give the store they were made from, /data/f$"):
+        with pytest.raises(UserError, match=r"holds streams, no frames: give the frame store .* streams, /data/f$"):
             show.main([str(made), what, f"--out={tmp_path / 'x.png'}"])
 
 
@@ -250,8 +250,8 @@ def test_mistakes_end_in_one_line(frames, tmp_path, monkeypatch):
         (str(frames), "--video=train-0003"): r"has no video 'train-0003'; nearest: train-00003, train-000\d\d, ",
         (str(frames), "--video=猫"): "has no video '猫'; its 12 videos are train-00000, train-00001, train-00002, …",
         ("nowhere", "--stats"): "nowhere: is not a store of videos",
-        (str(frames), "--random=0"): "--random: expected 1 to 100, got 0",
-        (str(frames), "--random=many"): "--random: invalid",
+        (str(frames), "--random=0"): "--random: expected a number from 1 to 100, got 0",
+        (str(frames), "--random=many"): "--random: expected a number from 1 to 100, got many",
         (str(frames),): "one of the arguments --video --random --stats is required",
         (str(frames), "--stats", "--random=2"): "not allowed with",
         (str(frames), "--stats", "--out=x.jpg"): "--out=x.jpg: expected a name that ends in .png",

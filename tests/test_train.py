@@ -14,14 +14,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
-from helpers import change_json, change_store
+from helpers import change_json, change_store, config_of
 
-from configs import demo
 from data_pipeline.common.errors import UserError
 from redvillm_jax import train
 from redvillm_jax.model import settings
 from redvillm_jax.model.base_folder import load_part, open_base
-from redvillm_jax.model.settings import plain_config
 from redvillm_jax.training.checkpoint import load_trainables
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def make_config(family: str, base: Path, store: Path, **changes) -> dict:
     """The demo's config, shrunk to one epoch of 9 steps of 8 questions; weight decay shows what is really fixed."""
-    config = plain_config(demo.get_config(family))
+    config = config_of(family, changes.get("video", "red_villm"))
     config["weight_decay"] = dict.fromkeys(config["weight_decay"], 0.1)
     config |= {"base": str(base), "data": str(store), "num_frames": NUM_FRAMES, "num_epochs": 1, "batch_questions": 8}
     return config | {"log_every": 1, "checkpoint_every": 4, "row_length": 96} | changes

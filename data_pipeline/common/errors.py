@@ -1,6 +1,5 @@
-"""How every command reports a user's mistake: one line, exit code 2, no traceback."""
+"""Reports a user's mistake in every command: one line, exit code 2, no traceback."""
 
-import argparse
 import difflib
 import errno
 import os
@@ -9,22 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake in the input: the message says what was found, where, what was expected and what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors; `run` takes `--debug` out before it looks."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+    """A mistake in the input. The message says where it is, what was found, what is expected, and what to do."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name that asks for the known one most like it; "" where none is.
+    """ "; did you mean …?" with the known name most similar to an unknown one, or "" without a similar name.
 
     Initials count as the name: lr is learning_rate.
     """
@@ -39,7 +30,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """What to say if `error`, or one that caused it, is about a full disk or quota; None otherwise."""
+    """The message when `error`, or a cause of it, is about a full disk or quota; None otherwise."""
     while error is not None:
         said = re.search(r"No space left on device|Disk quota exceeded", str(error))
         if said or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
@@ -65,7 +56,7 @@ FILE_REMEDIES = {
 
 
 def file_problem(error: BaseException) -> str | None:
-    """What to say if `error` is about a file that cannot be used, None otherwise."""
+    """The message when `error` is about a file that cannot be used; None otherwise."""
     if not (isinstance(error, OSError) and error.errno in FILE_REMEDIES):
         return None
     if error.filename is None:  # of a file that was open already
@@ -76,7 +67,7 @@ def file_problem(error: BaseException) -> str | None:
 
 
 def unexpected(error: BaseException) -> str:
-    """What to say of an error that nobody has thought of: its kind and where it happened."""
+    """The message for an unexpected error: its type and its place in the code."""
     said = " ".join(str(error).split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).parent.name in PACKAGES]
@@ -90,7 +81,7 @@ def unexpected(error: BaseException) -> str:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs `main(argv)` as a command and exits with its code.
 
-    A mistake, a full disk or a file that cannot be used becomes one line on stderr and exit code 2, any other error one
+    A mistake, a full disk or an unusable file becomes one line on stderr and exit code 2. Any other error becomes one
     line and exit code 1. `--debug` anywhere on the command line shows the traceback as well.
     """
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, on local disks and in buckets (gs://)."""
+"""Paths on local disks and in buckets (gs://), and atomic writing of files."""
 
 import contextlib
 import os
@@ -7,17 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 from etils import epath
 
+from data_pipeline.common import gcs
 from data_pipeline.common.errors import UserError, full_disk
 
 CACHE = "REDVILLM_CACHE"  # the environment variable that names another folder for `cache_folder`
-
-# A listing is never remembered: other hosts, and Orbax by its own client, write into the same folders.
-fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-# gcsfs would ask by gRPC what kind of bucket it is, a minute each time where that is blocked; only zonal ones need it.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 def as_path(path: str | Path) -> Path:
@@ -31,26 +26,21 @@ def in_bucket(path: str | Path) -> bool:
 
 
 def absolute(path: str | Path) -> Path:
-    """The path from anywhere; one in a bucket is that already."""
+    """The absolute path. A path in a bucket is absolute already."""
     path = as_path(path)
     return path if in_bucket(path) else path.absolute()
 
 
 def cache_folder() -> Path:
-    """Where a user's commands keep what can be had again: $REDVILLM_CACHE, or redvillm_jax in $XDG_CACHE_HOME."""
+    """The folder for copies and remembered results: $REDVILLM_CACHE, or redvillm_jax in $XDG_CACHE_HOME."""
     if folder := os.environ.get(CACHE):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "redvillm_jax"
 
 
-def bucket_files() -> fsspec.AbstractFileSystem:
-    """The file system of gs:// paths."""
-    return epath.backend.fsspec_backend.fs("gs://")
-
-
 @contextlib.contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turns what goes wrong with a path in a bucket into a UserError; errors of local paths pass."""
+    """Turns an error about a path in a bucket into a UserError. Errors about local paths are raised as they are."""
     try:
         yield
     except UserError:
@@ -72,24 +62,24 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def check_bucket(path: str | Path) -> None:
-    """Raises UserError unless the bucket of a gs:// path is there and may be listed; local paths pass."""
+    """Raises UserError unless the bucket of a gs:// path exists and may be listed. Local paths pass."""
     if in_bucket(path):
         bucket, _, name = str(path).removeprefix("gs://").partition("/")
         if not bucket:
             raise UserError(f"{path}: has no bucket, expected gs://BUCKET/FOLDER")
         with explained(path):
-            bucket_files().call("GET", "b/{}/o", bucket, prefix=name, maxResults=1)
+            gcs.list_one(bucket, name)
 
 
 def make_folder(path: str | Path) -> None:
-    """Makes a local folder and those above it; in a bucket, which knows no folders, checks what is needed to write.
+    """Makes a local folder and its parents. In a bucket, which has no folders, checks the permissions for writing.
 
-    Orbax asks for the bucket's own metadata whenever it deletes a checkpoint or finds an unfinished one.
+    The bucket's own metadata must be readable, because Orbax reads it when it deletes or repairs checkpoints.
     """
     if in_bucket(path):
         check_bucket(path)
         with explained(path):
-            bucket_files().call("GET", "b/{}", str(path).split("/")[2])
+            gcs.read_metadata(str(path).split("/")[2])
         return
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -100,10 +90,10 @@ def make_folder(path: str | Path) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of what lies in a folder, by name, from one listing; files that vanish meanwhile are left out."""
+    """The bytes of a folder's files, by name, from one listing. Files that vanish meanwhile are left out."""
     if in_bucket(folder):
         with explained(folder):
-            found = bucket_files().ls(str(folder), detail=True)
+            found = gcs.bucket_files().ls(str(folder), detail=True)
         return {file["name"].rstrip("/").rpartition("/")[2]: file["size"] for file in found}
     sizes = {}
     for file in os.scandir(folder):
@@ -113,13 +103,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` to write under before renaming; the process's own, also on a disk that hosts share."""
+    """A temporary name beside `path`, unique to this process even on a disk that several hosts share."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a local name to write under; the file has its own name, or is in its bucket, when the block has ended."""
+    """Yields a temporary local name. When the block ends, the file is renamed to `path` or copied to its bucket."""
     if not in_bucket(path):
         temporary = temporary_name(path)
         try:
@@ -134,14 +124,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary = Path(folder, path.name)
         yield temporary
         with explained(path):
-            bucket_files().put_file(str(temporary), str(path))
+            gcs.bucket_files().put_file(str(temporary), str(path))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
+    """Writes a text file atomically."""
     if in_bucket(path):
         with explained(path):
-            bucket_files().pipe_file(str(path), text.encode())
+            gcs.bucket_files().pipe_file(str(path), text.encode())
         return
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

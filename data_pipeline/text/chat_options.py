@@ -1,35 +1,50 @@
-"""The options of commands that ask a chat model: which one, how, and for how much."""
+"""The options of commands that ask a chat model: the model, its endpoint, and the cost."""
 
 import argparse
 import math
-from collections.abc import Callable
 from typing import Any
 
+from data_pipeline.common.cli import Parser, above_zero, whole
 from data_pipeline.common.errors import UserError
 from data_pipeline.text.chat_client import Statistics, check_address, is_dated
 
 
-def add_endpoint(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds --model and all that says how it is asked. required: whether there is no work without --model."""
-    parser.add_argument("--model", required=required, help="name of the model at the endpoint, with its date")
-    parser.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
-    parser.add_argument("--base_url", help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's)")
-    parser.add_argument("--dry_run", action="store_true", help="print the estimate and stop")
-    parser.add_argument("--price_in", type=positive(float), help="price of a million prompt tokens")
-    parser.add_argument("--price_out", type=positive(float), help="price of a million reply tokens")
-    parser.add_argument("--max_cost", type=positive(float), help="refuse to start above it, stop when it is spent")
-    parser.add_argument("--concurrency", type=positive(int), default=16, help="requests at once (default 16)")
-    parser.add_argument("--timeout", type=positive(float), default=120, help="seconds for an answer (default 120)")
-    parser.add_argument(
-        "--max_retries", type=int, choices=range(21), metavar="0..20", default=5, help="of a request (default 5)"
+def add_endpoint(parser: Parser) -> None:
+    """Adds --model and the options of its endpoint."""
+    group = parser.add_argument_group("the model that is asked")
+    group.add_argument("--model", metavar="NAME", help="its name at the endpoint, with its date")
+    group.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
+    group.add_argument("--base_url", metavar="URL", help="address of the endpoint (OPENAI_BASE_URL, or OpenAI's)")
+    group.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (0); none: the endpoint's own",
     )
-    parser.add_argument(
-        "--temperature", type=_temperature, default=0.0, help="of sampling (default 0); none: left to the endpoint"
+    group.add_argument("--concurrency", type=whole(), default=16, metavar="N", help="requests at once (%(default)s)")
+    group.add_argument(
+        "--timeout", type=above_zero, default=120, metavar="SECONDS", help="to wait for an answer (%(default)s)"
+    )
+    group.add_argument(
+        "--max_retries",
+        type=int,
+        choices=range(21),
+        metavar="0..20",
+        default=5,
+        help="retries of a failed request (%(default)s)",
+    )
+    group = parser.add_argument_group("the cost")
+    group.add_argument("--dry_run", action="store_true", help="print the estimate and stop")
+    group.add_argument("--price_in", type=above_zero, metavar="PRICE", help="of a million prompt tokens")
+    group.add_argument("--price_out", type=above_zero, metavar="PRICE", help="of a million reply tokens")
+    group.add_argument(
+        "--max_cost", type=above_zero, metavar="COST", help="refuse to start above it, stop when it is spent"
     )
 
 
 def check_endpoint(flags: argparse.Namespace) -> None:
-    """Raises UserError for options of `add_endpoint` that do not go together, an address that none can be, or a model
+    """Raises UserError for options of `add_endpoint` that contradict each other, an impossible address, or a model
     without a date."""
     if flags.model is not None:
         check_address(flags.base_url)
@@ -40,12 +55,12 @@ def check_endpoint(flags: argparse.Namespace) -> None:
     if flags.model is not None and not flags.allow_undated and not is_dated(flags.model):
         raise UserError(
             f"--model={flags.model}: names no dated version (as gpt-4o-mini-2024-07-18 does), so it may change under "
-            "the same name; choose one that does, or say --allow_undated"
+            "the same name; choose a dated name, or add --allow_undated"
         )
 
 
 def sampling(flags: argparse.Namespace) -> dict[str, Any]:
-    """What a request has beside its messages: "model" and "temperature"."""
+    """The fields of a request beside its messages: "model" and "temperature"."""
     return {"model": flags.model} | ({} if flags.temperature is None else {"temperature": flags.temperature})
 
 
@@ -59,29 +74,16 @@ def announce(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespa
 
 
 def cost_of(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespace) -> float | None:
-    """What so many tokens cost; None without prices."""
+    """The cost of so many tokens, None without prices."""
     if flags.price_in is None:
         return None
     return (prompt_tokens * flags.price_in + completion_tokens * flags.price_out) / 1e6
 
 
 def too_dear(statistics: Statistics, flags: argparse.Namespace) -> str | None:
-    """Why nothing more is to be asked once --max_cost is spent, for `ask_all`."""
+    """A reason to stop asking when --max_cost is spent, else None; for `ask_all`."""
     cost = cost_of(statistics.prompt_tokens, statistics.completion_tokens, flags)
     return None if flags.max_cost is None or cost < flags.max_cost else f"--max_cost={flags.max_cost:g} is spent"
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """A type for argparse: a number above 0."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not value > 0 or value == math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    convert.__name__ = "number"
-    return convert
 
 
 def _temperature(text: str) -> float | None:

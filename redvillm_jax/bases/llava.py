@@ -1,4 +1,4 @@
-"""LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA (facts: the published sources).
+"""LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA.
 
 Module attributes carry the names that transformers 5 writes to disk; `CANONICAL` maps the other published forms.
 """

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipeline.pipeline import batches
 from redvillm_jax.checks.random_data import RandomStreams, plan_random_rows
 from redvillm_jax.runtime.consensus import Failed, place, same_everywhere, together
+from redvillm_jax.runtime.jax_private import allgather
 from redvillm_jax.runtime.sharding import AXES, local_rows, make_mesh, num_batch_shards, to_global
 
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu")
@@ -92,7 +92,7 @@ def check_data_order() -> str:
         rows = -(-plan.bounds.rows_per_step // parts) * parts
         whole, mine = next(read(rows_per_step=rows)), local_rows(mesh, rows)
         got = next(read(rows_per_step=rows, rows=mine))
-        ids = multihost_utils.process_allgather(to_global(got, mesh)["token_ids"], tiled=True)
+        ids = allgather(to_global(got, mesh)["token_ids"], tiled=True)
         together(functools.partial(check_rows, f"mesh {name}", whole, mine, got, ids))
     where = " and on ".join(made)
     return f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}: what all processes read is the step on {where}"

@@ -1,4 +1,4 @@
-"""Checks of what the devices compute, against one CPU device of the same process, and of saving and restoring it."""
+"""Checks of the devices' results, against one CPU device of the same process, and of saving and restoring."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
 from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention
-from redvillm_jax.runtime.cli import parse
+from redvillm_jax.runtime.cli import read_config
 from redvillm_jax.runtime.consensus import Failed, gather, place, together
 from redvillm_jax.runtime.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.training import checkpoint
@@ -117,7 +117,7 @@ def check_attention() -> str:
 @contextlib.contextmanager
 def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
     """A tiny base with random weights, and the demo's config for it."""
-    config = parse([f"--config={CONFIG}:{family}"], "", {}, complete)["config"]
+    config = read_config(f"{CONFIG}:{family}", complete=complete)
     with tempfile.TemporaryDirectory() as folder:
         with jax.default_device(cpu()):  # which needs no compiler for each random tensor
             base = random_base(family, Path(folder))

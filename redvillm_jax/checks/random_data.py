@@ -1,4 +1,4 @@
-"""Streams, questions and weights out of a random generator: the same in every process, and nothing to download."""
+"""Random streams, questions and weights, the same in every process, without a download."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

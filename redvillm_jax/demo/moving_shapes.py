@@ -25,7 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.common.artefacts import SHAPES, read_object
-from data_pipeline.common.errors import Parser, UserError, run
+from data_pipeline.common.cli import Parser, local_path, number, whole
+from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 
 TICKS = 32  # frames of a video
@@ -184,7 +185,7 @@ def video_scene(rng: np.random.Generator) -> Scene:
 
 
 def cover(shape: int, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1, from the pixel's offset to its centre in scene units."""
+    """The share of each pixel that a shape covers, 0 to 1, from the pixel's offset to its centre in scene units."""
     ax, ay = np.abs(dx), np.abs(dy)
     if shape == 0:  # circle
         inside = radius - np.sqrt(dx * dx + dy * dy)
@@ -216,7 +217,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_mp4(frames: np.ndarray, path: Path) -> None:
-    """Encodes frames (T, H, W, 3) uint8 with H.264; the file appears under its name only when it is whole.
+    """Encodes frames (T, H, W, 3) uint8 with H.264, atomically.
 
     One thread, so that the bits do not depend on the number of cores.
     """
@@ -280,7 +281,7 @@ def phrase(fact: Fact, language: str, rng: np.random.Generator) -> dict[str, str
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int, languages: Sequence[str]) -> list[dict[str, str]]:
-    """`count` different questions about a video's scene, half of them temporal where there are as many."""
+    """`count` different questions about a video's scene; half of them are temporal if there are enough."""
     possible = [(fact, language) for fact in facts(scene) for language in languages]
     possible = [possible[i] for i in rng.permutation(len(possible))]
     temporal = [pair for pair in possible if pair[0][0] in TEMPORAL][: count // 2]
@@ -310,7 +311,7 @@ def make_video(index: int, *, folder: Path, split: str, seed: int, languages: Se
 
 
 def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence[str], map_: Callable) -> None:
-    """Writes one set, `map_` over its indices; instructions.jsonl comes last and says that the set is whole."""
+    """Writes one set with `map_` over its indices. instructions.jsonl is written last and marks the set as whole."""
     folder = out / split
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     make = partial(make_video, folder=folder, split=split, seed=seed, languages=languages)
@@ -322,20 +323,32 @@ def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m redvillm_jax.demo.moving_shapes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser = Parser("python -m redvillm_jax.demo.moving_shapes", __doc__, needed=("out",))
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder to write")
     for split, count in zip(SPLITS, (3000, 300, 600), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"videos in {split} (%(default)s)")
-    parser.add_argument("--language", choices=("both", *LANGUAGES), default="both", help="of the questions")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes other videos (%(default)s)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+        parser.add_argument(
+            f"--{split}", type=number(int), default=count, metavar="N", help=f"videos in {split} (%(default)s)"
+        )
+    parser.add_argument(
+        "--language", choices=("both", *LANGUAGES), default="both", help="language of the questions (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int), default=0, metavar="N", help="seed of all that is random (%(default)s)"
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=whole(1024),
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes that write videos (%(default)s)",
+    )
     args = parser.parse_args(argv)
     with locked(args.out):
         make_sets(args)
 
 
 def make_sets(args: argparse.Namespace) -> None:
-    """Writes the sets that are missing."""
+    """Writes the missing sets."""
     languages = LANGUAGES if args.language == "both" else (args.language,)
     settings = {key: getattr(args, key) for key in (*SPLITS, "language", "seed")} | {"x264": X264}
     record = args.out / "settings.json"

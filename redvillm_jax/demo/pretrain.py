@@ -25,7 +25,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from data_pipeline.common.errors import Parser, run
+from data_pipeline.common.cli import Parser, local_path, number
+from data_pipeline.common.errors import run
 from data_pipeline.media.decode import RESIZE
 from data_pipeline.packing import Prefix, Question, fill_row
 from redvillm_jax.bases.contract import Family, load_family
@@ -457,10 +458,12 @@ def make_base(family: str, folder: Path, seed: int = 0) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m redvillm_jax.demo.pretrain", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--family", choices=sorted(PHASES), required=True, help="whose architecture and format")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed makes another model (%(default)s)")
+    parser = Parser("python -m redvillm_jax.demo.pretrain", __doc__, needed=("family", "out"))
+    parser.add_argument("--family", choices=sorted(PHASES), help="whose architecture and file format")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--seed", type=number(int), default=0, metavar="N", help="seed of all that is random (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if (args.out / "model.safetensors").exists():
         print(f"{args.out}: already there; choose another --out to make it again")

@@ -1,4 +1,4 @@
-"""A model that is asked about videos and pictures, from Python: `redvillm_jax.load`."""
+"""Asks a model about videos and pictures from Python: `redvillm_jax.load`."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

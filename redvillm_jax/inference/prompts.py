@@ -1,4 +1,4 @@
-"""Prompts as token ids: what stands up to the end of the video, and the question behind it."""
+"""Prompts as token ids: the part up to the end of the video, and the question behind it."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -70,12 +70,12 @@ def check_length(prompt: Prompt, max_new_tokens: int, base: Base) -> None:
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
     """The prompt as the model reads it, with special tokens, and its visual tokens counted."""
-    text = ""
-    for visual, run in itertools.groupby((*prompt.prefix, *((token, -1) for token in prompt.question)), is_visual):
-        run = list(run)
+    before, after = (tokenizer.decode(ids, keep_special=True) for ids in (prompt.before, prompt.question))
+    between = ""
+    for visual, run in itertools.groupby(prompt.placed, is_visual):
         ids = [token for token, _ in run]
-        text += f"[{len(run)} visual tokens]" if visual else tokenizer.decode(ids, keep_special=True)
-    return text
+        between += f"[{len(ids)} visual tokens]" if visual else tokenizer.decode(ids, keep_special=True)
+    return f"{before}{between or '[0 visual tokens]'}{after}"
 
 
 def is_visual(place: tuple[int, int]) -> bool:

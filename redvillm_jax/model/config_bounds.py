@@ -1,4 +1,4 @@
-"""What every field of a config may be: its type and its bounds.
+"""The type and the bounds of every config field.
 
 A base and a video representation state the values of their own fields (`settings.config_fields`).
 """

@@ -1,4 +1,4 @@
-"""The config of a run or an export: what one lacks that is older than a field, and what of a run's may change.
+"""The config of a run or an export: values for fields that are newer than it, and the fields that may change.
 
 A new field of `configs/` needs a line in ADDED; `tests/run_configs/` holds configs that lack it.
 """

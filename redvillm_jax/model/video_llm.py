@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from einops import rearrange
 from flax import nnx
 
@@ -39,7 +40,11 @@ class VideoLLM(nnx.Module):
         self.projectors = nnx.Dict(projectors)
         self.llm = llm
         self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
-        self.order = video.order(config.grid, video.num_frames)
+
+    @property
+    def order(self) -> tuple[Stream, ...]:
+        """The streams in token order, for a video with all frames."""
+        return self.video.order(self.config.grid, self.video.num_frames)
 
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
@@ -158,12 +163,8 @@ class VideoLLM(nnx.Module):
 
         batch: that of `target_logits`, and target_ids: (R, P) int32.
         """
-        return cross_entropy(self.target_logits(batch, dtype, remat=remat, kernel=kernel), batch["target_ids"])
-
-
-def cross_entropy(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    """Losses (R, P) of logits: (R, P, vocab_size) for the tokens ids: (R, P)."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, :, None], axis=-1)[:, :, 0]
+        logits = self.target_logits(batch, dtype, remat=remat, kernel=kernel)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
 
 
 def mean_loss(
@@ -173,9 +174,6 @@ def mean_loss(
 
     Returns it and the largest loss of a token in each row, (R,) fp32, which tells the row that spoils a step.
     """
-    logits, weights = model.target_logits(batch, dtype, remat=remat, kernel=kernel), batch["target_weights"]
-    losses = cross_entropy(logits, batch["target_ids"])
-    # Computed apart: a second use of `losses` would make XLA compute the loss itself differently.
-    apart = cross_entropy(jax.lax.optimization_barrier(jax.lax.stop_gradient(logits)), batch["target_ids"])
-    worst = jnp.max(jnp.where(weights > 0, apart, 0), axis=1)
+    losses, weights = model.target_losses(batch, dtype, remat=remat, kernel=kernel), batch["target_weights"]
+    worst = jnp.max(jnp.where(weights > 0, losses, 0), axis=1)
     return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-9), worst

@@ -1,8 +1,8 @@
-"""What a base does with each field of a published config.json, as tables: reads it, insists on it, or leaves it.
+"""Tables of the fields of a published config.json: a base reads a field, insists on its value, or ignores it.
 
-A table is a dict from a field's name to its `Field`. `read_fields` goes through a file with it: a value that the
-base cannot compute with, and a field that no table knows, end in one line. Whoever adds a field says here or in
-the base's own table what becomes of it.
+A table is a dict from a field's name to its `Field`. `read_fields` checks a file against it. A value that the base
+cannot compute with, and a field that no table has, raise a UserError. A new field needs an entry here or in the table
+of its base.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
-"""The train step and the encode step compiled for a slice, with their memory and what they are charged with."""
+"""The train step and the encode step compiled for a slice, with their memory and their charges."""
 
 import dataclasses
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
 from redvillm_jax.model.settings import ModelSettings, model_settings
 from redvillm_jax.planning.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.planning.workload import Workload, empty_row
-from redvillm_jax.runtime.chips import Chip, small_memory
+from redvillm_jax.runtime.chips import Chip
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, batch_sharding, make_mesh, num_batch_shards
+from redvillm_jax.runtime.xla_messages import needed_bytes, small_memory
 from redvillm_jax.training.flops import kernel_flops, matrix_sizes, step_flops
 from redvillm_jax.training.recipe import make_encode_step, make_training, recipe_of
 
@@ -140,16 +140,6 @@ def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: P
     if dump is not None:
         write_dump(dump, hlo, str(memory), found, program, chip)
     return program
-
-
-def needed_bytes(said: str) -> float | None:
-    """What a program needs, by the compiler's complaint about memory: the largest size in it; None for others."""
-    if "RESOURCE_EXHAUSTED" not in said or "hbm" not in said.lower():
-        return None
-    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return max(
-        (float(size) * units[unit] for size, unit in re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", said)), default=None
-    )
 
 
 def bytes_per_chip(tree: Any) -> float:

@@ -4,14 +4,12 @@ import dataclasses
 import glob
 import math
 import os
-import re
 from typing import Any
 
 import jax
-from jax._src import hardware_utils  # how jax itself looks for a TPU has no public name
-from jax.experimental import topologies
 
 from data_pipeline.common.errors import UserError
+from redvillm_jax.runtime import jax_private
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ def quiet_without_tpu() -> None:
 
     On a machine with one, and where the user has set a variable, nothing changes: all that libtpu says is seen.
     """
-    if hardware_utils.num_available_tpu_chips_and_device_id()[0] or any(map(glob.glob, TPU_NODES)):
+    if jax_private.num_tpu_chips() or any(map(glob.glob, TPU_NODES)):
         return
     if not any(name in os.environ for name in QUIET_LIBTPU if name != "TPU_SKIP_MDS_QUERY"):  # jax sets that itself
         os.environ.update(QUIET_LIBTPU)
@@ -90,18 +88,6 @@ def compiler_options(device: Any) -> dict[str, str]:
     """XLA options that a train step for this device is compiled with."""
     vmem = {chip.device_kind: chip.scoped_vmem for chip in CHIPS.values()}.get(device.device_kind)
     return {"xla_tpu_scoped_vmem_limit_kib": str(vmem)} if vmem else {}
-
-
-def small_memory(said: str) -> str:
-    """In words, which of a chip's small memories a program overflows by the compiler's complaint; "" for others."""
-    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:memory space |space=)([vs])mem", said, re.DOTALL)
-    if not found:
-        return ""
-    memory = {"v": "vector memory (vmem)", "s": "scalar memory (smem)"}[found[1]]
-    sizes = re.search(
-        r"Used \S+ of \d[\d.]*\w?|size \S+ and limit \d[\d.]*\w?|\(size=\d+\) would exceed memory \(size=\d+\)", said
-    )
-    return f"an operation needs more {memory} than a chip has" + (f" ({sizes[0]})" if sizes else "")
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
@@ -127,13 +113,10 @@ def tpu_devices(name: str) -> list[Any]:
         options = {"chip_config_name": "megacore", "chips_per_host_bounds": bounds, "num_slices": 1}
         options["wrap"] = (False,) * 3
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.kind}:{'x'.join(map(str, grid))}", **options
-        )
+        devices = jax_private.described_devices(f"{chip.kind}:{'x'.join(map(str, grid))}", **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"the TPU compiler cannot be used ({reason}); pip install -e '.[tpu]' brings it") from None
-    devices = list(described.devices)
     if len(devices) != math.prod(grid):
         raise UserError(f"--topology={name}: libtpu describes {len(devices)} devices, expected {math.prod(grid)}")
     return devices

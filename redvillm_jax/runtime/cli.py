@@ -1,87 +1,90 @@
-"""Command lines: --config=FILE with --config.key=value overrides, beside a command's own flags."""
+"""Command lines with a config: --config=FILE[:ARGUMENT], and --config.NAME=VALUE for each of its fields."""
 
+import argparse
+import ast
 import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from data_pipeline.common import file_hashes
+from data_pipeline.common.cli import Parser, add_check_files
 from data_pipeline.common.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem != "common"}
+KINDS = ("family", "video")  # the fields that decide which other fields a config has
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+Complete = Callable[[ConfigDict], ConfigDict]
+Override = tuple[str, str, str | None]  # as it is written, the field, its text; None: a switch without a value
 
 
-def parse(
-    argv: list[str],
-    doc: str,
-    options: Mapping[str, tuple[str | bool | list | None, str]],
-    complete: Callable[[ConfigDict], ConfigDict] | None = None,
-) -> dict[str, Any]:
-    """Reads `--config` and the flags `options`: name -> (default, help); a flag is boolean if its default is, may be
-    repeated if that is a list, and is a string otherwise.
+def parse(parser: Parser, argv: Sequence[str], complete: Complete | None = None) -> argparse.Namespace:
+    """The command line of a command that takes a config: its flags, and `config`, a plain nested dict or None.
 
     `complete` gets the config of the file with the command line's `family` and `video`, and returns it with the fields
-    that these two bring; the other overrides may then set those, too.
-
-    Returns {"config": plain nested dict or None, name: its value or None, …}. `--help` prints `doc`, the flags and the
-    fields of the config, and exits. `--check_files` is told to `file_hashes`. Every mistake is a UserError.
+    that these two bring; the other overrides may then set those, too. The last --config counts, and overrides may
+    stand before it. `--help` shows the fields of the config that is given. Raises UserError for every mistake.
     """
-    file, argv = config_file(argv)
-    argv = [arg if arg.startswith("--config.") else underscored(arg) for arg in argv]
-    config = None if file is None else load_config(file)
-    if config is not None and complete is not None:
-        config = complete(with_kinds(config, argv).unlock()).lock()
-    check_overrides(argv, file, config)
-    values = flags.FlagValues()
+    add_check_files(parser)
+    text = "--config.NAME=VALUE sets one of its fields; with --config=FILE, --help shows them all."
+    group = parser.add_argument_group("config", text)
+    bundled = f"a file with get_config(), or one of {', '.join(BUNDLED)}"
+    group.add_argument("--config", metavar="FILE[:ARG]", help=bundled)
+    file, overrides, rest = split(argv)
+    config = None if file is None else read_config(file, overrides, complete)
+    if file is None and overrides:
+        raise UserError(f"{overrides[0][0]}: sets a field of a config; give that, too, with --config=FILE")
     if config is not None:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["command", *argv])
-    flags.DEFINE_boolean("help", False, "Shows this text.", flag_values=values, short_name="h")
-    options = {**options, file_hashes.FLAG.lstrip("-"): (False, file_hashes.HELP)}
-    for name, (default, text) in options.items():
-        kinds = {bool: flags.DEFINE_boolean, list: flags.DEFINE_multi_string}
-        define = kinds.get(type(default), flags.DEFINE_string)
-        define(name, default, text, flag_values=values)
+        parser.epilog = "\n".join(["fields of the config:", *(f"  {line}" for line in shown(config))])
+        parser.set_defaults(config=config)
+    return parser.parse_args(rest)
+
+
+def split(argv: Sequence[str]) -> tuple[str | None, list[Override], list[str]]:
+    """What the last --config says, the overrides in their order, and the other arguments."""
+    file, overrides, rest = None, [], []
+    waiting = list(argv)
+    while waiting:
+        arg = waiting.pop(0)
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            file = value if equals else waiting.pop(0) if waiting else ""
+            if not file:
+                raise UserError(f"--config needs a file, or one of {', '.join(BUNDLED)}")
+        elif found := OVERRIDE.fullmatch(arg):
+            text = "false" if found[1] else found[3]
+            overrides.append((arg, found[2], text))
+            if text is None and waiting and not waiting[0].startswith(("--", "config.")):
+                overrides[-1] = (arg, found[2], waiting.pop(0))
+        elif arg.startswith("config."):
+            overrides.append((arg, name.removeprefix("config."), None))
+        else:
+            rest.append(arg)
+    return file, overrides, rest
+
+
+def read_config(file: str, overrides: Sequence[Override] = (), complete: Complete | None = None) -> dict[str, Any]:
+    """The config of a file with overrides, as a plain nested dict; see `parse`."""
+    config = load_config(file)
+    if complete is not None:
+        for _, name, text in overrides:
+            if name in KINDS and isinstance(config.get(name), str) and text is not None:
+                config[name] = text
+        config = complete(config.unlock()).lock()
+    for written, name, text in overrides:
+        override(config, file, written, name, text)
     try:
-        rest = values(["command", *argv])[1:]
-        plain = None if config is None else json.loads(values.config.to_json())
-    except flags.Error as error:
-        raise UserError(f"{in_one_line(error)} (see --help)") from None
+        return json.loads(config.to_json())
     except Exception as error:  # a value that is none of JSON's
         raise UserError(f"--config={file}: {type(error).__name__}: {in_one_line(error)} (see --help)") from error
-    if values.help:
-        print(doc)
-        for name, (default, text) in options.items():
-            print(f"  --{name}: {text}" + (f" ({default})" if default else ""))
-        print(f"  --config: a config file, or one of {', '.join(BUNDLED)}; --config.NAME=VALUE sets one of its fields")
-        if config is not None:
-            print(f"\nFields of the config:\n{values.config}")
-        sys.exit(0)
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value (see --help)")
-    file_hashes.always = values.check_files
-    return {"config": plain, **{name: values[name].value for name in options}}
-
-
-def config_file(argv: list[str]) -> tuple[str | None, list[str]]:
-    """What --config says, the last one, and the other arguments."""
-    file, rest, waiting = None, [], iter(argv)
-    for arg in waiting:
-        name, equals, value = arg.partition("=")
-        if name not in ("--config", "-config"):
-            rest.append(arg)
-            continue
-        file = value if equals else next(waiting, "")
-        if not file:
-            raise UserError(f"--config needs a file, or one of {', '.join(BUNDLED)}")
-    return file, rest
 
 
 def load_config(file: str) -> ConfigDict:
@@ -115,28 +118,44 @@ def load_config(file: str) -> ConfigDict:
     return config.lock()
 
 
-def with_kinds(config: ConfigDict, argv: list[str]) -> ConfigDict:
-    """The config with `--config.family` and `--config.video`, which decide what other fields it has."""
-    for i, arg in enumerate(argv):
-        found = re.fullmatch(r"--?config\.(family|video)(?:=(.*))?", arg, re.DOTALL)
-        if found and isinstance(config.get(found[1]), str):
-            value = found[2] if found[2] is not None else next(iter(argv[i + 1 :]), None)
-            config[found[1]] = config[found[1]] if value is None else value
-    return config
+def override(config: ConfigDict, file: str, written: str, name: str, text: str | None) -> None:
+    """Sets a field by its dotted name to what a text says in the field's type. Raises UserError."""
+    known = list(field_names(config))
+    if name not in known:
+        raise UserError(f"{written}: --config={file} has no field {name!r}{did_you_mean(name, known)}")
+    if not written.startswith("-"):
+        raise UserError(f"unexpected argument {written!r}: write --{written}")
+    *parents, leaf = name.split(".")
+    within = config
+    for parent in parents:
+        within = within[parent]
+    kind = within.get_type(leaf)
+    if text is None and kind is not bool:
+        raise UserError(f"{written}: has no value: write {written}=VALUE")
+    if written.lstrip("-").startswith("noconfig.") and kind is not bool:
+        raise UserError(f"{written}: {name} is no switch: write --config.{name}=VALUE")
+    try:
+        value = value_of("true" if text is None else text, kind)
+        if kind is ConfigDict:
+            within[leaf].update(value)
+        else:
+            within[leaf] = value  # ConfigDict checks the type
+    except (ValueError, TypeError, SyntaxError, KeyError, AttributeError) as error:
+        raise UserError(f"{written}: {in_one_line(error)} (see --help)") from None
 
 
-def check_overrides(argv: list[str], file: str | None, config: ConfigDict | None) -> None:
-    """Raises UserError for a --config.NAME=VALUE, with or without its dashes, whose name is no field."""
-    for arg in argv:
-        if not (found := re.match(r"(?:--?(?:no)?)?config\.([^=]*)", arg)):
-            continue
-        if config is None:
-            raise UserError(f"{arg}: sets a field of a config; give that, too, with --config=FILE")
-        known = list(field_names(config))
-        if found[1] not in known:
-            raise UserError(f"{arg}: --config={file} has no field {found[1]!r}{did_you_mean(found[1], known)}")
-        if not arg.startswith("-"):
-            raise UserError(f"unexpected argument {arg!r}: write --{arg}")
+def value_of(text: str, kind: type) -> Any:
+    """A text as a value of a field's type. Raises ValueError or SyntaxError."""
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(f"expected true or false, got {text!r}")
+        return BOOLEANS[text.lower()]
+    if kind in (int, float, str):
+        return kind(text)
+    value = ast.literal_eval(text)
+    if kind is ConfigDict and not isinstance(value, dict):
+        raise ValueError(f"Failed to parse {text!r} as a ConfigDict: set its fields one by one")
+    return value
 
 
 def field_names(config: ConfigDict, path: str = "") -> Iterator[str]:
@@ -147,28 +166,15 @@ def field_names(config: ConfigDict, path: str = "") -> Iterator[str]:
             yield from field_names(value, f"{path}{name}.")
 
 
+def shown(config: dict[str, Any], path: str = "--config.") -> Iterator[str]:
+    """All fields as they are written on a command line."""
+    for name, value in sorted(config.items()):
+        if isinstance(value, dict):
+            yield from shown(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}={value}"
+
+
 def in_one_line(error: Exception) -> str:
     """What an exception says."""
     return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())[:300]
-
-
-def underscored(arg: str) -> str:
-    """--rows-per-chip=2 as --rows_per_chip=2."""
-    name, equals, value = arg.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
-
-
-def positive(flags: Mapping[str, str], name: str) -> int:
-    """A flag as a positive integer."""
-    if not flags[name].isdecimal() or len(flags[name]) > 9 or int(flags[name]) < 1:
-        raise UserError(f"--{name} is {flags[name]!r:.80}, expected a positive integer of at most 9 digits")
-    return int(flags[name])
-
-
-def number(flags: Mapping[str, str], name: str, kind: type[int] | type[float]) -> int | float:
-    """A flag as a number."""
-    try:
-        return kind(flags[name])
-    except ValueError:
-        expected = "a whole number" if kind is int else "a number"
-        raise UserError(f"--{name} is {flags[name]!r}, expected {expected}") from None

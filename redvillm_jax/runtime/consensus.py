@@ -1,13 +1,13 @@
-"""What the processes of a run tell each other: texts, and whether all of them are well."""
+"""Exchanges texts, and the errors of single processes, between the processes of a run."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data_pipeline.common.errors import UserError
+from redvillm_jax.runtime.jax_private import allgather
 
 T = TypeVar("T")
 TEXT_BYTES = 1024  # of one process's text; more is cut off
@@ -29,7 +29,7 @@ def gather(text: str) -> list[str]:
     mine = np.zeros(TEXT_BYTES, np.uint8)
     encoded = np.frombuffer(text.encode()[:TEXT_BYTES], np.uint8)
     mine[: len(encoded)] = encoded
-    everyone = np.reshape(multihost_utils.process_allgather(mine), (-1, TEXT_BYTES))
+    everyone = np.reshape(allgather(mine), (-1, TEXT_BYTES))
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in everyone]
 
 

@@ -1,7 +1,8 @@
 """Runs of several processes: the hosts of a TPU pod or of a cluster, or processes on one machine.
 
-Processes that compute together can only end together. One that fails tells the others why, and they end at once; one
-that is killed is missed after SILENCE_SECONDS. Either way each prints one line that says which process it was.
+Processes that compute together can only end together. A process that fails tells the others the reason, and they end
+at once. A process that is killed is noticed after SILENCE_SECONDS. Either way each process prints one line that names
+the failed one.
 """
 
 import atexit
@@ -18,20 +19,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed as jax_distributed  # its key-value store has no public name
-from jax.experimental import multihost_utils
 
 from data_pipeline.common import locks
 from data_pipeline.common.errors import UserError, run
-from redvillm_jax.runtime import stopping
-from redvillm_jax.runtime.chips import quiet_without_tpu, small_memory
+from redvillm_jax.runtime import jax_private, stopping
+from redvillm_jax.runtime.chips import quiet_without_tpu
+from redvillm_jax.runtime.jax_private import SIGTERM_NOTICE, look_up
+from redvillm_jax.runtime.xla_messages import out_of_memory, small_memory
 
 PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 WAIT_SECONDS = 300  # for the other processes at start-up
 SILENCE_SECONDS = 60  # without a sign of life from a process, before the others give up
 NEWS = "redvillm_jax/ended"
-SIGTERM_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # jax's preemption service says so to all
 STDERR = 2  # the file descriptor that jax's C++ code writes to
 
 
@@ -50,7 +50,7 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
         try:
             return with_memory_explained(main, argv)
         except (Exception, KeyboardInterrupt) as error:
-            if jax_distributed.global_state.client is not None:
+            if jax_private.is_connected():
                 if isinstance(error, jax.errors.JaxRuntimeError):
                     time.sleep(SILENCE_SECONDS + 15)  # another's end is often the cause, and then that is told instead
                 reason = " ".join(f"{error}".split())[:500] or type(error).__name__
@@ -69,7 +69,7 @@ def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[st
     try:
         return main(argv)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(str(error)):
             raise
         if problem := small_memory(str(error)):
             raise UserError(f"{problem}: shorten the rows (--config.row_length) or make batches smaller") from error
@@ -162,19 +162,11 @@ def listen(over: threading.Event) -> None:
             leave(stopping.UNSAVED_CODE, stopping.unsaved())
 
 
-def look_up(key: str) -> str:
-    """What a process has said to all under a name; "" if nothing, or if process 0, which keeps it, is gone."""
-    try:
-        return jax_distributed.global_state.client.key_value_try_get(key)
-    except jax.errors.JaxRuntimeError:  # `abort_filter.py` explains the end of process 0
-        return ""
-
-
 def leave(code: int, reason: str) -> NoReturn:
     """Ends this process and, through `listen`, all others; a regular exit would wait for them."""
     try:
-        jax_distributed.global_state.client.key_value_set(NEWS, f"{code} {me()} has ended: {reason}")
-        if jax_distributed.global_state.process_id == 0:
+        jax_private.tell_all(NEWS, f"{code} {me()} has ended: {reason}")
+        if jax_private.process()[0] == 0:
             time.sleep(3)  # what the others listen to lives in this process
     except jax.errors.JaxRuntimeError:  # another's last words are there already, or nobody can hear
         pass
@@ -184,9 +176,9 @@ def leave(code: int, reason: str) -> NoReturn:
 
 
 def me() -> str:
-    """This process in words; asking jax's public functions could wait for the others."""
-    state = jax_distributed.global_state
-    return f"process {state.process_id} of {state.num_processes} on {os.uname().nodename}"
+    """This process in words."""
+    number, count = jax_private.process()
+    return f"process {number} of {count} on {os.uname().nodename}"
 
 
 def is_first() -> bool:
@@ -202,9 +194,9 @@ def locked(path: str | Path, **how: bool) -> contextlib.AbstractContextManager[N
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here; `what` names the place."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        jax_private.wait_for_all(what)
 
 
 def true_everywhere(fact: bool) -> bool:
     """Whether every process says True; each gets the same answer."""
-    return bool(multihost_utils.process_allgather(fact).all()) if jax.process_count() > 1 else fact
+    return bool(jax_private.allgather(fact).all()) if jax.process_count() > 1 else fact

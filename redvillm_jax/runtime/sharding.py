@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipeline.common.errors import UserError
 from redvillm_jax.modules.layers import BATCH_AXES
+from redvillm_jax.runtime.jax_private import order_devices
 
 AXES = ("data", "fsdp", "tensor")
 DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1}  # all weights on every device
@@ -34,9 +34,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) > 1:
         raise UserError(f"the devices belong to {len(slices)} TPU slices, expected one: start a run on each alone")
-    # jax.make_mesh splits an axis of the torus over two axes of the mesh on v5e alone, and refuses it elsewhere.
-    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(order_devices(shape, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def weight_sharding(

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers and preempted machines send: what may be lost is saved before the process ends."""
+"""Handles SIGTERM, which schedulers and preempted machines send: a run saves before its process ends."""
 
 import contextlib
 import os
@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import jax
-from jax.experimental import multihost_utils
+
+from redvillm_jax.runtime.jax_private import asks_to_stop
 
 EXIT_CODE = 143  # 128 + SIGTERM, as for a process that does not save
 STOP_SECONDS = 300  # after SIGTERM for the step and the save; whatever takes longer will not end
@@ -24,7 +25,7 @@ def deferred_sigterm() -> Iterator[Callable[[int], bool]]:
     or a save that has not ended after STOP_SECONDS ends the process with a line.
     """
     if jax.process_count() > 1:  # jax's own handler, set up by `distributed.connect`, which also counts the seconds
-        yield multihost_utils.reached_preemption_sync_point
+        yield asks_to_stop()
         return
     received = []
     before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))

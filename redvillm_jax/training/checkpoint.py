@@ -7,7 +7,6 @@ SHA256SUMS (see `seal`) tells a damaged checkpoint before Orbax reads it, which 
 import contextlib
 import functools
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +23,12 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import absolute, as_path, check_bucket, in_bucket
 from redvillm_jax.runtime.distributed import is_first, true_everywhere, wait_for_all
 from redvillm_jax.training.checksums import SUMS, damaged, seal
+from redvillm_jax.training.orbax_files import LAST_FILE, METADATA, STEP, folder_of_unfinished, silence_log
 
 FOLDER = "checkpoints"
 DESCRIPTION = "run.json"
-LAST_FILE = "commit_success.txt"  # by Orbax, when the rest is whole
 DAMAGED = ".corrupt"  # stands behind the step in the name of a checkpoint that was set aside
-UNSEALED = ("_CHECKPOINT_METADATA", LAST_FILE)
+UNSEALED = (METADATA, LAST_FILE)
 
 
 def folder(run: str | Path) -> epath.Path:
@@ -39,8 +38,7 @@ def folder(run: str | Path) -> epath.Path:
 
 def open_checkpoints(run: str | Path, *, keep: int) -> ocp.training.Checkpointer:
     """The run's checkpoints, `<run>/checkpoints/<step>/`; the newest `keep` stay on disk."""
-    # What goes wrong in the background is raised by the next call; Orbax logs it before that, seven times over.
-    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    silence_log()
     return ocp.training.Checkpointer(
         folder(run),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -80,8 +78,7 @@ def save(
 def describe_and_seal(directory: epath.Path, step: int, description: str) -> None:
     """Adds the two files of our own, when all of Orbax's are written and before the folder gets its final name."""
     if is_first():
-        unfinished = list(directory.glob(f"{step}.orbax-checkpoint-tmp*"))
-        where = unfinished[0] if unfinished else directory / str(step)  # in a bucket it has its name from the start
+        where = folder_of_unfinished(directory, step)
         (where / DESCRIPTION).write_text(description)
         seal(where, leave_out=UNSEALED)
 
@@ -91,7 +88,7 @@ def saved_steps(run: str | Path) -> list[int]:
 
     What has another name than Orbax gives a step, or is no folder, is none.
     """
-    there = [p for p in entries(run) if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    there = [p for p in entries(run) if re.fullmatch(STEP, p.name)]
     whole = (p for p in there if ((p / LAST_FILE).exists() if in_bucket(run) else p.is_dir()))
     return sorted((int(p.name) for p in whole), reverse=True)
 
@@ -145,8 +142,8 @@ def unlisted(where: epath.Path) -> str:
     try:
         with alone():
             ocp.checkpointables_metadata(where)
-        if not isinstance(json.loads((where / "_CHECKPOINT_METADATA").read_text()), dict):
-            raise TypeError("_CHECKPOINT_METADATA is no object")
+        if not isinstance(json.loads((where / METADATA).read_text()), dict):
+            raise TypeError(f"{METADATA} is no object")
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return ""

@@ -1,7 +1,8 @@
-"""The arithmetic of a train step: 4·N·D, twice for the forward pass and twice back through frozen weights.
+"""The model flops of a train step: 4·N·D, of which the forward pass and the backward pass take 2·N·D each.
 
-Frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass. What
-rematerialisation computes again is not counted, nor is attention (facts: section F).
+N counts weights and D tokens, with 2 flops per multiply-add. Full training takes 6·N·D (arXiv 2001.08361, section 2.1),
+but frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass.
+Rematerialisation and attention are not counted.
 """
 
 from flax import nnx

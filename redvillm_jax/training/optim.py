@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 FROZEN = "frozen"
@@ -34,13 +33,8 @@ def warmup_cosine(peak: float, total_steps: int, warmup_ratio: float) -> optax.S
     As transformers' get_cosine_schedule_with_warmup, which Video-ChatGPT trained with: step 0 has rate 0.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
-
-    def schedule(step: jax.Array) -> jax.Array:
-        progress = (step - warmup) / max(total_steps - warmup, 1)
-        decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        return peak * jnp.where(step < warmup, step / max(warmup, 1), decay)
-
-    return schedule
+    longer = max(total_steps, warmup + 1)  # optax needs a decay, also where the run ends with the warmup
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, longer)
 
 
 def make_optimizer(

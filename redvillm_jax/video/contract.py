@@ -24,6 +24,11 @@ from redvillm_jax.modules.bounds import Bound
 
 EFFECTS = ("streams", "tokens", "start", "training")
 STARTS = ("image", "copy", "random")
+TAKEN = (  # names of other arrays of stores and batches
+    *("frames", "num_frames", "video", "videos", "timestamps", "seconds", "pictures"),
+    *("token_ids", "position_ids", "group_ids", "question_ids", "video_tokens"),
+    *("target_slots", "target_ids", "target_weights", "target_questions"),
+)
 
 Layout = tuple[int, ...]
 
@@ -99,7 +104,8 @@ class Representation:
     def merge(self, name: str, tokens: jax.Array, layout: Layout) -> jax.Array:
         """Tokens (B, N, K) of a stream behind its projector -> fewer tokens (B, N', K).
 
-        layout: how the tokens lie: (length,), (rows, cols) or (frames, rows, cols).
+        layout: how the tokens lie: (length,), (rows, cols) or (frames, rows, cols), for a video of T frames. The tokens
+        that a shorter video has must come first and depend on its own frames alone.
         """
         return tokens
 
@@ -163,6 +169,28 @@ def stream_shapes(video: Representation, grid: tuple[int, int], width: int, imag
     pictures = jax.eval_shape(video.arrange, frames, count).shape[1]
     features = jax.ShapeDtypeStruct((1, pictures, *grid, width), jnp.float32)
     return {name: x.shape[1:] for name, x in jax.eval_shape(video.pool, features, count).items()}
+
+
+def what_does_not_fit(video: Representation, grid: tuple[int, int], shapes: Mapping[str, tuple]) -> str:
+    """Why a representation contradicts itself on this grid; "" if it does not. shapes: those of `stream_shapes`."""
+    longest = video.order(grid, video.num_frames)
+    for n in (0, 1):
+        if [stream[:2] for stream in video.order(grid, n)] != [stream[:2] for stream in longest]:
+            return f"order gives other streams or projectors for {n} frames than for {video.num_frames}"
+    for name, projector, layout in longest:
+        if name in TAKEN:
+            return f"a stream is called {name}, as is another array of a batch; choose another name"
+        if projector not in video.projectors():
+            return f"stream {name} goes through {projector!r}, projectors has {', '.join(video.projectors())}"
+        if name not in shapes:
+            return f"order has the stream {name}, pool gives {', '.join(shapes)}"
+        if shapes[name][0] != math.prod(layout):
+            return (
+                f"pool gives the stream {name} {shapes[name][0]} features, its layout {layout} has {math.prod(layout)}"
+            )
+    if unknown := set(video.projectors().values()) - set(STARTS):
+        return f"a projector starts from {min(unknown)!r}, expected one of {', '.join(STARTS)}"
+    return ""
 
 
 def image_projector(video: Representation) -> str | None:

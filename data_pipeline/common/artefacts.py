@@ -1,7 +1,8 @@
 """Reads the files that the project writes: what is not whole, or of another form, ends in a line that says what to do.
 
 A `Form` lists what a file's readers rely on; further fields pass. Files of users are read by
-`data_pipeline.questions.records`.
+`data_pipeline.questions.records`. Written by hand, because pydantic, which openai brings, tells a mistake in several
+lines of its own words.
 """
 
 import dataclasses

@@ -12,6 +12,7 @@ What is guaranteed:
     the other has written, or one host has the other's name;
   * where no lock can be written there is none: nothing else can be written there either, and the command says so.
 A holder that was suspended for so long that its lock is another run's ends with a line.
+Of filelock 4.2, FileLock is the kernel's lock alone and SoftFileLease one of heartbeats alone; neither knows buckets.
 """
 
 import contextlib

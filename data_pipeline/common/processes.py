@@ -1,4 +1,7 @@
-"""Worker processes that keep the order, run only a little ahead, may die, and never outlive the command."""
+"""Worker processes that keep the order, run only a little ahead, may die, and never outlive the command.
+
+concurrent.futures.ProcessPoolExecutor gives up all work when one process dies, and cannot end one that takes too long.
+"""
 
 import collections
 import multiprocessing

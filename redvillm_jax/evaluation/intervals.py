@@ -1,4 +1,7 @@
-"""Means with 95 % bootstrap intervals in which whole videos are resampled: questions about one video go together."""
+"""Means with 95 % bootstrap intervals in which whole videos are resampled: questions about one video go together.
+
+scipy.stats.bootstrap computes one statistic from drawn values; here one matrix product gives those of all groups.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 

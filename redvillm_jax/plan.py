@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
+from data_pipeline.common.tables import table_row
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base, sized_base
@@ -219,7 +220,9 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
 
 def compare(config, base: Base, lengths, total: int, videos: int, batch_size: int, dump: Path | None) -> None:
     """The table of all slices, and its picture."""
-    print("slice     settings                     GiB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
+    header = ("slice", "settings", "GiB peak", "MFU bound", "questions/step", "questions/s", "hours", "chip-hours")
+    columns = ("<9", " <29", ">8", "  >9", "  >14", "  >11", "  >5", "  >10")
+    print(table_row(header, columns))
     lines = []
     for topology in NAMES:
         chip, _ = parse_topology(topology)
@@ -240,19 +243,15 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
         )
         said = f"{'int8' if best['int8'] else 'bf16'}, {best['rows_per_chip']} rows per chip"
         if not (train.known and encode.known and train.peak <= chip.hbm):
-            print(
-                f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or encode.problem or 'does not fit'}",
-                flush=True,
-            )
+            problem = train.problem or encode.problem or "does not fit"
+            print(table_row((topology, said, gb(train.peak), problem), (*columns[:3], "  <0")), flush=True)
             continue
         bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
         hours = (config["num_epochs"] * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
-        print(
-            f"{topology:<9} {said:<29} {gb(train.peak):>7}  {bound:>9.3f}  {work.questions:>14}  "
-            f"{work.questions / train.seconds:>11.1f}  {hours:>5.2f}  {hours * len(devices):>10.1f}",
-            flush=True,
-        )
+        rates = f"{bound:.3f}", work.questions, f"{work.questions / train.seconds:.1f}"
+        costs = f"{hours:.2f}", f"{hours * len(devices):.1f}"
+        print(table_row((topology, said, gb(train.peak), *rates, *costs), columns), flush=True)
     if dump is not None and lines:
         draw(lines, config, dump / "plan.png")
         print(f"picture: {dump / 'plan.png'}")

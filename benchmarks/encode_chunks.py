@@ -9,7 +9,7 @@ from data_pipeline.common.tables import table_row
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model import video_llm
 from redvillm_jax.model.base_folder import sized_base
-from redvillm_jax.model.settings import complete
+from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.plan import shapes_only
 from redvillm_jax.planning.programs import compile_encode
 from redvillm_jax.runtime.chips import parse_topology, tpu_devices
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     print(table_row(("pictures at a time", "seconds a video and chip", "GiB of temporaries"), columns))
     for pictures in map(int, flags.pictures.split(",")):
         video_llm.IMAGES_PER_DEVICE = pictures
-        program = compile_encode(config, base, host, chip, len(host), None)
+        program = compile_encode(model_settings(config), base, host, chip, len(host), None)
         sizes = f"{program.seconds:.3f}", f"{program.temporaries / 2**30:.2f}"
         print(table_row((pictures, *sizes), columns), flush=True)
 

@@ -31,6 +31,7 @@ from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_row
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.training.recipe import recipe_of
 from redvillm_jax.training.rows import plan_rows, row_settings
 
 PAPER_BATCH = 32
@@ -136,7 +137,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
         shape = work.rows, work.row_length, work.groups, work.targets
         if shape not in cached:
             where = folder(dump, topology, f"train-{work.questions}-questions")
-            cached[shape] = compile_train(config, base, mesh, chip, work, where)
+            cached[shape] = compile_train(recipe_of(config), model_settings(config), base, mesh, chip, work, where)
         program = cached[shape]
         print_memory("train", program, chip, config, rows_per_chip)
         if program.known:
@@ -153,7 +154,7 @@ def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Pro
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
-    program = compile_encode(config, base, local, chip, at_once, dump)
+    program = compile_encode(model_settings(config), base, local, chip, at_once, dump)
     return program, hosts * at_once / program.seconds if program.known else math.nan
 
 
@@ -201,7 +202,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
     """Prints the time of a step, its MFU and the hours of a training."""
-    flops, useful = model_flops(base, config, work)
+    flops, useful = model_flops(base, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds
     epochs = config["num_epochs"]
@@ -237,7 +238,8 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             rows=best["rows_per_chip"] * num_batch_shards(mesh),
             total_questions=total,
         )
-        train = compile_train(settings, base, mesh, chip, work, folder(dump, topology, "train"))
+        where = folder(dump, topology, "train")
+        train = compile_train(recipe_of(settings), model_settings(settings), base, mesh, chip, work, where)
         encode, videos_per_second = plan_encode(
             settings, base, chip, devices, batch_size, folder(dump, topology, "encode")
         )
@@ -246,7 +248,7 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             problem = train.problem or encode.problem or "does not fit"
             print(table_row((topology, said, gb(train.peak), problem), (*columns[:3], "  <0")), flush=True)
             continue
-        bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
+        bound = model_flops(base, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
         hours = (config["num_epochs"] * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
         rates = f"{bound:.3f}", work.questions, f"{work.questions / train.seconds:.1f}"

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_pipeline.common.cli import Parser
+from data_pipeline.common.tables import text_table
 from redvillm_jax.evaluation.choices import chosen
 
 FILE = Path(__file__).parents[1] / "tests" / "choice_replies.jsonl"
@@ -38,9 +39,8 @@ def main() -> None:
                 counts.setdefault(name, Counter())[what] += 1
             if group["split"] == show and what not in ("read", "none"):
                 print(f"{what:9}{group['form']}: {reply!r} is {group['reads']}, found {found}; {group['choices']}")
-    print(f"{'':48}" + "".join(f"{name:>10}" for name in (*COUNTS, "of")))
-    for name, found in sorted(counts.items()):
-        print(f"{name:48}" + "".join(f"{n:>10}" for n in (*(found[what] for what in COUNTS), found.total())))
+    rows = [(name, *(found[what] for what in COUNTS), found.total()) for name, found in sorted(counts.items())]
+    print("\n".join(text_table(("", *COUNTS, "of"), rows, ("<48", *[">10"] * (len(COUNTS) + 1)))))
 
 
 if __name__ == "__main__":

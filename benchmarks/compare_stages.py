@@ -19,6 +19,7 @@ from benchmarks.stage_file import sample
 from configs.demo import family_config
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
+from data_pipeline.common.tables import table_row
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import load_model
 from redvillm_jax.model.settings import model_settings
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
         got = stages(load_model(base, model_settings(config), mesh, dtype=jnp.float32), base, reference)
 
     header = ("array", "shape", "dtype", "largest |a-b|", "mean |a-b|", "relative", "limit", "ok")
-    print("{:26} {:16} {:8} {:>13} {:>11} {:>9} {:>7}  {}".format(*header))
+    columns = ("<26", " <16", " <8", " >13", " >11", " >9", " >7", "  <0")
+    print(table_row(header, columns))
     compared = [name for name in reference if name in got]
     over = 0
     for name in compared:
@@ -66,8 +68,8 @@ def main(argv: list[str]) -> int:
         largest, mean, relative = differences(np.asarray(got[name]), want)
         limit = 0 if want.dtype.kind in "iu" else args.limit
         over += not relative <= limit
-        numbers = f"{largest:13.2g} {mean:11.2g} {relative:9.2g} {limit:7.0e}  {'yes' if relative <= limit else 'NO'}"
-        print(f"{name:26} {shape:16} {want.dtype.name:8} {numbers}")
+        numbers = f"{largest:.2g}", f"{mean:.2g}", f"{relative:.2g}", f"{limit:.0e}"
+        print(table_row((name, shape, want.dtype.name, *numbers, "yes" if relative <= limit else "NO"), columns))
     if rest := [name for name in reference if name not in (*compared, *INPUTS)]:
         print(f"not compared: {', '.join(rest)}")
     print(f"{len(compared)} arrays compared, {over} over their limits")

@@ -5,10 +5,11 @@ python benchmarks/encode_chunks.py --config=configs/llava.py --topology=v5e-16 [
 
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
+from data_pipeline.common.tables import table_row
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model import video_llm
 from redvillm_jax.model.base_folder import sized_base
-from redvillm_jax.model.settings import complete
+from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.plan import shapes_only
 from redvillm_jax.planning.programs import compile_encode
 from redvillm_jax.runtime.chips import parse_topology, tpu_devices
@@ -27,11 +28,13 @@ def main(argv: list[str]) -> None:
     chip, _ = parse_topology(flags.topology)
     devices = tpu_devices(flags.topology)
     host = [device for device in devices if device.process_index == devices[0].process_index]
-    print("pictures at a time  seconds a video and chip  GiB of temporaries")
+    columns = (">18", "  >24", "  >18")
+    print(table_row(("pictures at a time", "seconds a video and chip", "GiB of temporaries"), columns))
     for pictures in map(int, flags.pictures.split(",")):
         video_llm.IMAGES_PER_DEVICE = pictures
-        program = compile_encode(config, base, host, chip, len(host), None)
-        print(f"{pictures:>18}  {program.seconds:>24.3f}  {program.temporaries / 2**30:>18.2f}", flush=True)
+        program = compile_encode(model_settings(config), base, host, chip, len(host), None)
+        sizes = f"{program.seconds:.3f}", f"{program.temporaries / 2**30:.2f}"
+        print(table_row((pictures, *sizes), columns), flush=True)
 
 
 if __name__ == "__main__":

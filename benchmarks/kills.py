@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from data_pipeline.common.cli import Parser  # noqa: E402
 from data_pipeline.common.errors import UserError, run  # noqa: E402
+from data_pipeline.common.tables import table_row  # noqa: E402
 from redvillm_jax.training.checkpoint import load_trainables  # noqa: E402
 
 AIMS = ("plan and load", "compile", "step", "save")
@@ -45,7 +46,9 @@ def main(argv: list[str]) -> int:
     undisturbed, killed = flags.out / "undisturbed", flags.out / "killed"
     wait(start(flags, undisturbed))
     print(f"{flags.processes} process(es), {len(losses(undisturbed))} steps")
-    print("kill  aimed at       hit            after step  process  others ended  first new step of this start")
+    columns = (">4", "  <13", "  <13", "  >10", "  >7", "  >12", "  <0")
+    header = ("kill", "aimed at", "hit", "after step", "process", "others ended", "first new step of this start")
+    print(table_row(header, columns))
     for kill in range(flags.kills):
         begun, processes = time.time(), start(flags, killed)
         aim = AIMS[kill % len(AIMS)]
@@ -62,7 +65,7 @@ def main(argv: list[str]) -> int:
         if any(process.returncode == 0 for process in processes):
             raise UserError("the run ended before it could be killed: ask for fewer kills")
         numbers, first = ",".join(map(str, victims)), f"{stepped - begun:.1f} s" if stepped else "-"
-        print(f"{kill + 1:4d}  {aim:13}  {hit:13}  {step:10d}  {numbers:>7}  {ended:>12}  {first}", flush=True)
+        print(table_row((kill + 1, aim, hit, step, numbers, ended, first), columns), flush=True)
     processes = start(flags, killed)
     wait(processes)
     same = equal(undisturbed, killed)

@@ -40,6 +40,7 @@ from configs import demo
 from conversion import from_torch
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
+from data_pipeline.common.tables import markdown_table
 from data_pipeline.packing import Prefix, Question, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from redvillm_jax.demo.__main__ import BASES
 from redvillm_jax.model.base_folder import Base, open_base
@@ -233,11 +234,8 @@ def make_timer(config: dict, base: Base, plan: Plan, prefix: Prefix, text: np.nd
 
 
 def print_table(names: list[str], lines: list[list[str]]) -> None:
-    """Prints a Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
-    print()
-    for line in (names, [f"{'-' * (width - 1)}:" for width in widths], *lines):
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |", flush=True)
+    """Prints a Markdown table of numbers after an empty line."""
+    print("\n" + "\n".join(markdown_table(names, lines, ">")), flush=True)
 
 
 if __name__ == "__main__":

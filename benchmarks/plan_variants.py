@@ -25,6 +25,7 @@ from redvillm_jax.planning.programs import compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, fill_rows, paper_lengths
 from redvillm_jax.runtime.chips import parse_topology, tpu_devices
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.training.recipe import recipe_of
 
 SHARDED, REPLICATED = {"data": 1, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": 1, "tensor": 1}
 
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> None:
         undo = [mock.patch(*patch) for patch in patches]
         for patch in undo:
             patch.start()
-        program = compile_train({**config, **settings}, base, mesh, chip, work, None)
+        changed = {**config, **settings}
+        program = compile_train(recipe_of(changed), model_settings(changed), base, mesh, chip, work, None)
         for patch in undo:
             patch.stop()
         if not program.known:
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
                 f"| {label} | {rows} | {program.problem or 'does not fit'} | | | | {gb(program.peak)} | |", flush=True
             )
             continue
-        flops, useful = model_flops(base, config, work)
+        flops, useful = model_flops(base, work)
         available = chip.peak_flops * len(devices) * program.seconds
         shares = [1e3 * program.shares.get(kind, 0) for kind in ("compute", "kernel", "collective", "copy")]
         print(

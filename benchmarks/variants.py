@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.common.tables import markdown_table
 from redvillm_jax.bases.contract import known_families
 
 WARM_UP = 2
@@ -206,8 +207,4 @@ def print_table(lines: Sequence[Mapping[str, str]]) -> None:
     """Rows of equal keys as a Markdown table with aligned columns."""
     if not lines:
         return
-    rows = [list(lines[0]), *[list(line.values()) for line in lines]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    for row in rows:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+    print("\n".join(markdown_table(list(lines[0]), [list(line.values()) for line in lines])))

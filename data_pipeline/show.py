@@ -19,6 +19,7 @@ from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.files import in_bucket, written_whole
 from data_pipeline.common.locks import locked
+from data_pipeline.common.tables import text_table
 from data_pipeline.media.lettering import CJK, choose_font, escape, tidy, wrap
 from data_pipeline.store import VideoStore, open_store
 
@@ -188,11 +189,12 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
 
 def table(quantities: dict[str, list[float]]) -> str:
     """One line for each quantity: number of values, minimum, three percentiles, maximum, mean."""
-    width = max(map(len, quantities))
-    lines = [" " * width + "".join(f"{name:>10}" for name in ("n", "min", "10 %", "median", "90 %", "max", "mean"))]
+    rows = []
     for name, values in quantities.items():
         found = [*np.percentile(values, (0, 10, 50, 90, 100)), np.mean(values)] if values else []
-        lines.append(f"{name:<{width}}{len(values):10d}" + "".join(f"{value:10.1f}" for value in found))
+        rows.append([name, len(values), *(f"{value:.1f}" for value in found)])
+    header = ["", "n", "min", "10 %", "median", "90 %", "max", "mean"]
+    lines = text_table(header, rows, [f"<{max(map(len, quantities))}", *[">10"] * 7])
     if not quantities["questions per video"] or not any(quantities["questions per video"]):
         lines.append("note: the store has no questions")
     return "\n".join(lines)

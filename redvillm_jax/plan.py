@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
+from data_pipeline.common.tables import table_row
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base, sized_base
@@ -30,6 +31,7 @@ from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_row
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.training.recipe import recipe_of
 from redvillm_jax.training.rows import plan_rows, row_settings
 
 PAPER_BATCH = 32
@@ -135,7 +137,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
         shape = work.rows, work.row_length, work.groups, work.targets
         if shape not in cached:
             where = folder(dump, topology, f"train-{work.questions}-questions")
-            cached[shape] = compile_train(config, base, mesh, chip, work, where)
+            cached[shape] = compile_train(recipe_of(config), model_settings(config), base, mesh, chip, work, where)
         program = cached[shape]
         print_memory("train", program, chip, config, rows_per_chip)
         if program.known:
@@ -152,7 +154,7 @@ def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Pro
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
-    program = compile_encode(config, base, local, chip, at_once, dump)
+    program = compile_encode(model_settings(config), base, local, chip, at_once, dump)
     return program, hosts * at_once / program.seconds if program.known else math.nan
 
 
@@ -200,7 +202,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
     """Prints the time of a step, its MFU and the hours of a training."""
-    flops, useful = model_flops(base, config, work)
+    flops, useful = model_flops(base, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds
     epochs = config["num_epochs"]
@@ -219,7 +221,9 @@ def print_bound(program: Program, work: Workload, base: Base, chip, chips, confi
 
 def compare(config, base: Base, lengths, total: int, videos: int, batch_size: int, dump: Path | None) -> None:
     """The table of all slices, and its picture."""
-    print("slice     settings                     GiB peak  MFU bound  questions/step  questions/s  hours  chip-hours")
+    header = ("slice", "settings", "GiB peak", "MFU bound", "questions/step", "questions/s", "hours", "chip-hours")
+    columns = ("<9", " <29", ">8", "  >9", "  >14", "  >11", "  >5", "  >10")
+    print(table_row(header, columns))
     lines = []
     for topology in NAMES:
         chip, _ = parse_topology(topology)
@@ -234,25 +238,22 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             rows=best["rows_per_chip"] * num_batch_shards(mesh),
             total_questions=total,
         )
-        train = compile_train(settings, base, mesh, chip, work, folder(dump, topology, "train"))
+        where = folder(dump, topology, "train")
+        train = compile_train(recipe_of(settings), model_settings(settings), base, mesh, chip, work, where)
         encode, videos_per_second = plan_encode(
             settings, base, chip, devices, batch_size, folder(dump, topology, "encode")
         )
         said = f"{'int8' if best['int8'] else 'bf16'}, {best['rows_per_chip']} rows per chip"
         if not (train.known and encode.known and train.peak <= chip.hbm):
-            print(
-                f"{topology:<9} {said:<29} {gb(train.peak):>7}  {train.problem or encode.problem or 'does not fit'}",
-                flush=True,
-            )
+            problem = train.problem or encode.problem or "does not fit"
+            print(table_row((topology, said, gb(train.peak), problem), (*columns[:3], "  <0")), flush=True)
             continue
-        bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
+        bound = model_flops(base, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
         hours = (config["num_epochs"] * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
-        print(
-            f"{topology:<9} {said:<29} {gb(train.peak):>7}  {bound:>9.3f}  {work.questions:>14}  "
-            f"{work.questions / train.seconds:>11.1f}  {hours:>5.2f}  {hours * len(devices):>10.1f}",
-            flush=True,
-        )
+        rates = f"{bound:.3f}", work.questions, f"{work.questions / train.seconds:.1f}"
+        costs = f"{hours:.2f}", f"{hours * len(devices):.1f}"
+        print(table_row((topology, said, gb(train.peak), *rates, *costs), columns), flush=True)
     if dump is not None and lines:
         draw(lines, config, dump / "plan.png")
         print(f"picture: {dump / 'plan.png'}")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -329,3 +331,16 @@ def test_packed_text_is_in_the_rows(bases, stores):
     prefix = plan.prefixes[0]
     text = tokenizer.decode(prefix.ids[prefix.video_tokens < 0].tolist())
     assert "".join(f"{at:.1f}s" for at in store.seconds(0)) in text.replace(" ", "")
+
+
+def test_the_example_of_the_documents_works(tmp_path, monkeypatch, bases):
+    page = (Path(__file__).parents[1] / "docs" / "new_representation.md").read_text()
+    (tmp_path / "of_the_docs").mkdir()
+    (tmp_path / "of_the_docs" / "video.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    base, config, model = build(bases["llava"], "llava", video="of_the_docs.video")
+    frames = np.random.default_rng(0).integers(0, 256, (1, NUM_FRAMES, 32, 32, 3), np.uint8)
+    places = VideoPlaces(base, model_settings(config))
+    assert tokens(model, frames).shape[1] == places.most == 16 + NUM_FRAMES
+    placed = places.place(2, [0.0, 1.5], lambda text: [text])
+    assert [entry for entry in placed if entry[1] < 0] == [("0.0s ", -1), ("1.5s ", -1)]

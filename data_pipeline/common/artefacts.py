@@ -1,7 +1,8 @@
 """Reads files that the project itself writes. A damaged file becomes a UserError that says what to do.
 
 A `Form` lists the fields on which the readers of a file rely; further fields are allowed. Question files of users are
-read by `data_pipeline.questions.records`.
+read by `data_pipeline.questions.records`. Written by hand, because pydantic, which openai brings, tells a mistake in
+several lines of its own words.
 """
 
 import dataclasses

@@ -41,7 +41,7 @@ def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
     ):
 
         def one(name: str) -> str:
-            digest = hashlib.sha256()
+            digest = hashlib.sha256()  # hashlib.file_digest would not move the bar
             with (folder / name).open("rb", buffering=0) as file:
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)

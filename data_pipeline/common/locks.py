@@ -13,6 +13,7 @@ Guarantees:
     have one name;
   * in a place where no lock can be written: none; nothing else can be written there either, and the command says so.
 A holder that was suspended until another run took its lock ends with a line.
+Of filelock 4.2, FileLock is the kernel's lock alone and SoftFileLease has heartbeats alone; neither knows buckets.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Maps a function over items in worker processes that may crash, and that never outlive the command."""
+"""Maps a function over items in worker processes that may crash, and that never outlive the command.
+
+concurrent.futures.ProcessPoolExecutor gives up all work when one process dies, and cannot end one that takes too long.
+"""
 
 import collections
 import multiprocessing

@@ -24,6 +24,7 @@ from data_pipeline.common.artefacts import ANSWER, METRICS, QUESTION, read_lines
 from data_pipeline.common.cli import Parser, local_path, number
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
+from data_pipeline.common.tables import table_row
 from redvillm_jax.demo.baselines import commonest_answer, without_order
 from redvillm_jax.evaluation.short_answers import exact_match
 
@@ -156,10 +157,10 @@ def table(questions: Sequence[Mapping], hits: Mapping[str, np.ndarray]) -> str:
     heads = [textwrap.wrap(system, 12) for system in hits]
     depth = max(map(len, heads))
     heads = [[""] * (depth - len(head)) + head for head in heads]
-    lines = [f"{'':>14}" + "".join(f"{head[i]:>14}" for head in heads) for i in range(depth)]
+    rows = [["", *(head[i] for head in heads)] for i in range(depth)]
     for group, members in groups_of(questions).items():
-        lines.append(f"{label(group):>14}" + "".join(f"{100 * of[members].mean():14.1f}" for of in hits.values()))
-    return "\n".join(lines)
+        rows.append([label(group), *(f"{100 * of[members].mean():.1f}" for of in hits.values())])
+    return "\n".join(table_row(row, [">14"] * len(row)) for row in rows)
 
 
 def draw(

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data_pipeline.common.artefacts import SHAPES, read_object
 from data_pipeline.common.cli import Parser, local_path, number, whole
 from data_pipeline.common.errors import UserError, run
+from data_pipeline.common.files import write_text
 from data_pipeline.common.locks import locked
 
 TICKS = 32  # frames of a video
@@ -317,9 +318,7 @@ def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence
     make = partial(make_video, folder=folder, split=split, seed=seed, languages=languages)
     videos = tqdm(map_(make, range(count)), split, total=count, unit="video")
     lines = [json.dumps(line, ensure_ascii=False) for video in videos for line in video]
-    unfinished = folder / "instructions.jsonl.tmp"
-    unfinished.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    os.replace(unfinished, folder / "instructions.jsonl")
+    write_text(folder / "instructions.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def main(argv: list[str]) -> None:

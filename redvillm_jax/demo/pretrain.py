@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data_pipeline.common.cli import Parser, local_path, number
 from data_pipeline.common.errors import run
+from data_pipeline.common.files import written_whole
 from data_pipeline.media.decode import RESIZE
 from data_pipeline.packing import Prefix, Question, fill_row
 from redvillm_jax.bases.contract import Family, load_family
@@ -453,8 +454,8 @@ def make_base(family: str, folder: Path, seed: int = 0) -> None:
         print(f"{kind:18} {question:14} {value:.3f}")
     dtype = jnp.dtype(DTYPE[family])
     tensors = {name: value.astype(dtype) for name, value in tensors_of(base, config, parts).items()}
-    save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    with written_whole(folder / "model.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def main(argv: list[str]) -> None:

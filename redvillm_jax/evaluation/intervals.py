@@ -1,4 +1,7 @@
-"""Means with 95 % bootstrap intervals, which resample whole videos together with all of their questions."""
+"""Means with 95 % bootstrap intervals, which resample whole videos together with all of their questions.
+
+scipy.stats.bootstrap computes one statistic from drawn values; here one matrix product gives those of all groups.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.common.tables import text_table
 from redvillm_jax.evaluation.intervals import MEAN, Interval
 from redvillm_jax.evaluation.published import mark, published_systems
 from redvillm_jax.evaluation.scoring import ASPECTS
@@ -63,13 +64,13 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Interval]], *, signed: bool
     groups = list(dict.fromkeys(group for means in metrics.values() for group in means))
     first = [*("all", MEAN), *(f"aspect:{aspect}" for aspect in ASPECTS)]
     groups.sort(key=lambda group: (group not in first, first.index(group) if group in first else 0, group))
-    width = max(len(group) for group in [*groups, " " * 20])
-    lines = [f"  {'':<{width}}" + "".join(f"  {_title(metric):<24}" for metric in metrics) + f"{'n':>8}{'videos':>8}"]
+    rows = []
     for group in groups:
-        cells = "".join(f"  {_cell(metric, means.get(group), signed):<24}" for metric, means in metrics.items())
+        cells = [_cell(metric, means.get(group), signed) for metric, means in metrics.items()]
         one = next(means[group] for means in metrics.values() if group in means)
-        lines.append(f"  {group:<{width}}{cells}{one['questions']:>8}{one['videos']:>8}")
-    return lines
+        rows.append([group, *cells, one["questions"], one["videos"]])
+    columns = [f"  <{max(20, *map(len, groups))}", *["  <24"] * len(metrics), ">8", ">8"]
+    return text_table(["", *map(_title, metrics), "n", "videos"], rows, columns)
 
 
 def _title(metric: str) -> str:
@@ -100,9 +101,9 @@ def _published_table(name: str, judge: str) -> list[str]:
     if not (systems := published_systems(name)):
         return []
     titles = (*ASPECTS, "mean") if name == "vcgbench" else ("accuracy %", "score")
-    lines = [f"  {'published':<32}" + "".join(f"{title:>12}" for title in titles)]
-    for one, values in systems:
-        precision = 2 if name == "vcgbench" else 1
-        cells = "".join(f"{'–' if value is None else f'{value:.{precision}f}':>12}" for value in values)
-        lines.append(f"  {one.system:<32}{cells}  {mark(one, judge)} [{one.source}]")
-    return lines
+    precision = 2 if name == "vcgbench" else 1
+    columns = ["  <32", *[">12"] * len(titles), "  <0"]
+    cells = [["–" if value is None else f"{value:.{precision}f}" for value in values] for _, values in systems]
+    ends = [f"{mark(one, judge)} [{one.source}]" for one, _ in systems]
+    lines = [[one.system, *shown, end] for (one, _), shown, end in zip(systems, cells, ends, strict=True)]
+    return text_table(["published", *titles], lines, columns)

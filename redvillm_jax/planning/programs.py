@@ -15,14 +15,14 @@ from flax import nnx
 from data_pipeline.common.files import write_text
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
-from redvillm_jax.model.settings import ModelSettings, model_settings
+from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.planning.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.planning.workload import Workload, empty_row
 from redvillm_jax.runtime.chips import Chip
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, batch_sharding, make_mesh, num_batch_shards
 from redvillm_jax.runtime.xla_messages import needed_bytes, small_memory
 from redvillm_jax.training.flops import kernel_flops, matrix_sizes, step_flops
-from redvillm_jax.training.recipe import make_encode_step, make_training, recipe_of
+from redvillm_jax.training.recipe import Recipe, make_encode_step, make_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +46,13 @@ class Program:
         return self.seconds > 0
 
 
-def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None) -> Program:
+def compile_train(
+    recipe: Recipe, settings: ModelSettings, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None
+) -> Program:
     """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
-    settings = model_settings(config)
-    model = load_model(base, settings, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-    training = make_training(
-        recipe_of(config),
-        base,
-        settings,
-        model,
-        mesh,
-        num_steps=config["num_epochs"] * work.steps,
-        row_length=work.row_length,
-    )
+    model = load_model(base, settings, mesh, dtype=jnp.dtype(settings.dtype), parts=("projector", "llm"))
+    sizes = {"num_steps": work.steps, "row_length": work.row_length}
+    training = make_training(recipe, base, settings, model, mesh, **sizes)
     trainable, moments = training.state["trainable"], training.state["optimizer"]
     batch = abstract_batch(settings, base, mesh, work)
     heads = base.config.num_attention_heads
@@ -80,16 +74,17 @@ def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Pa
     )
 
 
-def compile_encode(config, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None) -> Program:
+def compile_encode(
+    settings: ModelSettings, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None
+) -> Program:
     """Compiles the step with which `redvillm_jax.encode` encodes `batch_size` videos on the devices of one host."""
     mesh = make_mesh(DATA_PARALLEL, devices)
     with jax.set_mesh(mesh):
-        dtype = jnp.dtype(config["dtype"])
-        step, weights = make_encode_step(
-            load_model(base, model_settings(config), mesh, dtype=dtype, parts=("encoder",)), dtype
-        )
-    side, at = base.config.image_size, batch_sharding(mesh)
-    frames = jax.ShapeDtypeStruct((batch_size, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
+        dtype = jnp.dtype(settings.dtype)
+        model = load_model(base, settings, mesh, dtype=dtype, parts=("encoder",))
+        step, weights = make_encode_step(model, dtype)
+    side, t, at = base.config.image_size, settings.video.num_frames, batch_sharding(mesh)
+    frames = jax.ShapeDtypeStruct((batch_size, t, side, side, 3), jnp.uint8, sharding=at)
     num_frames = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=at)
     return compile_program(
         lambda: step.lower(weights, frames, num_frames), mesh, chip, {}, weights=weights, state=(), dump=dump
@@ -148,7 +143,7 @@ def bytes_per_chip(tree: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def model_flops(base: Base, config, work: Workload) -> tuple[float, float]:
+def model_flops(base: Base, work: Workload) -> tuple[float, float]:
     """4·N·D of a step: with all slots of its rows, and with its real tokens alone."""
     matrices = matrix_sizes(nnx.eval_shape(lambda: base.module.LLM(base.config, rngs=nnx.Rngs(0))))
     return (

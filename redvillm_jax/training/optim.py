@@ -18,7 +18,7 @@ def label_tree(params: Any, rules: Sequence[tuple[str, str]]) -> Any:
     """
 
     def label(path: tuple, _: Any) -> str:
-        name = ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         group = next((group for pattern, group in rules if re.match(pattern, name)), None)
         if group is None:
             raise ValueError(f"no optimizer rule matches the trainable leaf {name!r}")

@@ -8,10 +8,11 @@ Runs a command of this project on all workers of a Cloud TPU, and again after ea
     ./launch_tpu.sh --name=red --zone=us-west4-a --type=v5litepod-16 --spot -- \
         redvillm_jax.train --config=configs/qwen.py --workdir=gs://BUCKET/run --config.data=gs://BUCKET/streams
 
-A node of that name is used as it is, otherwise it is created. This checkout, with changes to files that git knows, is
-copied to all workers and installed there, unless they have it already. Worker 0's log is shown; another worker speaks
-when it fails. The run belongs to the pod: after Ctrl-C or a lost connection it goes on, and the same command follows it
-again. A preempted node is deleted and created again. The exit code is the command's; 2 also stands for a mistake here.
+The node is created, or used as it is when it exists. This checkout, with changes to files that git knows, is copied to
+all workers and installed there, unless they have it already. Worker 0's log is shown, and another worker's log when that
+worker fails. The run belongs to the pod: it goes on after Ctrl-C or a lost connection, and the same command follows it
+again. A preempted node is deleted and created again. The exit code is the command's; 2 also means a mistake in the
+launcher's options.
 
     --name=NAME      of the node
     --zone=ZONE      e.g. us-west4-a
@@ -22,7 +23,7 @@ again. A preempted node is deleted and created again. The exit code is the comma
     --version=NAME   runtime version of the node, by default the one for JAX on that type
     --delete         delete the node when the command has ended, well or not
     --keep           keep it (the default): the next launch starts at once, but an idle node costs as much as a busy one
-    --stop           instead of a command: stop what runs on the node
+    --stop           instead of a command: stop the run on the node
     --dry-run        print the commands instead of running them, as if there were no such node
 
 LAUNCH_TPU_POLL=15 is the number of seconds between two looks at the node's state, LAUNCH_TPU_PATIENCE=3600 the number

@@ -1,4 +1,4 @@
-"""How many replies to multiple choice are read rightly, wrongly and not at all: tests/choice_replies.jsonl.
+"""Counts the replies of tests/choice_replies.jsonl that are read rightly, wrongly and not at all.
 
   python benchmarks/choice_replies.py --show=dev
 
@@ -27,7 +27,7 @@ def outcome(reads: str | None, found: str | None) -> str:
 
 def main() -> None:
     parser = Parser("python benchmarks/choice_replies.py", __doc__)
-    parser.add_argument("--show", choices=("dev",), help="print what is not read rightly")
+    parser.add_argument("--show", choices=("dev",), help="print the replies that are not read rightly")
     show = parser.parse_args(sys.argv[1:]).show
     counts: dict[str, Counter] = {}
     for line in FILE.read_text(encoding="utf-8").splitlines():

@@ -22,6 +22,7 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.tables import table_row
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import load_model
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.runtime.sharding import make_mesh
 
 CONFIGS = {"llava": llava, "qwen_vl": qwen}
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     config = CONFIGS[base.family].get_config()
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        got = stages(load_model(base, config, mesh, dtype=jnp.float32), base, reference)
+        got = stages(load_model(base, model_settings(config), mesh, dtype=jnp.float32), base, reference)
 
     header = ("array", "shape", "dtype", "largest |a-b|", "mean |a-b|", "relative", "limit", "ok")
     columns = ("<26", " <16", " <8", " >13", " >11", " >9", " >7", "  <0")

@@ -1,4 +1,4 @@
-"""How fast videos are prepared and batches are read, and what memory that takes.
+"""Measures speed and memory of preparing videos and reading batches.
 
 python benchmarks/data.py [--parts=prepare,loader,memory]
 
@@ -35,8 +35,12 @@ from data_pipeline.media.decode import resize_nearest  # noqa: E402
 from data_pipeline.media.sampling import uniform_indices  # noqa: E402
 from data_pipeline.packing import Step, fill_row, plan_epoch, row_bounds  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402
+from redvillm_jax.model.build import VideoPlaces  # noqa: E402
+from redvillm_jax.model.settings import model_settings, plain_config  # noqa: E402
+from redvillm_jax.training.recipe import recipe_of  # noqa: E402
+from redvillm_jax.training.rows import row_settings  # noqa: E402
 
-# Whatever needs JAX is imported where it is used: the workers import this file, too.
+# Modules that need JAX are imported inside functions, because the workers import this file, too.
 
 SETTINGS = {"kind": "frames", "num_frames": 100, "sampling": "uniform", "image_size": 224, "resize": "nearest"}
 JPEG = SETTINGS | {"format": "jpeg", "quality": 95}
@@ -174,11 +178,11 @@ def make_tiny(folder: Path) -> tuple[Any, dict[str, Path]]:
 def tiny_plan(base: Any, videos: store.VideoStore) -> tuple[dict[str, Any], Any]:
     """The demo's config and its plan of rows, of as many steps as 60 epochs have."""
     from configs import demo
-    from redvillm_jax.model.build import token_slots
     from redvillm_jax.training.rows import plan_rows
 
-    config = demo.get_config("llava").to_dict() | {"base": str(base.path), "num_epochs": 60}
-    return config, plan_rows(config, base, videos, base.module.Tokenizer(base.path), token_slots(base, config))
+    config = plain_config(demo.get_config("llava")) | {"base": str(base.path), "num_epochs": 60}
+    places, tokenizer = VideoPlaces(base, model_settings(config)), base.module.Tokenizer(base.path)
+    return config, plan_rows(row_settings(config), base, videos, tokenizer, places)
 
 
 def compare_tiny_step(base: Any, stores: dict[str, Path]) -> None:
@@ -201,10 +205,9 @@ def compare_tiny_step(base: Any, stores: dict[str, Path]) -> None:
         loader = {workers: rate(read(num_workers=workers), plan.steps) for workers in (0, 2)}
         mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            model = load_model(base, config, mesh, dtype=jnp.float32, parts=needed_parts(videos))
-            training = make_training(
-                config, base, model, mesh, num_steps=len(plan.steps), row_length=plan.slots_per_row
-            )
+            model = load_model(base, model_settings(config), mesh, dtype=jnp.float32, parts=needed_parts(videos))
+            sizes = {"num_steps": len(plan.steps), "row_length": plan.slots_per_row}
+            training = make_training(recipe_of(config), base, model_settings(config), model, mesh, **sizes)
             batch, state = to_global(next(read()), mesh), training.state
             stepped = rate(train(training, state, batch), plan.steps)
         print(
@@ -240,7 +243,7 @@ def rate(iterator: Iterator, steps: Sequence[Step], *, least: float = 3.0) -> fl
 
 
 def compare_predicted_step(folder: Path, step_seconds: float, step_rows: int, hosts: int) -> None:
-    """Prints what one host of several must read and what this machine's loader reads, at the 7B model's sizes."""
+    """Prints the rows a second that one of several hosts needs at the 7B sizes, and the rows that this loader reads."""
     from data_pipeline.pipeline import batches
     from redvillm_jax.planning.workload import paper_lengths
     from redvillm_jax.training.rows import pad_row

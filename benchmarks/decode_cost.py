@@ -1,10 +1,10 @@
-"""What one decoding step of a 7B base moves and takes on a TPU, by its compiler; needs no TPU.
+"""Estimates memory traffic and time of one decoding step of a 7B base on a TPU, by its compiler; needs no TPU.
 
 python benchmarks/decode_cost.py [--topology=v5e-4] [--family=llava] [--batches=1,32] [--slots=704]
 
 Compiles `Inference`'s decoding loop in bf16, weights and heads split over all chips of the slice (`tensor`), and reads
-its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and what
-the memory's bandwidth alone would need to read the weights and the cache once. Collectives are not charged.
+its HLO: how much of the cache a step reads and writes, the compiler's own estimate of the step's time, and the time
+that the memory's bandwidth alone needs to read the weights and the cache once. Collectives are not charged.
 """
 
 import importlib
@@ -21,6 +21,7 @@ from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.hlo_cost import Instruction, Unpriced, num_bytes, parse, trip_count
 from redvillm_jax.runtime.chips import Chip, parse_topology, tpu_devices
 
@@ -71,28 +72,29 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    from redvillm_jax.bases.contract import load_family
     from redvillm_jax.inference.engine import Inference
-    from redvillm_jax.inference.generate import Rows
+    from redvillm_jax.inference.generate import Decoding
     from redvillm_jax.inference.sampler import Sampling
-    from redvillm_jax.model.base_folder import load_base_module, sized_base
+    from redvillm_jax.model.base_folder import sized_base
     from redvillm_jax.model.build import load_model
     from redvillm_jax.planning.programs import bytes_per_chip
     from redvillm_jax.runtime.sharding import make_mesh
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": -1}, devices)
-    base = sized_base(family, next(iter(load_base_module(family).SIZES)))
-    switches = importlib.import_module(CONFIGS[family]).get_config().to_dict()
+    base = sized_base(family, next(iter(load_family(family).SIZES)))
+    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
     with jax.set_mesh(mesh):
-        model = load_model(base, switches, mesh, dtype=jnp.bfloat16, parts=("projector", "llm"))
+        model = load_model(base, model_settings(switches), mesh, dtype=jnp.bfloat16, parts=("projector", "llm"))
         inference = Inference(model, mesh, jnp.bfloat16, [0])
         keys = jax.eval_shape(lambda: model.llm.init_cache(rows, slots, jnp.bfloat16))[0]
         cache = array(keys.shape, keys.dtype, None, None, "tensor")
         random = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-        state = Rows(
+        state = Decoding(
             cache=(cache, cache),
             prompt=array((rows, slots), bool),
             length=array((rows,), jnp.int32),

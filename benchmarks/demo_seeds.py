@@ -2,10 +2,10 @@
 
 python benchmarks/demo_seeds.py [--base=llava] [--workdir=demo] [--seeds=0,1,2]
 
-Runs `redvillm_jax.demo` for every seed that is not finished yet, then prints the mean accuracy of each row of the
-comparison and of the floors beneath it, how far RED-VILLM lies above each on the same questions, and the means by kind
-of question and language. The seed orders the training questions; the
-base, the videos and the questions are the same throughout. An interval resamples the test videos 10,000 times.
+Runs `redvillm_jax.demo` for every seed that is not finished yet, then prints the mean accuracy of each model and
+baseline, the lead of RED-VILLM over each of them on the same questions, and the means by kind of question and language.
+The seed orders the training questions; the base, the videos and the questions are the same throughout. An interval
+resamples the test videos 10,000 times.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
-from redvillm_jax.demo.__main__ import KINDS, ROWS, groups_of, results, table
+from redvillm_jax.demo.__main__ import KINDS, TRAININGS, groups_of, results, table
 from redvillm_jax.evaluation.intervals import RESAMPLES, means
 
 
@@ -38,23 +38,23 @@ def main(argv: list[str]) -> None:
     videos = np.array([question["video"] for question in questions])
     groups = {name: members for name, members in groups_of(questions).items() if name in (*KINDS, "all")}
     # (questions,) share of the seeds that answer each question right
-    hits = {row: np.mean([of[row] for _, of in found], axis=0) for row in found[0][1]}
+    hits = {system: np.mean([of[system] for _, of in found], axis=0) for system in found[0][1]}
     print(
         f"{flags.base}: exact match in %, mean over seeds {seeds}, {len(questions)} questions about {len(set(videos))}"
     )
-    print("videos; the first four rows know no seed, they are the same on every run")
-    print(f"in brackets: RED-VILLM minus this row, paired, 95 % interval over {RESAMPLES} resamplings of the videos")
-    for row, values in hits.items():
+    print("videos; the first four lines do not depend on the seed")
+    print(f"in brackets: RED-VILLM minus this line, paired, 95 % interval over {RESAMPLES} resamplings of the videos")
+    for system, values in hits.items():
         cells = []
         for name, members in groups.items():
             cell = f"{name} {100 * values[members].mean():5.1f}"
-            if row != "RED-VILLM":
+            if system != "RED-VILLM":
                 low, high = interval((hits["RED-VILLM"] - values)[members], videos[members])
                 cell += f" [{100 * low:+5.1f}, {100 * high:+5.1f}]"
             cells.append(cell)
-        print(f"{row:<22}" + "   ".join(cells))
-    for row in ROWS:
-        print(f"{row:<22}all, by seed: " + "  ".join(f"{100 * of[row].mean():.1f}" for _, of in found))
+        print(f"{system:<22}" + "   ".join(cells))
+    for system in TRAININGS:
+        print(f"{system:<22}all, by seed: " + "  ".join(f"{100 * of[system].mean():.1f}" for _, of in found))
     print(f"\nBy kind and language, mean over seeds {seeds}\n\n{table(questions, hits)}")
 
 

@@ -2,11 +2,11 @@
 
 python benchmarks/encode_vs_torch.py [--family=llava] [--size=tiny|7b] [--steps=N]
 
-Frames as stored (uint8) go in, patch features come out. PyTorch runs transformers' CLIPVisionModel with SDPA, eager and
-compiled, as LLaVA uses it: all layers run and the features before the last one are taken, which is why this project
-runs one layer less; for qwen_vl an independent PyTorch of Qwen-VL's vision transformer. tiny: the demo's bases in
-fp32, one CPU core for each variant, features equal within 1e-4. 7b: CLIP ViT-L/14 with 224 pixels or Qwen-VL's
-ViT-bigG with 448, bf16, random weights. TFLOP/s count what this project computes.
+Frames as stored (uint8) go in, patch features come out. PyTorch runs transformers' CLIPVisionModel with SDPA, eager
+and compiled, as LLaVA uses it: all layers run, and the features before the last layer are taken. This project therefore
+runs one layer less. For qwen_vl PyTorch runs an independent implementation of Qwen-VL's vision transformer. tiny: the
+demo's bases in fp32, one CPU core for each variant, features equal within 1e-4. 7b: CLIP ViT-L/14 with 224 pixels or
+Qwen-VL's ViT-bigG with 448, bf16, random weights. TFLOP/s count this project's operations.
 """
 
 import sys
@@ -22,7 +22,8 @@ from benchmarks.train_vs_torch import ROOT, TOLERANCE, big_config, convert
 from benchmarks.variants import Variant, failed, measure, parse, print_table
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
-from redvillm_jax.model.base_folder import load_base_module, read_config
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import read_config
 
 VIDEOS = {("llava", "7b"): (2, 100), ("qwen_vl", "7b"): (1, 50)}  # videos and frames of a step; tiny: (4, 16)
 
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
     parser = Parser("python benchmarks/encode_vs_torch.py", __doc__)
     flags = parse(parser, argv)
     gpu, size = flags.gpu, flags.size
-    module = load_base_module(flags.family)
+    module = load_family(flags.family)
 
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":

@@ -34,7 +34,9 @@ from benchmarks.train_vs_torch import ROOT, big_config, convert
 from benchmarks.variants import Running, Variant, ask, gpu_name, print_table, start, stop
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
-from redvillm_jax.model.base_folder import load_base_module, read_config
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import read_config
+from redvillm_jax.model.settings import plain_config
 
 BEFORE, QUESTION = {"tiny": 3, "7b": 35}, 24  # tokens before the picture and behind it
 SIDES = {"transformers": "with_transformers", "this project": "with_this_project"}
@@ -44,7 +46,7 @@ Measured = dict[int, tuple[np.ndarray, float, float]]  # batch -> ids (R, N), se
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
-    module = load_base_module("llava")
+    module = load_family("llava")
     with tempfile.TemporaryDirectory() as folder:
         if flags.size == "tiny":
             source, base = Path(folder) / "published", Path(folder) / "base"
@@ -231,7 +233,7 @@ def with_transformers(
     model.eval()
     settings = model.generation_config
     settings.eos_token_id, settings.pad_token_id, settings.do_sample = None, 0, False
-    module = load_base_module("llava")
+    module = load_family("llava")
     pixels = ((pictures / 255 - module.MEAN) / module.STD).transpose(0, 3, 1, 2).astype(np.float32)
     picture = np.full(config.num_patches, model.config.image_token_id)
 
@@ -279,11 +281,11 @@ def with_this_project(
     from configs.llava import get_config
     from redvillm_jax.inference.engine import Generation, Inference
     from redvillm_jax.inference.prompts import Prompt
-    from redvillm_jax.model.base_folder import PARTS
+    from redvillm_jax.model.weights import PARTS
 
     mesh = open_mesh(device)
     with jax.set_mesh(mesh):
-        _, model = load(open_sized("llava", config, folder), get_config().to_dict(), mesh, dtype, PARTS)
+        _, model = load(open_sized("llava", config, folder), plain_config(get_config()), mesh, dtype, PARTS)
     inference = Inference(model, mesh, jnp.dtype(dtype), [-1])  # no id stops an answer
     del model
     slots = list(range(config.num_patches))

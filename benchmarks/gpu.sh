@@ -18,7 +18,7 @@ the next one goes on, and the exit code is 1. No weights are downloaded: the 7B 
 
     --python=PYTHON   a Python with this project's packages, jax for CUDA, torch for CUDA and transformers (python3)
     --wheels=DIR      wheels to install into a temporary folder first, for a machine without a package index
-    --seconds=540     all parts together; what is not done by then is stopped
+    --seconds=540     for all parts together; unfinished parts are stopped then
 
 It needs jax, flax, optax, einops, safetensors, tqdm and ml_collections beside torch and transformers.
 HELP

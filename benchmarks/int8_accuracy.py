@@ -1,4 +1,4 @@
-"""What a language model in 8 bits changes: logits of a trained run against bfloat16 and float32.
+"""Measures the loss of accuracy of 8 bits: logits of a trained run against bfloat16 and float32.
 
 python benchmarks/int8_accuracy.py --model=RUN --data=STREAMS
 
@@ -22,10 +22,10 @@ from data_pipeline.common.errors import run
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
 from redvillm_jax.inference.open_model import open_model
-from redvillm_jax.model.build import load_model, put_trained, token_slots
-from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.model.build import VideoPlaces, load_model, put_trained
+from redvillm_jax.model.settings import check_store, model_settings, needed_parts
 from redvillm_jax.runtime.sharding import make_mesh
-from redvillm_jax.training.rows import plan_rows
+from redvillm_jax.training.rows import plan_rows, row_settings
 
 VARIANTS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "bfloat16, int8": ("bfloat16", True)}
 
@@ -37,14 +37,17 @@ def main(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     config, base, trained, *_ = open_model(flags.model)
     store = open_store(flags.data)
-    check_store(store, base, config)
+    check_store(store, base, model_settings(config))
     config = {**config, "num_epochs": 1}
-    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), token_slots(base, config))
+    places, tokenizer = VideoPlaces(base, model_settings(config)), base.module.Tokenizer(base.path)
+    plan = plan_rows(row_settings(config), base, store, tokenizer, places)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
     def predict(dtype: str, int8: bool) -> tuple[np.ndarray, np.ndarray]:
         """Logits (targets, vocab_size) fp32 and ids (targets,) of all supervised tokens."""
-        model = load_model(base, {**config, "int8": int8}, mesh, dtype=jnp.dtype(dtype), parts=needed_parts(store))
+        model = load_model(
+            base, model_settings({**config, "int8": int8}), mesh, dtype=jnp.dtype(dtype), parts=needed_parts(store)
+        )
         put_trained(model, trained)
         graphdef, weights = nnx.split(model)
         step = jax.jit(lambda weights, batch: nnx.merge(graphdef, weights).target_logits(batch, jnp.dtype(dtype)))

@@ -145,8 +145,8 @@ def text_layers(model: VideoLLM, ids: jax.Array) -> Arrays:
 def streams(model: VideoLLM, features: jax.Array, frames: jax.Array | None) -> Arrays:
     """features: (T, N, D) of a clip's frames, each one a picture too -> pooled streams and visual tokens."""
     count = jnp.array([len(features)])
-    grid = (round(features.shape[1] ** 0.5),) * 2
-    pooled = model.video.pool(features[None], count)
+    grid = model.config.grid
+    pooled = model.video.pool(features.reshape(1, len(features), *grid, -1), count)
     over_time, over_space = pooled["spatial"], pooled["temporal"]
     videos = pooled if frames is None else {"frames": frames[None]}  # with frames in one go, as in training
     video = compiled(model, lambda model, videos: model.video_tokens(videos | {"num_frames": count}, FP32), videos)

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base
+from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.modules.layers import Stack
 from redvillm_jax.runtime.sharding import make_mesh, to_global
-from redvillm_jax.training.recipe import make_training
+from redvillm_jax.training.recipe import make_training, recipe_of
 
 CONFIGS = {"llava": "configs.llava", "qwen_vl": "configs.qwen"}
 
@@ -39,14 +41,17 @@ def make_step(
 ) -> tuple[Callable[[], float], Callable[[], int | None]]:
     """The train step on the rows of `batch`, and its peak memory (see `variants`)."""
     mesh = open_mesh(device)
-    switches = importlib.import_module(CONFIGS[family]).get_config().to_dict()
+    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
     switches |= {"num_frames": frames, "dtype": dtype, "learning_rate": learning_rate, "remat": remat}
     base = open_sized(family, config, folder)
-    assert len(token_slots(base, switches)(frames)) == int((batch["video_tokens"][0] >= 0).sum()) // groups(batch)
+    visual = int((batch["video_tokens"][0] >= 0).sum()) // groups(batch)
+    assert len(VideoPlaces(base, model_settings(switches)).slots(frames)) == visual
     with jax.set_mesh(mesh):
         base, model = load(base, switches, mesh, dtype, ("projector", "llm"))
         row_length = batch["token_ids"].shape[1]
-        training = make_training(switches, base, model, mesh, num_steps=num_steps, row_length=row_length)
+        training = make_training(
+            recipe_of(switches), base, model_settings(switches), model, mesh, num_steps=num_steps, row_length=row_length
+        )
         rows = to_global({name: x.astype(dtype) if x.ndim == 4 else x for name, x in batch.items()}, mesh)
     trainable, optimizer = training.state["trainable"], training.state["optimizer"]
 
@@ -74,14 +79,14 @@ def open_sized(family: str, config: Any, folder: Path | None) -> Base:
     """The base in a folder, or one of this config without weights."""
     if folder:
         return open_base(folder)
-    return Base(None, family, load_base_module(family), config, "", None, {})
+    return Base(None, family, load_family(family), config, "", None, {})
 
 
 def load(
     base: Base, switches: Mapping[str, Any], mesh: jax.sharding.Mesh, dtype: str, parts: tuple[str, ...]
 ) -> tuple[Base, VideoLLM]:
     """A model with real or random weights, and a base that counts as one with weights."""
-    model = load_model(base, switches, mesh, dtype=jnp.dtype(dtype), parts=parts)
+    model = load_model(base, model_settings(switches), mesh, dtype=jnp.dtype(dtype), parts=parts)
     if base.path is not None:
         return base, model
     return dataclasses.replace(base, path=Path("random")), fill_random(model)
@@ -120,7 +125,7 @@ def make_encoder(
 ) -> tuple[Callable[[], np.ndarray], Callable[[], int | None]]:
     """Frames (B, T, H, W, 3) uint8 through the encoder; a step returns one patch's features (see `variants`)."""
     mesh = open_mesh(device)
-    switches = importlib.import_module(CONFIGS[family]).get_config().to_dict()
+    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
     with jax.set_mesh(mesh):
         _, model = load(open_sized(family, config, folder), switches, mesh, dtype, ("encoder",))
         graphdef, weights = nnx.split(model)

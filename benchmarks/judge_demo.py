@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from data_pipeline.common.cli import Parser  # noqa: E402
 from data_pipeline.common.errors import UserError, run  # noqa: E402
-from redvillm_jax.demo.__main__ import ROWS, UNTRAINED  # noqa: E402
+from redvillm_jax.demo.__main__ import TRAININGS, UNTRAINED  # noqa: E402
 from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS  # noqa: E402
 from redvillm_jax.evaluation.scoring import OWN  # noqa: E402
 from tests.fake_openai import FakeOpenAI, Messages  # noqa: E402
@@ -45,15 +45,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--demo={flags.demo}: {runs} is no finished demo; run python -m redvillm_jax.demo first")
     out = runs / "judged"
     models = {UNTRAINED: [f"--model={work / 'base'}", f"--config={ROOT / 'configs' / 'demo.py'}:{flags.base}"]}
-    models |= {row: [f"--model={runs / name}", f"--base={work / 'base'}"] for row, (name, _) in ROWS.items()}
+    models |= {system: [f"--model={runs / name}", f"--base={work / 'base'}"] for system, (name, _) in TRAININGS.items()}
 
     english = work / "frames" / "test" / "instructions.jsonl"
     with served(translate) as endpoint:
         command("data_pipeline.translate", f"--input={english}", f"--out={out / 'zh.jsonl'}", *endpoint)
     data = (f"--videos={videos}", f"--instructions={out / 'zh.jsonl'}", f"--base={work / 'base'}")
     command("data_pipeline.prepare", *data, "--num_frames=16", "--format=raw", f"--out={out / 'zh'}")
-    for row, model in models.items():
-        answers = out / row.replace(" ", "_")
+    for system, model in models.items():
+        answers = out / system.replace(" ", "_")
         generation = ("--max_new_tokens=32", "--batch_size=64")
         streams = f"--data={work / 'streams' / 'test'}"
         command("redvillm_jax.evaluate", *model, streams, "--language=en", *generation, f"--out={answers / 'english'}")
@@ -67,19 +67,21 @@ def main(argv: list[str]) -> None:
                 judged = f"--out={answers / f'{protocol}_judged'}"
                 command("redvillm_jax.judge", f"--answers={source}", judged, *endpoint)
 
-    print(table({row: {p: cell(out, row, p) for p in PROTOCOLS} for row in models}))
-    rows = [json.loads(line) for line in (out / "zh.jsonl").read_text(encoding="utf-8").splitlines()]
-    other = sum(row["answer"] != own_word(row["kind"], row["source_answer"]) for row in rows)
-    print(f"{other} of {len(rows)} Chinese annotations are another word than the generator's own: translated alone,")
+    print(table({system: {p: cell(out, system, p) for p in PROTOCOLS} for system in models}))
+    translated = [json.loads(line) for line in (out / "zh.jsonl").read_text(encoding="utf-8").splitlines()]
+    other = sum(line["answer"] != own_word(line["kind"], line["source_answer"]) for line in translated)
+    print(
+        f"{other} of {len(translated)} Chinese annotations are another word than the generator's own: translated alone,"
+    )
     print("without its question, an answer such as 'left' may be a place or a direction")
 
 
-def cell(out: Path, row: str, protocol: str) -> tuple[str, str]:
-    """A row's judged accuracy, and RED-VILLM's minus it ("" for RED-VILLM), in per cent with intervals.
+def cell(out: Path, system: str, protocol: str) -> tuple[str, str]:
+    """A system's judged accuracy, and RED-VILLM's minus it ("" for RED-VILLM), in per cent with intervals.
 
     Raises UserError unless the accuracy is the exact match, and for answers as they are what evaluate says, too.
     """
-    name = row.replace(" ", "_")
+    name = system.replace(" ", "_")
     folder = out / name / f"{protocol}_judged"
     judged = metrics(folder)
     one = judged["accuracy"]["all"]
@@ -87,7 +89,7 @@ def cell(out: Path, row: str, protocol: str) -> tuple[str, str]:
     if any(metric["exact_match"] != judged["accuracy"] for metric in by_rule):
         raise UserError(f"{folder}: the judged accuracy is not the exact match")
     accuracy = f"{100 * one['mean']:.1f} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
-    if row == RED_VILLM:
+    if system == RED_VILLM:
         return accuracy, ""
     printed = command("redvillm_jax.judge", "--compare", str(folder), str(out / RED_VILLM / f"{protocol}_judged"))
     return accuracy, re.search(r"^  all +(\S+ \[[^]]+\])", printed, re.MULTILINE)[1]
@@ -100,11 +102,11 @@ def metrics(folder: Path) -> dict:
 
 def table(cells: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
     """A line a model; by protocol the accuracy, and how far RED-VILLM lies above."""
-    lines = ["judged accuracy in %, and RED-VILLM minus the row, each with its 95 % interval over resampled videos"]
+    lines = ["judged accuracy in %, and RED-VILLM minus the line, each with its 95 % interval over resampled videos"]
     lines += [f"| | {' | '.join(PROTOCOLS.values())} |", "|---|" + "---|" * len(PROTOCOLS)]
-    for row, by_protocol in cells.items():
+    for system, by_protocol in cells.items():
         values = [accuracy + (f"; {above}" if above else "") for accuracy, above in by_protocol.values()]
-        lines.append(f"| {row} | {' | '.join(values)} |")
+        lines.append(f"| {system} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 

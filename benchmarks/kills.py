@@ -1,11 +1,11 @@
-"""Kills a training again and again at random moments and compares what comes out with an undisturbed run.
+"""Kills a training again and again at random moments, and compares its result with an undisturbed run.
 
     python benchmarks/kills.py --base=BASE --data=STORE --out=DIR [--processes=2] [--kills=10] [--seed=0]
 
-BASE and STORE: e.g. those that `python -m redvillm_jax.demo` makes. With several processes every third kill hits one of
-them, the others must end by themselves; the rest hit all at once, as when a slice goes away. Prints for each kill
-where it hit and how long the next start took to its first new step, and at the end whether the trained weights and
-the logged losses are bit-equal.
+BASE and STORE may be the demo's (`python -m redvillm_jax.demo`). With several processes, every third kill hits one
+process, and the others must end by themselves. The other kills hit all processes at once, as when a slice goes away.
+Prints the moment of each kill and the time from the next start to its first new step, and at the end whether the
+trained weights and the logged losses are bit-equal.
 """
 
 import json

@@ -2,9 +2,9 @@
 
 python benchmarks/launch_transcript.py [--workdir=transcript]
 
-The cloud is tests/fake_gcloud.py: two workers are two processes here, and nothing is installed on a new node, so what
-is measured is what the launcher and the command themselves take. As on a spot node, all processes get SIGTERM, SIGKILL
-30 seconds later, and the node's state tells after that. Lines begin with the seconds since the launch.
+The cloud is tests/fake_gcloud.py: two workers are two processes here, and nothing is installed on a new node, so the
+times are those of the launcher and the command alone. As on a spot node, all processes get SIGTERM, and SIGKILL 30
+seconds later, and the node's state changes after that. Lines begin with the seconds since the launch.
 """
 
 import json

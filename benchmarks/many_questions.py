@@ -1,4 +1,4 @@
-"""What many questions about one video cost, by the way they are asked: `redvillm_jax.load(...).ask`, in one run.
+"""Measures `redvillm_jax.load(...).ask` with many questions about one video, asked in three ways.
 
 python benchmarks/many_questions.py [--base=llava|qwen_vl] [--questions=20] [--frames=100] [--rounds=5]
 
@@ -32,6 +32,7 @@ from configs.demo import get_config  # noqa: E402
 from data_pipeline.common.cli import Parser  # noqa: E402
 from data_pipeline.common.errors import UserError, run  # noqa: E402
 from redvillm_jax.demo.moving_shapes import TEMPLATES, WORDS, moving_scene, render, write_mp4  # noqa: E402
+from redvillm_jax.model.settings import plain_config  # noqa: E402
 
 ANSWER = {"max_new_tokens": 16}
 BASES = ROOT / "redvillm_jax" / "demo" / "bases"
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
         copies = [Path(shutil.copy(clip, clip.with_stem(f"clip-{number}"))) for number in range(len(questions) + 2)]
         base = Path(folder) / "base"
         convert(flags.base, BASES / flags.base, base)
-        config = get_config(flags.base).to_dict() | {"num_frames": flags.frames}
+        config = plain_config(get_config(flags.base)) | {"num_frames": flags.frames}
         model = redvillm_jax.load(base, config=config)
 
         def fresh() -> tuple[list[str], list[float]]:

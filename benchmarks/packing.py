@@ -1,4 +1,4 @@
-"""What shared-prefix packing saves: row tokens per question, padding included, and examples per second.
+"""Measures the savings of shared-prefix packing: row tokens per question, with padding, and examples per second.
 
 python benchmarks/packing.py [--steps=12]
 
@@ -22,7 +22,6 @@ cost per token grows with the row.
 """
 
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
@@ -45,9 +44,10 @@ from data_pipeline.common.tables import markdown_table
 from data_pipeline.packing import Prefix, Question, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from redvillm_jax.demo.__main__ import BASES
 from redvillm_jax.model.base_folder import Base, open_base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.runtime.sharding import make_mesh, to_global
-from redvillm_jax.training.recipe import make_training
+from redvillm_jax.training.recipe import make_training, recipe_of
 from redvillm_jax.training.rows import make_prefix, pad_row
 
 VIDEOS, QUESTIONS = 13_303, 100_000
@@ -173,8 +173,9 @@ def time_steps(lengths: Lengths, count: int) -> None:
             from_torch.main(["--family=llava", f"--source={BASES / 'llava'}", f"--out={folder}/base"])
         base = open_base(f"{folder}/base")
         switches = {"num_frames": video_tokens - base.config.num_patches, "batch_questions": BATCH_QUESTIONS}
-        config = json.loads(demo.get_config("llava").to_json()) | switches
-        prefix = make_prefix([(1, False)] * text_before, token_slots(base, config)(config["num_frames"]))
+        config = plain_config(demo.get_config("llava")) | switches
+        slots = VideoPlaces(base, model_settings(config)).slots(config["num_frames"])
+        prefix = make_prefix([(1, False)] * text_before, [(0, slot) for slot in slots])
         for name, pack in (("unpacked", False), ("packed", True)):
             plan = make_plan(lengths, len(prefix.ids), row_length if pack else longest, pack, epochs=1)
             runs[name] = plan, make_timer(config, base, plan, prefix, lengths.text)
@@ -197,8 +198,18 @@ def make_timer(config: dict, base: Base, plan: Plan, prefix: Prefix, text: np.nd
     """A function that trains on one step of a plan, with random streams and words, and returns its seconds."""
     mesh, rng = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]), np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-        training = make_training(config, base, model, mesh, num_steps=len(plan.steps), row_length=plan.slots)
+        model = load_model(
+            base, model_settings(config), mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm")
+        )
+        training = make_training(
+            recipe_of(config),
+            base,
+            model_settings(config),
+            model,
+            mesh,
+            num_steps=len(plan.steps),
+            row_length=plan.slots,
+        )
     state, (rows, groups, targets, _) = training.state, plan.bounds
 
     def timer(step: Step) -> float:

@@ -4,8 +4,8 @@ python benchmarks/packing_accuracy.py [--base=llava] [--workdir=demo] [--out=DIR
 
 `redvillm_jax.demo --base=…` comes first: its videos, base and training streams are read, never written. The development
 videos are prepared and encoded with the demo's own commands; then every seed trains twice, with --config.pack=True and
-False, on the same questions for the same number of steps, and answers the development questions. What differs is which
-questions meet in a step: packed, those of a video come together.
+False, on the same questions for the same number of steps, and answers the development questions. Only the
+questions that meet in a step differ: with packing, the questions of a video come together.
 
 Two 95 % intervals of packed minus unpacked: one resamples the videos, with these runs as they are (demo_seeds.py); the
 other takes the videos as they are and the seeds as a sample (t-test of the accuracies, equal variances).
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("python benchmarks/packing_accuracy.py", __doc__)
     parser.add_argument("--base", default="llava", help="llava or qwen_vl (llava)")
     parser.add_argument("--workdir", type=Path, default=Path("demo"), help="the demo's folder (demo)")
-    parser.add_argument("--out", type=Path, help="folder for what this makes (WORKDIR/packing)")
+    parser.add_argument("--out", type=Path, help="folder for the results (WORKDIR/packing)")
     parser.add_argument("--seeds", default="0,1,2", help="comma separated, two or more (0,1,2)")
     flags = parser.parse_args(argv)
     seeds = [int(seed) for seed in flags.seeds.split(",")]

@@ -1,13 +1,13 @@
-"""The way to the bound: one lever after the other, as `redvillm_jax.plan` prices the real train step.
+"""Prices the real train step with `redvillm_jax.plan` while one setting after the other is improved.
 
 python benchmarks/plan_variants.py [--family=llava] [--topology=v5e-16]
 
-Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table is the line before it
-with one thing changed; a variant that does not fit says what it would need. Compiling one takes about a minute.
+Rows of 2048 tokens with VideoInstruct's lengths, streams from the cache. Each line of the table changes one setting of
+the line before it. A variant that does not fit prints the memory that it would need. Compiling a variant takes about a
+minute.
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
 from redvillm_jax.model.base_folder import sized_base
-from redvillm_jax.model.build import token_slots
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.plan import BEST, gb
 from redvillm_jax.planning.programs import compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, fill_rows, paper_lengths
 from redvillm_jax.runtime.chips import parse_topology, tpu_devices
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.training.recipe import recipe_of
 
 SHARDED, REPLICATED = {"data": 1, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": 1, "tensor": 1}
 CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b")}
@@ -37,8 +39,8 @@ def main(argv: list[str]) -> None:
     chip, _ = parse_topology(flags.topology)
     devices = tpu_devices(flags.topology)
     module, size = CONFIGS[flags.family]
-    config, base = json.loads(importlib.import_module(module).get_config().to_json()), sized_base(flags.family, size)
-    tokens = len(token_slots(base, config)(config["num_frames"]))
+    config, base = plain_config(importlib.import_module(module).get_config()), sized_base(flags.family, size)
+    tokens = VideoPlaces(base, model_settings(config)).most
     print(
         "| variant | rows a chip | bound | real tokens | ms | compute, kernels, collectives, copies | GB | compiled |"
     )
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> None:
         undo = [mock.patch(*patch) for patch in patches]
         for patch in undo:
             patch.start()
-        program = compile_train({**config, **settings}, base, mesh, chip, work, None)
+        changed = {**config, **settings}
+        program = compile_train(recipe_of(changed), model_settings(changed), base, mesh, chip, work, None)
         for patch in undo:
             patch.stop()
         if not program.known:
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> None:
                 f"| {label} | {rows} | {program.problem or 'does not fit'} | | | | {gb(program.peak)} | |", flush=True
             )
             continue
-        flops, useful = model_flops(base, config, work)
+        flops, useful = model_flops(base, work)
         available = chip.peak_flops * len(devices) * program.seconds
         shares = [1e3 * program.shares.get(kind, 0) for kind in ("compute", "kernel", "collective", "copy")]
         print(

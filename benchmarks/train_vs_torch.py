@@ -7,11 +7,11 @@ same questions about the same pooled video features: PyTorch eager and compiled,
 in a row; and this project with packed rows, in which the questions of a video share its prefix. The packed step is the
 first of an epoch planned over 40 videos, with the padding that training would have.
 
-What PyTorch runs (benchmarks/torch_step.py): transformers' LlavaForConditionalGeneration, or for qwen_vl Qwen2 at
-Qwen-7B's sizes (the same arithmetic in training) behind an independent resampler; SDPA; right-padded rows, which with
-causal attention need no mask, so that the flash kernel runs; logits at the supervised positions alone, as here;
-gradient checkpointing only when the memory does not suffice without it. transformers' own loss would make all logits;
-and its users pad with a mask, which costs them the flash kernel: both are better here than what is usually run.
+PyTorch (benchmarks/torch_step.py) runs transformers' LlavaForConditionalGeneration, or for qwen_vl Qwen2 at Qwen-7B's
+sizes (the same arithmetic in training) behind an independent resampler. It uses SDPA; right-padded rows, which need no
+mask under causal attention, so that the flash kernel runs; logits at the supervised positions alone, as this project
+does; and gradient checkpointing only when the memory does not suffice without it. This is faster than the usual way:
+transformers' own loss makes all logits, and padding with a mask excludes the flash kernel.
 
 tiny: the demo's bases in fp32 with the demo's rows; all variants start from the same weights, and their first losses
 must agree within 1e-4. 7b: the published sizes in bf16 with random weights on either side (LLaVA with 224 pixels and
@@ -19,8 +19,8 @@ the two-layer projector), 32 questions, 100 frames, rows of 2048. Every variant 
 has one core and their rounds alternate, because the machine's speed varies; on a GPU they run one after another, each
 with all the memory.
 
-MFU counts what has to be computed once: 4 * (the decoder's matrices * real tokens + the head * supervised tokens).
-Real tokens leave out padding, row tokens count it. Memory is the peak: PyTorch's of the timed steps, this project's
+MFU counts the necessary work: 4 * (the decoder's matrices * real tokens + the head * supervised tokens). Real tokens
+leave out padding, row tokens count it. Memory is the peak: PyTorch's of the timed steps, this project's
 of the whole process.
 """
 
@@ -39,7 +39,8 @@ from benchmarks.variants import Variant, failed, measure, parse, print_table
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
 from data_pipeline.packing import Prefix, Question, Row, fill_row, plan_epoch, row_bounds
-from redvillm_jax.model.base_folder import load_base_module, read_config
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import read_config
 from redvillm_jax.runtime.chips import GPU_PEAKS
 from redvillm_jax.training.flops import step_flops
 
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     gpu, size = flags.gpu, flags.size
     work = WORKLOADS[flags.family, size]
     work = dataclasses.replace(work, row_length=work.row_length if flags.row_length is None else flags.row_length)
-    module = load_base_module(flags.family)
+    module = load_family(flags.family)
 
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.tables import markdown_table
-from redvillm_jax.model.base_folder import known_families
+from redvillm_jax.bases.contract import known_families
 
 WARM_UP = 2
 

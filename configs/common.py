@@ -16,18 +16,10 @@ def get_common() -> ConfigDict:
             base="",
             data="",
             seed=0,
-            # The video representation and its switches.
+            # The video representation; it adds fields of its own (redvillm_jax/video/), as the base does.
             video="red_villm",
             num_frames=100,
             sampling="uniform",  # which frames, as the store was prepared with: uniform | fps=F | every=N
-            streams="both",  # both | spatial | temporal
-            stream_order="temporal_first",  # temporal_first | spatial_first
-            temporal_module=True,  # False: one projector for both streams
-            temporal_init="copy",  # copy | random
-            train_spatial=True,  # False: only the temporal module learns
-            extra_mlp=False,  # a random MLP behind each projector
-            spatial_pool=1,  # 2: a quarter of the spatial tokens
-            short_video="mask",  # mask | zero
             # The text.
             language="",  # train on the questions in one language, as the store names them; "": on all
             labels="answer",  # answer | finetune: what the base's own fine-tuning supervises
@@ -37,8 +29,8 @@ def get_common() -> ConfigDict:
             num_epochs=3,  # another number for a run that goes on: the schedule is then that of the new total
             batch_questions=32,
             learning_rate=2e-5,
-            learning_rate_scale=dict(spatial=1.0, temporal=1.0, extra_mlp=1.0),
-            weight_decay=dict(spatial=0.0, temporal=0.0, extra_mlp=0.0),
+            learning_rate_scale=dict(),  # by optimizer group of the representation; 1 for those that are not named
+            weight_decay=dict(),  # likewise, 0
             warmup_ratio=0.03,
             clip_norm=1.0,
             # The machine.

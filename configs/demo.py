@@ -1,21 +1,38 @@
-"""The demo's tiny bases on generated videos; get_config("llava") or get_config("qwen_vl").
+"""The demo's tiny bases on generated videos; get_config(family), "llava" if it is left out.
 
 python -m redvillm_jax.train --config=configs/demo.py:llava --workdir=RUN --config.base=BASE --config.data=FRAMES
 """
 
 import importlib
+from pathlib import Path
 
-FAMILIES = {"llava": "configs.llava", "qwen_vl": "configs.qwen"}
+from ml_collections import ConfigDict
+
+from configs.common import get_common
+
+NO_FAMILY = ("common", "demo")
+
+
+def family_config(family: str) -> ConfigDict:
+    """What the config file of this folder with that family says; a module of one's own has the common defaults."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in NO_FAMILY)
+    files = (importlib.import_module(f"configs.{name}").get_config() for name in names)
+    configs = {config.family: config for config in files}
+    if family in configs:
+        return configs[family]
+    if "." not in family:
+        raise LookupError(f"unknown family {family!r}, expected one of {', '.join(configs)}")
+    config = get_common()
+    config.family = family
+    return config
 
 
 def get_config(family: str = "llava"):
-    if family not in FAMILIES:
-        raise LookupError(f"unknown base {family!r}, expected one of {', '.join(FAMILIES)}")
-    config = importlib.import_module(FAMILIES[family]).get_config()
+    config = family_config(family)
     config.num_frames = 16
     config.learning_rate = 4e-3  # chosen on the development videos; the paper's rate is for 7B models
     config.batch_questions = 80
-    config.row_length = {"llava": 128, "qwen_vl": 160}[family]  # a video with its six questions
+    config.row_length = 128 if family == "llava" else 160  # a video with its six questions
     config.dtype = "float32"
     config.remat = "none"
     config.checkpoint_every = 100

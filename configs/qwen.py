@@ -14,6 +14,4 @@ def get_config(language: str = "both"):
     config = get_common()
     config.language = LANGUAGES[language]
     config.family = "qwen_vl"
-    config.qwen_align = "resample"  # resample: the 256-query resampler as pre-trained | per_token: T + N tokens
-    config.temporal_positions = "grid"  # of the resampler's temporal keys: grid | 1d
     return config

@@ -5,8 +5,8 @@ python -m conversion.from_torch --family=llava --source=LLaVA-7B-Lightening-v1-1
     --vision=clip-vit-large-patch14 --out=bases/llava-v1
 python -m conversion.from_torch --family=qwen_vl --source=Qwen-VL-Chat --out=bases/qwen-vl-chat
 
-A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files, beside
-config.json, the tokenizer's files and base.json, which says that the folder is whole and has its files' hashes.
+A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files. It also has
+config.json, the tokenizer's files, and base.json, which marks the folder as whole and has the hashes of its files.
 """
 
 import collections
@@ -15,7 +15,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,32 +37,27 @@ from data_pipeline.common.cli import Parser, local_path
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
-from redvillm_jax.model.base_folder import (
-    BASE_MARK,
-    canonical_name,
-    expected_tensors,
-    known_families,
-    load_base_module,
-    read_config,
-)
+from redvillm_jax.bases.contract import Family, known_families, load_family
+from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, read_config
+from redvillm_jax.model.weights import expected_tensors
 
 
 def from_torch(
     family: str, source: Path, out: Path, vision: Path | None = None, *, tokenizer: bool = True
 ) -> dict[str, Any]:
-    """Writes a base folder and returns its base.json; a folder that is there already is left as it is.
+    """Writes a base folder and returns its base.json. An existing base folder is left as it is.
 
     vision: the CLIP folder of a model that is published without its vision tower. tokenizer: whether the source
     must have the tokenizer that belongs to its weights; a base without one can neither train nor answer. Raises
-    UserError for everything that does not fit, and while another run converts to `out`.
+    UserError for a source that cannot be converted, and while another run converts to `out`.
     """
     with locked(out, beside=True):
         return convert(family, source, out, vision, tokenizer)
 
 
 def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
-    """`from_torch` for who alone may write `out`."""
-    base = load_base_module(family)
+    """`from_torch` for a caller that holds the lock of `out`."""
+    base = load_family(family)
     check_folder(source, "--source takes the folder of a published model")
     refuse_delta(source)
     asked = {"family": family, "source": str(source.resolve())}
@@ -76,18 +70,20 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
         return meta
     refuse_foreign(out)
 
-    vision = find_vision(source, vision)
-    config = parse_config(base, family, source, vision)
+    vision = find_vision(base, source, vision)
+    config = parse_config(base, source, vision)
     tensors = read_folder(source)
     has_tower = any(canonical_name(base, name).startswith(base.PREFIX["encoder"]) for name in tensors)
     tower: Tensors = {}
     hint = ""
     if vision:
-        # A tower that the model brings along may be fine-tuned: it goes before the separate one.
+        # The model's own tower may be fine-tuned, so it goes before a separate one.
         tower = {} if has_tower else read_folder(vision)
     elif not has_tower:
-        named = read_json(source / "config.json").get("mm_vision_tower", "its CLIP")
-        hint = f" | there is no vision tower: when it is published apart, download {named} and pass it with --vision"
+        hint = " | there is no vision tower"
+        if base.VISION_FIELD is not None:
+            named = read_json(source / "config.json").get(base.VISION_FIELD, "its CLIP")
+            hint += f": when it is published apart, download {named} and pass it with --vision"
     both = {**tensors, **tower}
     if len(both) < len(tensors) + len(tower):
         shared = sorted(tensors.keys() & tower.keys())
@@ -125,12 +121,12 @@ def digest(array: np.ndarray) -> str:
 
 
 def describe(
-    base: ModuleType, config: Any, tensors: Tensors, published: dict[str, str], digests: dict[str, str]
+    base: Family, config: Any, tensors: Tensors, published: dict[str, str], digests: dict[str, str]
 ) -> dict[str, Any]:
-    """What base.json says of the model; the fingerprint depends on what the base loads, not on its files.
+    """The content of base.json. The fingerprint depends on the loaded tensors, not on their files.
 
     fingerprint: SHA-256 over the base's Config and, by canonical name, dtype, shape and bytes of every loaded
-    tensor. parameters: the published model's, those that a base never runs included.
+    tensor. parameters: of the published model, including tensors that a base never runs.
     """
     loaded = sorted(expected_tensors(base, config))
     lines = [json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)]
@@ -156,7 +152,7 @@ def describe(
 def refuse_delta(source: Path) -> None:
     """Raises UserError for delta weights, known by the name of their folder or of their hub repository.
 
-    config.json's _name_or_path says nothing: merging writes the delta's name into the merged copy.
+    config.json's _name_or_path is no evidence, because merging writes the delta's name into the merged copy.
     """
     for part in source.resolve().parts[-3:]:  # a hub cache has <repository>/snapshots/<revision>
         if re.search(r"(^|[-_.])delta([-_.]|$)", part, re.IGNORECASE):
@@ -167,33 +163,36 @@ def refuse_delta(source: Path) -> None:
             )
 
 
-def find_vision(source: Path, vision: Path | None) -> Path | None:
-    """The separate CLIP folder: the one given, else `vision` in the source, where bases and exports have it.
+def find_vision(base: Family, source: Path, vision: Path | None) -> Path | None:
+    """The folder of a separate vision tower: the given one, or `vision` in the source, as bases and exports have it.
 
-    config.json's mm_vision_tower only names a CLIP and is never opened as a path.
+    The value of `VISION_FIELD` in config.json only names a tower and is never opened as a path. Raises UserError for a
+    family that has its tower in its own files.
     """
     if vision is None and (source / "vision").is_dir():
         vision = source / "vision"
     if vision is not None:
+        if base.VISION_FIELD is None:
+            raise UserError(f"{vision}: the family {base.name} has its vision tower in its own files; leave it out")
         check_folder(vision, "--vision takes the folder of the model's own CLIP")
         read_json(vision / "config.json")
     return vision
 
 
-def parse_config(base: ModuleType, family: str, source: Path, vision: Path | None) -> Any:
-    """The base's Config; raises UserError when config.json is another family's or asks for what is not computed."""
+def parse_config(base: Family, source: Path, vision: Path | None) -> Any:
+    """The base's Config. Raises UserError when config.json is another family's or asks for another computation."""
     file = source / "config.json"
     model_type = read_json(file).get("model_type")
-    families = [other for other in known_families() if model_type in load_base_module(other).MODEL_TYPES]
-    if families and family not in families:
+    families = [other for other in known_families() if model_type in load_family(other).MODEL_TYPES]
+    if families and model_type not in base.MODEL_TYPES:
         raise UserError(
-            f"{source}: not a {family} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
+            f"{source}: not a {base.name} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
         )
     return read_config(base, source, vision, "copy it again")
 
 
-def check_tokenizer(base: ModuleType, config: Any, source: Path) -> None:
-    """Raises UserError when the source has no tokenizer that can be read, or one that is not of these weights."""
+def check_tokenizer(base: Family, config: Any, source: Path) -> None:
+    """Raises UserError when the source has no readable tokenizer, or the tokenizer of other weights."""
     try:
         tokenizer = base.Tokenizer(source)
     except UserError as error:
@@ -220,10 +219,11 @@ def check_finite(name: str, array: np.ndarray, where: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser("python -m conversion.from_torch", __doc__, needed=("family", "source", "out"))
-    parser.add_argument("--family", choices=known_families(), help="which image LLM it is")
+    families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
+    parser.add_argument("--family", help=f"which image LLM it is: {families}")
     parser.add_argument("--source", type=local_path, metavar="DIR", help="the published folder")
     parser.add_argument(
-        "--vision", type=local_path, metavar="DIR", help="the folder of its CLIP, if published apart (LLaVA)"
+        "--vision", type=local_path, metavar="DIR", help="the folder of its vision tower, if published apart (LLaVA)"
     )
     parser.add_argument("--out", type=local_path, metavar="DIR", help="the base folder to write")
     parser.add_argument(

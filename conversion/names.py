@@ -1,4 +1,4 @@
-"""What both directions share: lazy readers of published containers, the check of their names, whole folders."""
+"""Shared by both directions: lazy readers of published files, checks of tensor names, atomic writing of folders."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes  # registers "bfloat16" with numpy  # noqa: F401
@@ -25,13 +24,15 @@ from safetensors.numpy import save_file
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import temporary_name
-from redvillm_jax.model.base_folder import BASE_MARK, EXTRA_PREFIX, TEMPORAL_PREFIX, canonical_name, expected_tensors
+from redvillm_jax.bases.contract import Family
+from redvillm_jax.model.base_folder import ADDED, BASE_MARK, canonical_name
+from redvillm_jax.model.weights import expected_tensors
 
 SHARD_BYTES = 2_000_000_000
 KEPT_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".jinja")
 KEPT_BYTES = 20_000_000
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-UNFINISHED = "redvillm_unfinished.txt"  # in a folder that nobody misses once its run is gone
+UNFINISHED = "redvillm_unfinished.txt"  # in a folder that may be removed when its run is gone
 
 DTYPES = {  # by safetensors' names, all that its numpy reader knows
     "F64": np.dtype("float64"),
@@ -46,12 +47,12 @@ DTYPES = {  # by safetensors' names, all that its numpy reader knows
     "BOOL": np.dtype("bool"),
 }
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # what a base computes with
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # loadable by a base
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read when asked for: `read()` gives all of it, bit for bit."""
+    """A tensor that is read lazily: `read()` returns all of it, bit for bit."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -80,9 +81,9 @@ def check_file(file: Path, remedy: str = "the folder must be complete, as publis
 
 
 def check_folder(folder: Path, remedy: str) -> None:
-    """Raises UserError unless `folder`, links followed, can be listed, and every file in it that counts be read.
+    """Raises UserError unless `folder`, links followed, and the files in it that a base needs can be read.
 
-    What counts are weights, configs and the tokenizer's files: those that a base is made from.
+    These files are weights, configs and the tokenizer's files.
     """
     try:
         files = sorted(folder.iterdir())
@@ -94,7 +95,7 @@ def check_folder(folder: Path, remedy: str) -> None:
 
 
 def what_is_wrong(path: Path, error: OSError) -> str:
-    """In words, links that lead nowhere by name."""
+    """The problem with a path in words; a link without a target is named."""
     if error.errno == errno.ELOOP:
         return "a link that leads back to itself"
     if path.is_symlink() and error.errno == errno.ENOENT:
@@ -107,7 +108,7 @@ def what_is_wrong(path: Path, error: OSError) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError when the file is missing, broken or holds something else."""
+    """Reads a JSON object. Raises UserError when the file is missing, broken or holds something else."""
     check_file(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -122,7 +123,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors: those of its index, else all of them; safetensors before .bin.
+    """The files with a folder's tensors: the files of its index, else all weight files; safetensors before .bin.
 
     Raises UserError when there are none, or the index names one that is missing or lies elsewhere.
     """
@@ -143,7 +144,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def index_files(index: Path) -> list[str]:
-    """The names of the files that an index lists; raises UserError for one that leads out of its folder."""
+    """The names of the files in an index. Raises UserError for a name that leads out of its folder."""
     weight_map = read_json(index).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map in it; download it again")
@@ -158,10 +159,10 @@ def index_files(index: Path) -> list[str]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a published folder by name, in the order of its files; nothing is read yet.
+    """All tensors of a published folder by name, in the order of its files. Nothing is read yet.
 
-    A projector of its own (mm_projector.bin) gives what the other files lack. Raises UserError for an
-    unreadable file and for a name that stands in two files.
+    A separate projector (mm_projector.bin) adds the tensors that the other files lack. Raises UserError for an
+    unreadable file and for a name in two files.
     """
     tensors, file_of = {}, {}
     for file in weight_files(folder):
@@ -236,7 +237,7 @@ def read_bin(file: Path) -> dict[str, Tensor]:
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as numpy, its bits viewed (numpy has no bfloat16 that torch knows)."""
+    """A torch tensor as numpy, through a view of its bits, because torch cannot give numpy a bfloat16."""
     import torch
 
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
@@ -248,7 +249,7 @@ def as_numpy(tensor: Any) -> np.ndarray:
 
 
 def listed(items: Iterable[str], limit: int = 20) -> str:
-    """The first items, and how many more there are."""
+    """The first items, and the number of the others."""
     items = list(items)
     more = f", … and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
@@ -256,23 +257,24 @@ def listed(items: Iterable[str], limit: int = 20) -> str:
 
 def is_extra(name: str) -> bool:
     """Whether a tensor was added by an export of a trained run."""
-    return name.startswith((TEMPORAL_PREFIX, EXTRA_PREFIX))
+    return ADDED.match(name) is not None
 
 
-def find_names(base: ModuleType, names: Iterable[str]) -> dict[str, list[str]]:
-    """Canonical name -> the published names that mean it."""
+def find_names(base: Family, names: Iterable[str]) -> dict[str, list[str]]:
+    """Canonical name -> the published names that stand for it."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(canonical_name(base, name), []).append(name)
     return found
 
 
-def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, hint: str = "") -> dict[str, str]:
-    """Compares published tensors with what a base's config needs; returns canonical name -> published name.
+def check_tensors(base: Family, config: Any, tensors: Tensors, where: Path, hint: str = "") -> dict[str, str]:
+    """Compares published tensors with those that a base's config needs. Returns canonical name -> published name.
 
-    Everything must be known: loaded by the base, unused by it on purpose, ignored, or added by an export.
-    Raises one UserError that lists all missing, wrongly shaped, unknown and doubled tensors, and those that a base
-    would load and that hold no floating-point numbers.
+
+    Every tensor must be known: loaded by the base, unused by it on purpose, ignored, or added by an export. Raises one
+    UserError that lists all missing, wrongly shaped, unknown and doubled tensors, and needed tensors that hold no
+    floating-point numbers.
     """
     needed = {name: leaf.shape for name, leaf in expected_tensors(base, config).items()}
     shapes = needed | base.unused(config)
@@ -311,7 +313,7 @@ def check_tensors(base: ModuleType, config: Any, tensors: Tensors, where: Path, 
 
 
 def write_safetensors(file: Path, tensors: Tensors, watch: Callable[[str, np.ndarray], None]) -> None:
-    """Writes a safetensors file, with all its tensors in memory at once; `watch(name, array)` sees each."""
+    """Writes a safetensors file, with all its tensors in memory at once; `watch(name, array)` gets each of them."""
     arrays = {}
     for name, tensor in tensors.items():
         arrays[name] = np.asarray(tensor.read(), order="C")  # save_file writes the bytes as they lie in memory
@@ -348,7 +350,7 @@ def write_shards(
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copies config.json, the tokenizer's files and the like; not weights, indices or code."""
+    """Copies config.json, the tokenizer's files and other small files, but no weights, indices or code."""
     for file in sorted(source.iterdir()):
         kept = file.suffix in KEPT_SUFFIXES and file.name != BASE_MARK and not file.name.endswith(".index.json")
         if kept and file.is_file() and file.stat().st_size <= KEPT_BYTES:
@@ -359,9 +361,9 @@ def copy_small_files(source: Path, target: Path) -> None:
 def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     """Yields a new folder, which becomes `out` when the block ends without an error.
 
-    `out` is replaced; the caller holds its lock and has made sure that it may be. Until then all lies beside it in a
-    folder of its own name, with a mark that names `out`: what a killed run left is known by that, and removed. Raises
-    UserError when the disk has less than `num_bytes` free.
+    `out` is replaced; the caller holds its lock and has checked that it may be replaced. Until then the new folder lies
+    beside it under another name, with a file that names `out`. This file identifies the leftover of a killed run, which
+    is removed. Raises UserError when the disk has less than `num_bytes` free.
     """
     out = Path(os.path.realpath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -387,7 +389,7 @@ def whole_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
 
 def refuse_foreign(out: Path, mark: str | None = None) -> None:
-    """Raises UserError when `out` holds anything, unless that is an export, whose file `mark` lists all of it."""
+    """Raises UserError when `out` holds anything but an export, whose file `mark` lists all of its files."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file; --out must be a folder, new or empty")
     there = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir() or not any(path.iterdir())}

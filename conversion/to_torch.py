@@ -2,9 +2,9 @@
 
 python -m conversion.to_torch --model=RUN --out=EXPORT [--full]
 
-The projector keeps the published names; the temporal module has the same names under `temporal_module.`, extra
-MLPs theirs under `extra_mlp_<stream>.`. redvillm.json says how a video becomes tokens with them, and has the hashes of
-all files.
+The projector keeps the published names; a copy such as the temporal module has the same names under
+`temporal_module.`, extra MLPs theirs under `extra_mlp_<stream>.`. redvillm.json has the settings that turn a video into
+tokens, and the hashes of all files.
 """
 
 import functools
@@ -42,48 +42,33 @@ from redvillm_jax.model.base_folder import (
     projector_names,
 )
 from redvillm_jax.model.run_config import as_trained
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.runtime.chips import quiet_without_tpu
+from redvillm_jax.video.contract import Representation, image_projector, load_video
 
-METHOD = (  # the run's switches that are needed to rebuild the model, here or in PyTorch, and to answer as it does
-    "video",
-    "num_frames",
-    "streams",
-    "stream_order",
-    "temporal_module",
-    "temporal_init",
-    "train_spatial",
-    "extra_mlp",
-    "spatial_pool",
-    "short_video",
-    "qwen_align",
-    "temporal_positions",
-    "labels",
-    "sampling",
-    "dtype",
-    "int8",
-)
+IMAGE = "image"  # the group of the image LLM's projector in exports of a run that does not use it
 
 
 def to_torch(model: Path, out: Path, full: bool = False) -> dict[str, Any]:
-    """Exports a run or a base and returns its redvillm.json; an earlier export in `out` is replaced.
+    """Exports a run or a base and returns its redvillm.json. An earlier export in `out` is replaced.
 
-    Without `full`: projectors.safetensors, fp32 for a run, the published dtype for a base. With it: all tensors
-    under their published names and dtypes, the trained ones cast to them. Raises UserError when `model` is
-    neither a run nor a base, or `out` holds something else, and while another run exports to `out`.
+    Without `full`: projectors.safetensors, in fp32 for a run and in the published dtype for a base. With `full`: all
+    tensors under their published names, the trained ones cast to their published dtypes. Raises UserError when `model`
+    is neither a run nor a base, when `out` holds something else, and while another run exports to `out`.
     """
     with locked(out, beside=True):
         return export(model, out, full)
 
 
 def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
-    """`to_torch` for who alone may write `out`."""
+    """`to_torch` for a caller that holds the lock of `out`."""
     base, config, trained = open_source(model)
     refuse_foreign(out, EXPORT_MARK)
     tensors = read_folder(base.path)
     separate_vision = (base.path / "vision").is_dir()
     tower = read_folder(base.path / "vision") if any(base.path.glob("vision/*.safetensors")) else {}
-    own = projector_names(base, "spatial")
-    new = trained_tensors(base, tensors, trained)
+    own = projector_names(base, None)
+    new = {} if config is None else trained_tensors(base, model_settings(config).video, tensors, trained)
     if full:
         dtype = tensors[next(iter(own))].dtype
         rounded = {n: array.astype(tensors[n].dtype if n in tensors else dtype) for n, array in new.items()}
@@ -108,7 +93,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
             if separate_vision:
                 (folder / "vision").mkdir()
                 copy_small_files(base.path / "vision", folder / "vision")
-                point_at_vision(folder / "config.json")
+                point_at_vision(folder / "config.json", base.module.VISION_FIELD)
             if tower:
                 write_shards(folder / "vision", tower, watch)
         else:
@@ -119,7 +104,7 @@ def export(model: Path, out: Path, full: bool) -> dict[str, Any]:
 
 
 def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any]]:
-    """A run as (its base, its config, its trained projectors), or a base as (it, None, nothing)."""
+    """A run as (its base, its config, its trained projectors), or a base as (the base, None, {})."""
     if (model / BASE_MARK).is_file():
         return open_base(model), None, {}
     if not (model / "checkpoints").is_dir():
@@ -144,15 +129,19 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
-def trained_tensors(base: Base, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The projectors of a run in fp32 by their names in PyTorch; what it did not train is the base's."""
+def trained_tensors(
+    base: Base, video: Representation, tensors: Mapping[str, Tensor], trained: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The projectors of a run in fp32 by their names in PyTorch. Untrained parts come from the base."""
+    image = image_projector(video) or IMAGE
     arrays = {}
-    for group, tree in ({"spatial": {}} | dict(trained) if trained else {}).items():
+    for group, tree in ({image: {}} | dict(trained)).items():
         flat = flatten(tree)
         if group.startswith(EXTRA_PREFIX):
             arrays |= {f"{group}.{path}": np.asarray(array, np.float32) for path, array in flat.items()}
             continue
-        names = zip(projector_names(base, group).items(), projector_names(base, "spatial"), strict=True)
+        copy = None if group == image else group
+        names = zip(projector_names(base, copy).items(), projector_names(base, None), strict=True)
         for (name, leaf), published in names:
             path = ".".join(leaf.path)
             arrays[name] = np.asarray(flat[path] if path in flat else tensors[published].read(), np.float32)
@@ -160,12 +149,12 @@ def trained_tensors(base: Base, tensors: Mapping[str, Tensor], trained: Mapping[
 
 
 def in_memory(array: np.ndarray) -> Tensor:
-    """An array as a tensor to write."""
+    """A `Tensor` of an array in memory."""
     return Tensor(array.shape, array.dtype, functools.partial(np.asarray, array))
 
 
 def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """redvillm.json but for its "files": how the projectors are used. A base that is an export keeps what it says."""
+    """redvillm.json without "files": the use of the projectors. A base that is an export keeps its own settings."""
     if config is None and (base.path / EXPORT_MARK).is_file():
         return read_object(base.path / EXPORT_MARK, EXPORT)
     return {
@@ -176,13 +165,20 @@ def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
         "resize": base.module.RESIZE,
         "mean": base.module.MEAN,
         "std": base.module.STD,
-        "method": {name: config[name] for name in METHOD if name in config} if config else {},
+        "method": {name: config[name] for name in method_fields(config)} if config else {},
     }
 
 
-def point_at_vision(file: Path) -> None:
-    """Makes a config.json name the export's own vision folder."""
-    file.write_text(json.dumps(read_json(file) | {"mm_vision_tower": "vision"}, indent=2) + "\n")
+def method_fields(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a run that are needed to rebuild its model, here or in PyTorch, and to answer as it does."""
+    settings = model_settings(config)
+    own = [*load_video(settings.representation).FIELDS, *settings.projector_options]
+    return ["video", "num_frames", *own, "labels", "sampling", "dtype", "int8"]
+
+
+def point_at_vision(file: Path, field: str) -> None:
+    """Makes a config.json name the export's own vision folder in a field of it."""
+    file.write_text(json.dumps(read_json(file) | {field: "vision"}, indent=2) + "\n")
 
 
 def main(argv: list[str]) -> None:

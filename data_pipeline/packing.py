@@ -1,4 +1,7 @@
-"""Rows of the training batch: video prefixes, each with its questions, as a function of (seed, epoch)."""
+"""Rows of the training batch: video prefixes, each with its questions.
+
+The rows are a function of (seed, epoch). docs/glossary.md has the words row, group, prefix, slot and step.
+"""
 
 import math
 from collections import deque
@@ -15,15 +18,15 @@ Row = tuple[Group, ...]
 Step = tuple[Row, ...]
 
 
-LONG_EPOCH = 100  # steps, from which on an epoch may end in two short ones
+LONG_EPOCH = 100  # an epoch of at least so many steps may end in two short steps
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What stands before the questions of one video.
+    """The tokens before the questions of one video.
 
-    ids: (P,) int32. video_tokens: (P,) int32, -1 for text, else which of the video's tokens stands there.
-    supervised: (P,) bool; the first token is predicted from nothing and never counts.
+    ids: (P,) int32. video_tokens: (P,) int32, the index of the video's token in this slot, -1 for text. supervised:
+    (P,) bool; no token predicts the first one, so it never counts.
     """
 
     ids: np.ndarray
@@ -33,14 +36,14 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer, as they follow the prefix. ids: (L,) int32. supervised: (L,) bool."""
+    """The tokens of a question and its answer, which follow the prefix. ids: (L,) int32. supervised: (L,) bool."""
 
     ids: np.ndarray
     supervised: np.ndarray
 
 
 class RowBounds(NamedTuple):
-    """The largest numbers that occur in a plan: the static shapes of its batches."""
+    """The maxima over a plan, which are the static shapes of its batches."""
 
     rows_per_step: int
     groups_per_row: int
@@ -59,15 +62,14 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> list[Step]:
-    """Distributes every question once over steps of exactly `batch_questions` questions (the last: the rest).
+    """Distributes every question once over steps of exactly `batch_questions` questions (the last step: the rest).
 
     question_videos: (Q,) the video of each question. prefix_lengths: (videos,). question_lengths: (Q,).
-    Without `pack` a row is one question. With it the questions of a video share one prefix, as many as fit a
-    row; these groups are shuffled, cut where a step is full, and placed first-fit into the step's rows. No step
-    takes more rows than it must: every step is computed at the size of the largest, so a group that would open
-    one more row waits for the next step, and a later one takes its place. A long epoch may end in two short steps
-    where one would be too large.
-    Raises UserError for a question that fits no row.
+    Without `pack` a row is one question. With `pack` the questions of a video share one prefix, as many as fit a row.
+    These groups are shuffled, cut when a step is full, and placed into the step's rows. Every step is computed at the
+    size of the largest step, so no step takes more rows than it must: a group that would open one more row waits for
+    the next step, and a later group takes its place. A long epoch may end in two short steps when one would be too
+    large. Raises UserError for a question that fits no row.
     """
     question_videos, question_lengths = np.asarray(question_videos), np.asarray(question_lengths)
     prefix_lengths = np.asarray(prefix_lengths)
@@ -111,13 +113,13 @@ def _group(order: list[int], videos, prefixes, lengths, row_length: int) -> list
 def _steps(
     groups: Iterable[Group], prefixes, lengths, row_length: int, batch_questions: int, max_rows: int
 ) -> list[Step] | None:
-    """Steps of `batch_questions` questions in at most `max_rows` rows, in the order given but for groups that wait.
+    """Steps of `batch_questions` questions in at most `max_rows` rows, or None when that is impossible.
 
-    None where that cannot be done.
+    The groups keep their order, except those that wait for a later step.
     """
     steps, waiting, short = [], deque(groups), 0
     while waiting:
-        step, late, room = Rows(prefixes, lengths, row_length, max_rows), [], batch_questions
+        step, late, room = StepRows(prefixes, lengths, row_length, max_rows), [], batch_questions
         while waiting and room:
             video, questions = waiting.popleft()
             group, rest = (video, questions[:room]), questions[room:]
@@ -143,8 +145,8 @@ def _steps(
     return steps
 
 
-class Rows:
-    """The rows of one step while they are filled: each group goes where it leaves the least room."""
+class StepRows:
+    """The rows of one step while they are filled; a group goes into the fullest row that has room for it."""
 
     def __init__(self, prefixes, lengths, row_length: int, max_rows: int):
         self.prefixes, self.lengths, self.row_length, self.max_rows = prefixes, lengths, row_length, max_rows
@@ -152,7 +154,7 @@ class Rows:
         self.rooms: list[int] = []
 
     def place(self, group: Group) -> bool:
-        """Adds a group to a row; False when none has room for it."""
+        """Adds a group to a row. Returns False when no row has room for it."""
         video, questions = group
         size = self.prefixes[video] + sum(self.lengths[q] for q in questions)
         row = min((i for i, room in enumerate(self.rooms) if room >= size), key=self.rooms.__getitem__, default=None)
@@ -167,12 +169,12 @@ class Rows:
         return True
 
     def poorest(self) -> tuple[int, int]:
-        """The row with the fewest questions, and how many it has."""
+        """The index of the row with the fewest questions, and their number."""
         held = [sum(len(questions) for _, questions in row) for row in self.rows]
         return held.index(min(held)), min(held)
 
     def empty(self, row: int) -> list[Group]:
-        """Takes a row's groups out again."""
+        """Removes a row's groups and returns them."""
         self.rooms[row] = self.row_length
         groups, self.rows[row] = self.rows[row], []
         return groups

@@ -1,4 +1,4 @@
-"""Batches of rows with their videos, as a function of the step: Grain over (step, row)."""
+"""Batches of rows with their videos, read by Grain; a batch is a function of its step."""
 
 import contextlib
 import functools
@@ -31,13 +31,13 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of steps[start_step:], one dict a step, of R = len(rows) rows.
 
-    rows: which of a step's rows 0 … rows_per_step - 1 to read, by default all.
-    row_fn: a row -> its arrays, "videos" (G,) record index or -1 among them; it is pickled for the workers.
-    Each array of row_fn gets a leading axis R, and there are those of `store.padded`, by row and group:
-      frames      (R, G, T, H, W, 3) uint8, zeros where a video has fewer than T frames or there is none;
+    rows: the rows to read of each step, among 0 … rows_per_step - 1; by default all.
+    row_fn: a row -> its arrays; one of them is "videos", (G,) record indices or -1. It is pickled for the workers.
+    Each array of row_fn gets a leading axis R. A step also has the arrays of `store.padded`, by row and group:
+      frames      (R, G, T, H, W, 3) uint8, zeros after a video's last frame and in groups without a video;
                   or the streams, (R, G, M, D) each.
       num_frames  (R, G) int32, 0 = no video.
-    A step with fewer rows than rows_per_step is filled up with row_fn(()). What a row holds depends neither on the
+    A step with fewer rows than rows_per_step is filled up with row_fn(()). The content of a row depends neither on the
     other rows that are read nor on the number of workers. Closing the generator ends the workers. Raises UserError
     when a worker is killed.
     """
@@ -70,7 +70,7 @@ def batches(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turns what Grain says when a worker is gone into a UserError that names the likely cause."""
+    """Turns Grain's error about a lost worker into a UserError that names the likely cause."""
     try:
         yield
     except RuntimeError as error:

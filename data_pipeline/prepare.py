@@ -22,7 +22,7 @@ from data_pipeline.media.sampling import UNIFORM, sampling_name
 from data_pipeline.media.video_files import VIDEO_EXTENSIONS, VideoFiles, as_text, find_videos, is_text
 from data_pipeline.prepare_report import make_report, summary
 from data_pipeline.questions.eval_sets import BENCHMARKS, read_benchmark
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.mixture import read_mixture
 from data_pipeline.questions.records import show
 
@@ -37,17 +37,17 @@ Decode every video once and store its frames for training and evaluation.
   python -m data_pipeline.prepare --videos=list.txt --instructions=questions.jsonl --out=FRAMES --shard=1/4
 
 A video's id is its file name without extension; a question may also name it with its extension or its folder.
-Videos are looked for in all subfolders (.mp4 .avi .mov .mkv .webm .gif; another file that a question names is tried
-as well); those that no question is about are left out.
+Videos are searched in all subfolders (.mp4 .avi .mov .mkv .webm .gif; any other file is tried when a question names
+it). A video without a question is left out.
 Questions are {"id", "video", "language", "question", "answer"}, VideoInstruct-100K's, or conversations as LLaVA and
 Qwen have them, in JSON, JSON Lines, CSV or Parquet (docs/data.md). A weight behind a file, zh.jsonl:0.5, says how often
 an epoch asks each of its questions. A question with "start" and "end" (seconds) is about that part of its video.
-FRAMES/report.json lists all that was left out, and why. A run that was stopped continues when it is started again; one
-run at a time writes a store, or one of each i/n with --shard."""
+FRAMES/report.json lists the videos and questions that were left out, with the reasons. Start a stopped run again to
+continue it. One run at a time writes a store; use --shard=i/n to share the work among n runs."""
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; raises UserError for whatever the user must change."""
+    """Runs the command. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     if odd := next((arg for arg in argv if not is_text(arg)), None):
         raise UserError(f"{as_text(odd)}: is not UTF-8 text; rename the file or folder")
@@ -70,10 +70,10 @@ def write_store(
     settings: dict[str, Any],
     files: VideoFiles,
     sources: list[store.Source],
-    questions: list[Row],
+    questions: list[Instruction],
     mixture: dict[str, Any],
 ) -> None:
-    """Decodes what is missing, and finishes the store if nothing is then."""
+    """Decodes the missing videos, and finishes the store when no shard is missing any more."""
 
     def encode(missing: list[store.Source]) -> Iterable[store.Result]:
         work = functools.partial(encode_video, root=str(files.root), settings=settings)
@@ -108,11 +108,11 @@ def write_store(
     print(summary(flags.out, report))
 
 
-def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], list[store.Source]]:
+def find_sources(questions: list[Instruction], files: VideoFiles) -> tuple[list[Instruction], list[store.Source]]:
     """Returns the questions, each with the id of its record as "video", and the sources of all records, sorted by id.
 
-    A record is a whole video, or a part of one with an id such as "v_abc#12.5-20". Questions whose video has no file
-    stay as they are and have no source. Raises UserError for a part that is none.
+    A record is a whole video, or a part of one with an id such as "v_abc#12.5-20". A question whose video has no file
+    stays as it is and has no source. Raises UserError for seconds that are no part of a video.
     """
     named, sources = [], {}
     find = functools.cache(files.file)
@@ -136,7 +136,7 @@ def find_sources(questions: list[Row], files: VideoFiles) -> tuple[list[Row], li
 
 
 def encode_video(source: store.Source, root: str, settings: dict[str, Any]) -> store.Result:
-    """Decodes one video into its record and its line of videos.jsonl, or the reason why it has none."""
+    """Decodes one video. Returns its record and its line of videos.jsonl, or the reason why it has none."""
     path = Path(root) / source["source"]
     span = {name: source[name] for name in ("start", "end") if name in source}
     try:
@@ -173,18 +173,18 @@ def encode_video(source: store.Source, root: str, settings: dict[str, Any]) -> s
 
 
 def lost(root: Path, source: store.Source, reason: str) -> store.Result:
-    """What stands for a video whose process was ended, by itself or by the time limit."""
+    """The result for a video whose process crashed or reached the time limit."""
     return {"reason": f"{root / source['source']}: the process that decoded it {reason}"}
 
 
-def _questions(flags: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
-    """The questions that the command names, and what `read_mixture` reports of them."""
+def _questions(flags: argparse.Namespace) -> tuple[list[Instruction], dict[str, Any]]:
+    """The instructions of the command's files, and the report of `read_mixture` on them."""
     if flags.benchmark is None:
         return read_mixture(flags.instructions)
     return read_mixture(flags.instructions, lambda path, left_out: read_benchmark(flags.benchmark, path))
 
 
-def _part(question: Row) -> tuple[float, float] | None:
+def _part(question: Instruction) -> tuple[float, float] | None:
     """The seconds that a question is about, to milliseconds; None for the whole video."""
     span = [question.get("start"), question.get("end")]
     if span == [None, None]:
@@ -199,7 +199,7 @@ def _part(question: Row) -> tuple[float, float] | None:
 
 
 def sha256(file: Path) -> str | None:
-    """The hash of a file's content, in hexadecimal, None where it cannot be read."""
+    """The hash of a file's content in hexadecimal, or None when it cannot be read."""
     try:
         with file.open("rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
@@ -208,7 +208,7 @@ def sha256(file: Path) -> str | None:
 
 
 def _state(file: Path) -> dict[str, int]:
-    """Bytes, and nanoseconds of the last change; 0 where there is nothing to be asked: opening it gives the reason."""
+    """Bytes, and nanoseconds of the last change; 0 for a file without a status, whose opening will give the reason."""
     try:
         found = file.stat()
     except OSError:
@@ -217,7 +217,7 @@ def _state(file: Path) -> dict[str, int]:
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
-    """The store's settings; image size and resize rule come from --base, from the flags, or are LLaVA's."""
+    """The store's settings. Image size and resize rule come from --base or the flags; the default is LLaVA's."""
     image = {"image_size": flags.image_size, "resize": flags.resize}
     if flags.base is not None:
         if not (flags.base / "base.json").is_file():

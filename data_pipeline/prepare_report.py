@@ -1,21 +1,25 @@
-"""What data_pipeline.prepare found, used and left out: report.json, and the lines that are printed."""
+"""The report of data_pipeline.prepare on videos and questions that it used or left out: report.json and a summary."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.media.video_files import VideoFiles, as_text
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.store import Shards, Source
 
 
 def make_report(
-    files: VideoFiles, sources: Sequence[Source], shards: Shards, questions: Sequence[Row], mixture: dict[str, Any]
+    files: VideoFiles,
+    sources: Sequence[Source],
+    shards: Shards,
+    questions: Sequence[Instruction],
+    mixture: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns report.json: every file, row and question is counted as used or listed as left out.
+    """Returns report.json, which counts every file, record and question as used or lists it as left out.
 
-    sources, shards: of the whole store. questions: all, with the ids of records as "video". mixture: what
-    `read_mixture` reports.
+    sources, shards: of the whole store. questions: all instructions, with the ids of records as "video". mixture: the
+    report of `read_mixture`.
     """
     stored = {line["video"] for line in shards.videos}
     asked = {source["source"] for source in sources}
@@ -41,7 +45,7 @@ def make_report(
 
 
 def summary(out: Path, report: dict[str, Any]) -> str:
-    """Returns the few lines that say what is in the store and what is not."""
+    """Returns a few lines on the content of the store and on the videos and questions that are left out."""
     left_out, unasked = report["videos_left_out"], report["videos_without_question"]
     orphans, repeated = report["questions_without_video"], report["questions_repeated"]
     rows = report["rows_left_out"]
@@ -53,7 +57,7 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     ]
     lines += [_origin(file) for file in report["instructions"] if file["prefix"] or file["weight"] != 1]
     if repeated:
-        lines.append(f"kept: {len(repeated)} questions that repeat another on their video ({_some(_ids(repeated))})")
+        lines.append(f"kept: {len(repeated)} questions that repeat another about their video ({_some(_ids(repeated))})")
     if short:
         lines.append(f"kept: {len(short)} videos that end before their header says:")
         lines += [f"  {video['note']}" for video in short[:10]]
@@ -63,11 +67,12 @@ def summary(out: Path, report: dict[str, Any]) -> str:
         lines.append(f"left out: {len(left_out)} videos that gave no frames:")
         lines += [f"  {video['reason']}" for video in left_out[:10]]
     if rows:
-        lines.append(f"left out: {len(rows)} rows that are no question on a video:")
+        lines.append(f"left out: {len(rows)} records that are no question about a video:")
         lines += [f"  {reason}" for reason in rows[:10]]
     if orphans:
         missing = sorted({question["video"] for question in orphans})
-        lines.append(f"left out: {len(orphans)} questions on {len(missing)} videos not in the store ({_some(missing)})")
+        about = f"{len(missing)} videos that are not in the store ({_some(missing)})"
+        lines.append(f"left out: {len(orphans)} questions about {about}")
     if left_out or short or unasked or rows or orphans or repeated:
         lines.append(f"the complete lists are in {out / 'report.json'}")
     return "\n".join(lines)
@@ -82,6 +87,6 @@ def _ids(questions: list[dict[str, str]]) -> list[str]:
 
 
 def _origin(file: dict[str, Any]) -> str:
-    """What a weight or ids in common with another file have made of one."""
+    """One line on a file with a weight, or with ids that another file has, too."""
     renamed = f", ids begin with {file['prefix']} (another file has some of them)" if file["prefix"] else ""
     return f"{file['file']}: {file['taken']} questions from {file['questions']}, weight {file['weight']:g}{renamed}"

@@ -1,12 +1,12 @@
-"""Whether a shard that is there is whole, so that the command that makes a store makes anew what is broken.
+"""Checks whether an existing shard is whole, so that the command that makes a store can make broken shards again.
 
-Shards of a whole store may be hundreds of gigabytes, so not every byte is read every time. Always looked at: the lines
-in parts/, the shard's length, the number of its records, and whose the first of them is. A shard that was changed after
-its lines were written (a copy may be) is read to its end and compared with its hash, once. What else happens to a disk
-is found when a record is read, by ArrayRecord's own checksums and the video's id in the record.
+The shards of a store may be hundreds of gigabytes, so not every byte is read every time. Each check reads the shard's
+lines in parts/, its length, the number of its records, and the video of the first record. A shard that was changed
+after its lines were written (a copy may look so) is read to its end and compared with its hash, once. Other damage is
+found when a record is read, by ArrayRecord's own checksums and the video's id in the record.
 
-A video's file is taken for the one that was decoded as long as its size and the time of its last change (ctime, which a
-copy cannot bring along) are the same, or its hash is.
+A video's file counts as unchanged as long as its size and the time of its last change (ctime, which a copy cannot
+keep) are the same, or its hash is the same.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ from data_pipeline.common.errors import UserError
 def read_part(
     shard: Path, part_file: Path, sources: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What parts/ says of a shard; `sizes`: bytes of the store's files by name.
+    """Reads a shard's entry in parts/. sizes: bytes of the store's files by name.
 
-    Raises UserError unless it is as it was written, is about these sources, and the shard is as long as it says.
+    Raises UserError unless the entry is undamaged, is about these sources, and has the shard's length.
     """
     part = read_object(part_file, PART)
     told = sorted(entry["video"] for entry in (*part["videos"], *part["left_out"]))
@@ -40,7 +40,7 @@ def read_part(
 
 
 def check_shard(shard: Path, part_file: Path, part: Mapping[str, Any], features: tfds.features.FeaturesDict) -> None:
-    """Raises UserError unless a local shard is the one that `part` is about, as far as is looked at."""
+    """Raises UserError when a local shard does not fit its entry `part`, as far as the checks above go."""
     if "sha256" in part and shard.stat().st_mtime_ns >= part_file.stat().st_mtime_ns:
         if sha256(shard) != part["sha256"]:
             raise UserError(f"{shard}: was changed after it was written")
@@ -62,10 +62,10 @@ def replaced_video(
     part: Mapping[str, Any],
     digest: Callable[[Mapping[str, Any]], str | None],
 ) -> str | None:
-    """The first video whose file is not the one that was decoded, None as far as nobody can tell.
+    """The first video whose file was replaced after it was decoded, None when no replacement can be seen.
 
     before, now: the shard's sources when it was written, and today's. digest: the SHA-256 of a source's file today,
-    None where it cannot be read.
+    or None when it cannot be read.
     """
     hashes = {entry["video"]: entry.get("sha256") for entry in (*part["videos"], *part["left_out"])}
     for old, new in zip(before, now, strict=True):

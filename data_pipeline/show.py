@@ -1,4 +1,4 @@
-"""Command: a picture of what a store holds: the frames of a video with its questions, several videos, distributions."""
+"""Command: draws the frames of one or several videos of a store with their questions, or distributions over it."""
 
 import argparse
 import difflib
@@ -24,14 +24,14 @@ from data_pipeline.media.lettering import CJK, choose_font, escape, tidy, wrap
 from data_pipeline.store import VideoStore, open_store
 
 HELP = """\
-Draw what a store holds.
+Draw the content of a store.
 
   python -m data_pipeline.show FRAMES --video=ID       every stored frame with its time, every question and answer
   python -m data_pipeline.show FRAMES --random=12      a strip of eight frames and three questions a video
   python -m data_pipeline.show FRAMES --stats          distributions of durations, frames, questions and lengths
 
-Frames are shown as the model gets them, squares whatever the video's shape. Chinese needs an installed font that has
-it; without one its characters are drawn as \\uXXXX. --stats also reads a store of streams."""
+Frames are shown as the model gets them, as squares. Chinese needs an installed font with its characters; without such a
+font they are drawn as \\uXXXX. --stats also reads a store of streams."""
 
 MADE_BY = "redvillm_jax: data_pipeline.show"  # in the pictures that it may replace
 COLUMNS, TILE, GAP, SIZE = 8, 176, 8, 16  # of a sheet: frames a row, pixels of a frame, between frames, of letters
@@ -41,7 +41,7 @@ WORD = re.compile(rf"(?=\w)[{CJK}]|[^\W{CJK}]+(?:['’-][^\W{CJK}]+)*")
 
 
 class Strip(NamedTuple):
-    """What a sheet shows of one video. frames: (n, S, S, 3) uint8. labels: n texts. texts: (text, colour) each."""
+    """One video on a sheet. frames: (n, S, S, 3) uint8. labels: n texts. texts: (text, colour) each."""
 
     title: str
     frames: np.ndarray
@@ -50,7 +50,7 @@ class Strip(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Runs the command; raises UserError for whatever the user must change."""
+    """Runs the command. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     _check_out(flags.out)
     store = open_store(flags.store)
@@ -90,25 +90,25 @@ def find(store: VideoStore, video: str) -> int:
 
 
 def strip(store: VideoStore, index: int, most_frames: int | None = None, most_questions: int | None = None) -> Strip:
-    """What to show of record `index`: all of it, or so many frames, spread evenly, and the first questions."""
+    """The strip of record `index`, whole or with some evenly spread frames and the first questions."""
     line, record = store.videos[index], store[index]
     n = len(record["frames"])
     chosen = np.linspace(0, n - 1, min(n, most_frames or n)).round().astype(int)
-    rows = [row for row in store.instructions if row["video"] == line["video"]]
+    about_it = [instruction for instruction in store.instructions if instruction["video"] == line["video"]]
     texts = []
-    for number, row in enumerate(rows[:most_questions], start=1):
-        about = ", ".join(str(row[key]) for key in ("language", "kind") if key in row)
-        texts += [(f"{number}. [{about}] {row['question']}", BLACK), (row["answer"], BLUE)]
-    if not rows:
+    for number, instruction in enumerate(about_it[:most_questions], start=1):
+        about = ", ".join(str(instruction[key]) for key in ("language", "kind") if key in instruction)
+        texts += [(f"{number}. [{about}] {instruction['question']}", BLACK), (instruction["answer"], BLUE)]
+    if not about_it:
         texts = [("no question is about this video", GREY)]
-    elif hidden := len(rows) - len(rows[:most_questions]):
+    elif hidden := len(about_it) - len(about_it[:most_questions]):
         texts.append((f"… and {hidden} more: --video={line['video']}", GREY))
     labels = [_time(seconds) for seconds in record["timestamps"][chosen].tolist()]
     return Strip(_title(line), record["frames"][chosen], labels, texts)
 
 
 def _title(line: dict[str, Any]) -> str:
-    """The id and what videos.jsonl says about the file."""
+    """The id, and the file's size, duration and frames as videos.jsonl has them."""
     facts = [f"{line['width']}×{line['height']}", f"{line['num_frames']} of {line['total_frames']} frames"]
     if line["duration"] is not None:
         facts.insert(1, _time(line["duration"]))
@@ -166,11 +166,11 @@ def _tiles(frames: np.ndarray, labels: Sequence[str], font) -> Image.Image:
 
 
 def distributions(store: VideoStore) -> dict[str, list[float]]:
-    """Values by what they measure: one a video, or one a question, by language.
+    """Values by quantity: one value for each video, or for each question of a language.
 
     A word is a run of letters and digits, or one Chinese, Japanese or Korean character.
     """
-    asked = Counter(row["video"] for row in store.instructions)
+    asked = Counter(instruction["video"] for instruction in store.instructions)
     values: dict[str, list[float]] = {
         "duration, seconds": [line["duration"] for line in store.videos if line["duration"] is not None],
         "frames in the file": [line["total_frames"] for line in store.videos],
@@ -178,9 +178,9 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
         "questions per video": [asked[line["video"]] for line in store.videos],
     }
     texts = defaultdict(list)
-    for row in sorted(store.instructions, key=lambda row: row["language"]):
+    for instruction in sorted(store.instructions, key=lambda instruction: instruction["language"]):
         for field in ("question", "answer"):
-            texts[f"{row['language']} {field}"].append(row[field])
+            texts[f"{instruction['language']} {field}"].append(instruction[field])
     for name, found in texts.items():
         values[f"{name}, characters"] = [len(text) for text in found]
         values[f"{name}, words"] = [len(WORD.findall(text)) for text in found]
@@ -188,7 +188,7 @@ def distributions(store: VideoStore) -> dict[str, list[float]]:
 
 
 def table(quantities: dict[str, list[float]]) -> str:
-    """One line a quantity: how many values, the least, three percentiles, the largest, and the mean."""
+    """One line for each quantity: number of values, minimum, three percentiles, maximum, mean."""
     rows = []
     for name, values in quantities.items():
         found = [*np.percentile(values, (0, 10, 50, 90, 100)), np.mean(values)] if values else []
@@ -201,7 +201,7 @@ def table(quantities: dict[str, list[float]]) -> str:
 
 
 def draw_distributions(quantities: dict[str, list[float]]) -> Image.Image:
-    """A histogram of each quantity, the median marked."""
+    """A histogram of each quantity, with its median."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -225,10 +225,10 @@ def draw_distributions(quantities: dict[str, list[float]]) -> Image.Image:
 
 
 def _check_frames(store: VideoStore) -> None:
-    """Raises UserError for a store of streams, naming the frame store it was made from."""
+    """Raises UserError for a store of streams, naming the frame store from which it was made."""
     if store.meta["kind"] != "frames":
         made_from = read_object(store.path / "report.json", REPORT).get("made_from", "unknown")
-        raise UserError(f"{store.path}: holds streams, no frames: give the store they were made from, {made_from}")
+        raise UserError(f"{store.path}: holds streams, no frames: give the frame store of these streams, {made_from}")
 
 
 def _check_out(out: Path) -> None:

@@ -1,12 +1,12 @@
-"""A store of videos: a folder of ArrayRecord shards, one record a video, that TFDS reads as well.
+"""A store of videos: a folder of ArrayRecord shards with one record a video, which TFDS can read as well.
 
     dataset_info.json  features.json  frames-train.array_record-0000i-of-0000n     TFDS's, split "train"
     videos.jsonl        one line a record, in record order
     instructions.jsonl  the questions on these videos
-    report.json         what was found, used and left out
-    store.json          how the records were made and what the shards hold; written last, so that a folder with it is
-                        whole
-    parts/              what a restart needs: plan.json, and per shard the lines of its videos and its hash
+    report.json         the videos and questions that were found, used and left out
+    store.json          the settings of the records and the contents of the shards; it is written last, so a folder
+                        with it is whole
+    parts/              the state for a restart: plan.json, and for each shard the lines of its videos and its hash
 
 A record of kind "frames" (data_pipeline.prepare) is {"video": text, "frames": (n, S, S, 3) uint8, "timestamps": (n,)
 float32 seconds from its file's first frame}; of kind "streams" (redvillm_jax.encode) {"video": text, and per stream
@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import tempfile
@@ -62,7 +63,7 @@ from data_pipeline.shard_checks import check_shard, read_part, replaced_video, s
 CHECKED = {"array_record": "0.8.6", "tensorflow-datasets": "4.9.10"}  # whose messages and inner parts were last seen
 FORMATS = ("jpeg", "raw")
 VIDEOS_PER_SHARD = 64
-KINDS = ("videos", "left_out", "notes")  # of lines that a shard has
+KINDS = ("videos", "left_out", "notes")  # the kinds of lines in a shard's entry of parts/
 
 # {"video": id, "source": relative file, "bytes": its size, "changed": when, in ns, and of a part "start" and "end"}
 Source = dict[str, Any]
@@ -71,10 +72,10 @@ Result = dict[str, Any]
 
 
 class Shards(NamedTuple):
-    """What the shards that are there hold.
+    """The contents of the existing shards.
 
-    videos: lines of videos.jsonl. left_out: sources with "reason". notes: sources with "note". missing: how many shards
-    of `total` are not there, or not whole. parts: what parts/ says of the others, by name.
+    videos: lines of videos.jsonl. left_out: sources with "reason". notes: sources with "note". missing: the number of
+    shards, of `total`, that are missing or broken. parts: the entries of parts/ for the other shards, by name.
     """
 
     videos: list[dict[str, Any]]
@@ -86,7 +87,7 @@ class Shards(NamedTuple):
 
 
 class VideoStore:
-    """A whole store: `store[i]` is record i. Read lazily and pickled as its path, for Grain's workers."""
+    """A whole store: `store[i]` is record i. It is read lazily, and pickled as its path for Grain's workers."""
 
     def __init__(self, path: str | Path):
         self.path = as_path(path)
@@ -99,9 +100,9 @@ class VideoStore:
         self._readers: dict[str, ArrayRecordReader] = {}
 
     def check(self) -> None:
-        """Raises UserError unless all shards are there, as long as they were, and the lines are those of the store.
+        """Raises UserError unless all shards exist with their lengths, and the files of lines belong to the store.
 
-        Reads no record: a damaged one is found when it is read.
+        Reads no record; a damaged record is found when it is read.
         """
         there = file_sizes(self.path)
         for name in self._shards:
@@ -126,16 +127,16 @@ class VideoStore:
 
     @functools.cached_property
     def instructions(self) -> list[dict[str, Any]]:
-        """The questions, each on a video of the store."""
+        """The instructions, each about a video of the store."""
         return self._read("instructions.jsonl", QUESTION)[0]
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"video": str, …}: the record's arrays as the module's docstring lists them.
+        """Returns {"video": str, …} with the record's arrays, as listed in the module's docstring.
 
-        Raises UserError for a record that cannot be read, or is another video's, as those of an exchanged shard are.
+        Raises UserError for a record that cannot be read, or that belongs to another video, as in an exchanged shard.
         """
         video = self.videos[index]["video"]
         shard = bisect.bisect_right(self._ends, index)
@@ -147,7 +148,7 @@ class VideoStore:
         except RuntimeError as error:
             damaged = re.search(r"Corrupted|Invalid|at least 64KB", str(error))
             raise UserError(
-                f"{where} cannot be read ({_short(error)}); {mend if damaged else 'is the disk or the network well?'}"
+                f"{where} cannot be read ({_short(error)}); {mend if damaged else 'check the disk or the network'}"
             ) from None
         try:
             record = self._features.deserialize_example_np(stored)
@@ -162,8 +163,19 @@ class VideoStore:
                 raise UserError(f"{where} has {name} of shape {record[name].shape}, expected {wanted}; {mend}")
         return record
 
+    def seconds(self, index: int) -> list[float]:
+        """The times of a video's frames, from its first on, NaN where the file does not say.
+
+        A store of streams has them where they were encoded for a representation with text between the visual tokens.
+        """
+        if self.meta["kind"] == "frames":
+            return self[index]["timestamps"].tolist()
+        if "seconds" not in self.videos[index]:
+            raise UserError(f"{self.path}: does not say when frames are shown; encode the frames again")
+        return [math.nan if at is None else at for at in self.videos[index]["seconds"]]
+
     def padded(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """Reads records into arrays of static shape, zeros where a record is shorter or the index is -1.
+        """Reads records into arrays of static shape, filled with zeros after shorter records and for the index -1.
 
         Returns num_frames: (n,) int32, 0 = no video, and frames: (n, T, S, S, 3) uint8, or the streams,
         (n, M, D) each.
@@ -195,7 +207,7 @@ class VideoStore:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The record index behind each shard's last."""
+        """For each shard, one more than the index of its last record."""
         known = self._known
         counts = (known[n]["records"] if n in known else self._reader(n).num_records() for n in self._shards)
         ends = list(itertools.accumulate(counts))
@@ -211,13 +223,13 @@ class VideoStore:
         return self._readers[name]
 
     def _read(self, name: str, form: Form) -> tuple[list[dict[str, Any]], bytes]:
-        """A file of lines, and its content."""
+        """The objects in a file of lines, and the file's content."""
         content = read_bytes(self.path / name, form)
         return parse_lines(self.path / name, content, form), content
 
 
 def open_store(path: str | Path) -> VideoStore:
-    """Opens a store for reading, on a disk or in a bucket. Raises UserError for what is none, or not whole."""
+    """Opens a store for reading, on a disk or in a bucket. Raises UserError when it is no store, or not whole."""
     check_bucket(path)
     with explained(path):
         store = VideoStore(path)
@@ -226,7 +238,7 @@ def open_store(path: str | Path) -> VideoStore:
 
 
 def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.ndarray | list[bytes]:
-    """Turns (n, S, S, 3) uint8 into what a record holds: a JPEG per frame (no chroma subsampling), or itself."""
+    """Encodes (n, S, S, 3) uint8 for a record: one JPEG per frame (no chroma subsampling), or the array itself."""
     if format == "raw":
         return frames
     images = [io.BytesIO() for _ in frames]
@@ -236,9 +248,9 @@ def encode_frames(frames: np.ndarray, format: str, quality: int | None) -> np.nd
 
 
 def check_plan(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> list[Source]:
-    """Returns the sources of a store (whole or begun) of just this plan, as they were when it was begun.
+    """Returns the sources of the store at `path` as they were when the store was begun, [] without a store.
 
-    Of none if `path` is absent or empty. Raises UserError if something else is there.
+    The store may be whole or begun. Raises UserError when `path` holds something else, or a store of another plan.
     """
     path = as_path(path)
     if not path.exists():
@@ -271,12 +283,12 @@ def write_shards(
     shard: tuple[int, int] = (1, 1),
     digest: Callable[[Source], str | None] = lambda source: None,
 ) -> Shards:
-    """Writes the shards that are missing or broken and returns what is then there.
+    """Writes the missing and broken shards, and returns the contents of all existing shards.
 
-    settings: "kind" and all that the records depend on. sources: in record order; a video's place decides its
+    settings: "kind" and everything that the records depend on. sources: in record order; a video's place decides its
     shard. encode: called once with the sources of all shards to be written, yields their results in order. shard:
     (i, n) writes the i-th of every n shards only, as one of n runs that share the folder. digest: the SHA-256 of a
-    source's file as it is, None where it cannot be read.
+    source's file as it is today, or None when it cannot be read.
     A shard has its name only when it is whole, and then `parts/` has the lines of its videos. Raises UserError when a
     video's file has been replaced since it was decoded.
     """
@@ -295,12 +307,12 @@ def write_shards(
         try:
             if files[i].name in sizes:
                 part = read_part(files[i], _part(path, names[i]), shards[i], sizes)
-                if not in_bucket(path):  # which keeps checksums itself
+                if not in_bucket(path):  # a bucket keeps checksums itself
                     check_shard(files[i], _part(path, names[i]), part, features)
                 before = part.get("sources", planned[i])
                 if video := replaced_video(before, shards[i], part, digest):
                     replaced[i] = video
-                elif before != shards[i] and "sources" in part:  # in their times alone: once compared is enough
+                elif before != shards[i] and "sources" in part:  # only times differ: one comparison is enough
                     write_text(_part(path, names[i]), _json(with_checksum(part | {"sources": shards[i]})))
         except UserError as error:
             broken[i] = str(error)
@@ -309,14 +321,14 @@ def write_shards(
         more = f", and {len(replaced) - 1} more shards hold such videos" if len(replaced) > 1 else ""
         raise UserError(
             f"{files[first]}: the file of {video!r} is not the one whose frames are stored{more}: delete the shard to "
-            "store those of the file that is there, or choose another --out"
+            "store the new file's frames, or choose another --out"
         )
     missing = [i for i in mine if i in broken or files[i].name not in sizes]
     if missing:
-        (path / "store.json").unlink(missing_ok=True)  # one that is there describes other shards
+        (path / "store.json").unlink(missing_ok=True)  # an old one describes other shards
     for i, problem in broken.items():
         print(f"note: {problem}: this shard is made again", file=sys.stderr)
-        if not files[i].is_dir():  # where writing the shard says what is wrong
+        if not files[i].is_dir():  # for a folder, writing the shard reports the problem
             files[i].unlink()
     results = iter(encode([source for i in missing for source in shards[i]]))
     for i in missing:
@@ -326,12 +338,12 @@ def write_shards(
 
 
 def read_shards(path: str | Path, settings: dict[str, Any], sources: list[Source]) -> Shards:
-    """What the shards that are there hold, whoever wrote them; the arguments are those of `write_shards`."""
+    """The contents of the existing shards, from any run; the arguments are those of `write_shards`."""
     path, (shards, names) = as_path(path), _split(sources)
     sizes, parts = file_sizes(path), {}
     for name, own in zip(names, shards, strict=True):
         shard = _shard(path, settings["kind"], name)
-        with contextlib.suppress(UserError):  # a broken one is as good as none
+        with contextlib.suppress(UserError):  # a broken shard counts as missing
             parts |= {name: read_part(shard, _part(path, name), own, sizes)} if shard.name in sizes else {}
     kinds = ([line for part in parts.values() for line in part.get(kind, [])] for kind in KINDS)
     return Shards(*kinds, missing=len(names) - len(parts), total=len(names), parts=parts)
@@ -346,7 +358,7 @@ def _split(sources: list[Source]) -> tuple[list[list[Source]], list[str]]:
 def _write_shard(
     shard: Path, part_file: Path, features: Any, sources: list[Source], pairs: Iterable[tuple[Source, Result]]
 ) -> None:
-    """Writes one shard and the lines of its videos, the lines first: whoever sees the shard finds them."""
+    """Writes one shard and the lines of its videos, the lines first, so that no shard is seen without them."""
     part: dict[str, Any] = {**{kind: [] for kind in KINDS}, "num_bytes": 0, "sources": sources}
     with written_whole(shard) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
@@ -373,7 +385,7 @@ def finish_store(
     instructions: list[dict[str, Any]],
     report: dict[str, Any],
 ) -> None:
-    """Writes what describes the shards, store.json last; running it again changes nothing but what is damaged.
+    """Writes the files that describe the shards, store.json last. A second call repairs damaged files only.
 
     store.json holds the settings, a fingerprint of settings, videos and instructions, and each shard's size.
     """
@@ -397,12 +409,12 @@ def finish_store(
 
 
 def _fingerprint(settings: dict[str, Any], videos: bytes, instructions: bytes) -> str:
-    """Identifies what a store was made with and what it says it holds; the latter as the files' contents."""
+    """A hash of a store's settings and of the contents of videos.jsonl and instructions.jsonl."""
     return hashlib.sha256(_json(settings).encode() + videos + instructions).hexdigest()
 
 
 def _tfds_metadata(settings: dict[str, Any], parts: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The files that TFDS wants beside the shards, made elsewhere: it would not write them whole or not at all."""
+    """The files that TFDS needs beside the shards. TFDS writes them non-atomically, so into a temporary folder."""
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[len(part["videos"]) for part in parts.values()],
@@ -411,7 +423,7 @@ def _tfds_metadata(settings: dict[str, Any], parts: dict[str, dict[str, Any]]) -
     with tempfile.TemporaryDirectory(prefix="redvillm_jax.") as folder:
         shards = [_shard(Path(folder), settings["kind"], name) for name in parts]
         for shard in shards:
-            shard.touch()  # it looks at their names
+            shard.touch()  # TFDS looks at the names
         tfds.folder_dataset.write_metadata(
             data_dir=folder, features=_features(settings), split_infos=[split], check_data=False
         )
@@ -433,7 +445,7 @@ def _part(path: Path, name: str) -> Path:
 
 
 def _shapes(settings: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """The longest shape and the dtype of what a model reads from a record."""
+    """The longest shape and the dtype of each array that a model reads from a record."""
     if settings["kind"] == "streams":
         dtype = np.dtype(settings["dtype"])
         return {name: (tuple(shape), dtype) for name, shape in settings["streams"].items()}
@@ -458,7 +470,7 @@ def _features(settings: dict[str, Any]) -> tfds.features.FeaturesDict:
 
 
 def _serialize(features: tfds.features.FeaturesDict, record: dict[str, Any]) -> bytes:
-    """TFDS's own bytes of a record with the fields in order: protobuf's own order changes from process to process."""
+    """TFDS's bytes of a record, with the fields in order: protobuf's own order changes from process to process."""
     serializer = ExampleSerializer(features.get_serialized_info())
     return serializer.get_tf_example(features.encode_example(record)).SerializeToString(deterministic=True)
 
@@ -467,10 +479,10 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _lines(objects: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
 
 
 def _short(error: Exception) -> str:
-    """What an error says, on one line."""
+    """An error's message on one line."""
     return " ".join(str(error).split())[:160]

@@ -1,4 +1,4 @@
-"""Command: a question file, or the predictions in an answer file, in the other of English and Chinese."""
+"""Command: translates a question file, or the predictions of an answer file, between English and Chinese."""
 
 import argparse
 import contextlib
@@ -36,11 +36,11 @@ Translate questions and answers between English and Chinese through any OpenAI-c
   python -m data_pipeline.translate --input=answers.jsonl --out=en.jsonl --to=en --fields=prediction \\
       --base_url=http://127.0.0.1:8000/v1 --model=Qwen2.5-7B-Instruct --allow_undated
 
---dry_run prints the estimate and sends nothing. Each different text is translated once and kept in OUT's
-.cache.sqlite, so that a stopped run continues and a second one costs nothing. OUT holds source and translation side
-by side. Suspicious translations are in OUT, too (--strict leaves their rows out), and listed in OUT's .review.jsonl:
-write a "correction" or set "ok" to true there and run the command again. OUT's .report.json lists the texts without
-translation; their rows are not in OUT, and the exit code is then 1. The key is read from OPENAI_API_KEY."""
+Use --dry_run to print the estimate without sending anything. Each different text is translated once and kept in OUT's
+.cache.sqlite, so a stopped run continues and a second run costs nothing. OUT holds source and translation side by side.
+Suspicious translations are in OUT, too (--strict leaves them out), and listed in OUT's .review.jsonl: write a
+"correction" or set "ok" to true there, then run the command again. OUT's .report.json lists the texts without a
+translation; their lines are not in OUT, and the exit code is then 1. The key is read from OPENAI_API_KEY."""
 
 LANGUAGES = {"en": "English", "zh": "Simplified Chinese"}
 PROMPT = (
@@ -50,24 +50,24 @@ PROMPT = (
 )
 RULE = "a token: 4 letters or 1 Chinese character, which translates 3 letters"
 
-Row = dict[str, Any]
+Line = dict[str, Any]  # an instruction, or an answer
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if rows had to be left out. Raises UserError for whatever the user must change."""
+    """Runs the command. Returns 1 when lines had to be left out. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     with contextlib.nullcontext() if flags.dry_run else locked(flags.out, beside=True):
         return translate(flags)
 
 
 def translate(flags: argparse.Namespace) -> int:
-    """What the flags say; returns the exit code."""
+    """Translates as the flags say. Returns the exit code."""
     files = {name: flags.out.with_suffix(suffix) for name, suffix in SUFFIXES.items()}
     _check(flags, files["report"])
-    rows, skipped = to_translate(read_instructions(flags.input), flags)
-    if not rows:
-        raise UserError(f"{flags.input}: all {skipped} rows are in {LANGUAGES[flags.to]} already")
-    sources = Counter(row[field] for row in rows for field in flags.fields if (row[field] or "").strip())
+    lines, skipped = to_translate(read_instructions(flags.input), flags)
+    if not lines:
+        raise UserError(f"{flags.input}: all {skipped} lines are in {LANGUAGES[flags.to]} already")
+    sources = Counter(line[field] for line in lines for field in flags.fields if (line[field] or "").strip())
     prompt = PROMPT.format(source=LANGUAGES["zh" if flags.to == "en" else "en"], target=LANGUAGES[flags.to])
 
     def request(text: str) -> Request:
@@ -84,7 +84,7 @@ def translate(flags: argparse.Namespace) -> int:
         missing = [text for text in undecided if cache.get(request(text)) is None]
         tokens = estimate(missing, prompt, flags.to)
         already = f" ({skipped} more are in {LANGUAGES[flags.to]} already)" if skipped else ""
-        print(f"{flags.input}: {len(rows)} rows{already}, {sources.total()} texts, {len(sources)} different:")
+        print(f"{flags.input}: {len(lines)} lines{already}, {sources.total()} texts, {len(sources)} different:")
         known = f"{len(sources) - len(undecided)} decided by a person, {len(undecided) - len(missing)} cached"
         print(f"  {known}, {len(missing)} to send")
         announce(*tokens, flags, RULE)
@@ -108,7 +108,7 @@ def translate(flags: argparse.Namespace) -> int:
     found = {text: suspicions(text, translations[text], flags.to, prompt) for text in undecided if text in translations}
     found |= {text: [f"not translated: {reason}"] for text, reason in failures.items()}
     suspicious = {text: found[text] for text in sources if found.get(text) and text not in decided}
-    uses = [(_new_id(row, flags.to), {row[field] for field in flags.fields}) for row in rows]
+    uses = [(_new_id(line, flags.to), {line[field] for field in flags.fields}) for line in lines]
     write_review(files["review"], suspicious, translations, uses, decided)
 
     obstacles = {
@@ -116,14 +116,16 @@ def translate(flags: argparse.Namespace) -> int:
     }
     if flags.strict:
         obstacles |= {text: f"under review: {'; '.join(reasons)}" for text, reasons in suspicious.items()}
-    done = [translated(row, translations, flags) for row in rows if not _reasons(row, obstacles, flags)]
-    left_out = [{"id": row["id"], "reasons": reasons} for row in rows if (reasons := _reasons(row, obstacles, flags))]
+    done = [translated(line, translations, flags) for line in lines if not _reasons(line, obstacles, flags)]
+    left_out = [
+        {"id": line["id"], "reasons": reasons} for line in lines if (reasons := _reasons(line, obstacles, flags))
+    ]
     report = {
         "input": str(flags.input),
         "model": flags.model,
         "to": flags.to,
         "fields": flags.fields,
-        "rows": len(rows),
+        "rows": len(lines),
         "rows_skipped": skipped,
         "rows_written": len(done),
         "texts": len(sources),
@@ -136,53 +138,53 @@ def translate(flags: argparse.Namespace) -> int:
     }
     write_text(files["report"], json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if not done:
-        raise UserError(f"{flags.out}: no row of {len(rows)} could be written; the first: {left_out[0]['reasons'][0]}")
-    write_text(flags.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+        raise UserError(f"{flags.out}: none of {len(lines)} lines is written; the first: {left_out[0]['reasons'][0]}")
+    write_text(flags.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done))
     print(_summary(report, flags.out, files))
     return 1 if left_out else 0
 
 
-def to_translate(rows: Iterable[Row], flags: argparse.Namespace) -> tuple[list[Row], int]:
-    """Returns the rows that are in the other language, at most --limit, and how many are in --to's already."""
-    rows = list(rows)
-    ids = {row["id"] for row in rows}
+def to_translate(lines: Iterable[Line], flags: argparse.Namespace) -> tuple[list[Line], int]:
+    """Returns the lines in the other language, at most --limit, and the number of lines in --to's language."""
+    lines = list(lines)
+    ids = {line["id"] for line in lines}
     chosen, skipped = [], 0
-    for row in rows:
-        where = f"{flags.input}: row with id {row['id']!r}"
-        if row["language"] not in LANGUAGES:
-            raise UserError(f"{where}: language {row['language']!r}, expected {' or '.join(LANGUAGES)}")
-        if row["language"] == flags.to:
+    for line in lines:
+        where = f"{flags.input}: line with id {line['id']!r}"
+        if line["language"] not in LANGUAGES:
+            raise UserError(f"{where}: language {line['language']!r}, expected {' or '.join(LANGUAGES)}")
+        if line["language"] == flags.to:
             skipped += 1
             continue
         for field in flags.fields:
-            if not isinstance(row.get(field, 0), str | None):  # a prediction that could not be made is null
-                found = f"is {json.dumps(row[field])[:40]}" if field in row else "is missing"
+            if not isinstance(line.get(field, 0), str | None):  # a prediction that could not be made is null
+                found = f"is {json.dumps(line[field])[:40]}" if field in line else "is missing"
                 raise UserError(f"{where}: field {field!r} {found}, expected text (--fields)")
-            if row.get("choices") and field in ("question", "answer"):
+            if line.get("choices") and field in ("question", "answer"):
                 why = "the options in the question would not be those it is scored by"
                 raise UserError(f"{where}: is multiple choice ('choices'), whose {field} cannot be translated: {why}")
-            if f"source_{field}" in row:
+            if f"source_{field}" in line:
                 raise UserError(f"{where}: has 'source_{field}': it is a translation; translate the file it came from")
-        if _new_id(row, flags.to) in ids:
-            raise UserError(f"{where}: its translation's id {_new_id(row, flags.to)!r} is there already")
-        chosen.append(row)
+        if _new_id(line, flags.to) in ids:
+            raise UserError(f"{where}: its translation's id {_new_id(line, flags.to)!r} is there already")
+        chosen.append(line)
     return chosen[: flags.limit], skipped
 
 
-def translated(row: Row, translations: Mapping[str, str], flags: argparse.Namespace) -> Row:
-    """The row in the other language, its source texts beside; null and texts of white space stay as they are.
+def translated(line: Line, translations: Mapping[str, str], flags: argparse.Namespace) -> Line:
+    """The line in the other language, with its source texts beside. Null and texts of white space stay as they are.
 
-    "language" is that of the question, which keeps its own when only predictions are translated.
+    "language" is the question's language, so it does not change when only predictions are translated.
     """
-    language = flags.to if "question" in flags.fields else row["language"]
-    texts = {field: translations.get(row[field], row[field]) for field in flags.fields}
-    sources = {f"source_{field}": row[field] for field in flags.fields}
-    group = {"group": f"{row['group']}-{flags.to}"} if "group" in row else {}  # both languages may stand in one file
-    return {**row, "id": _new_id(row, flags.to), "language": language, **group, **texts, **sources}
+    language = flags.to if "question" in flags.fields else line["language"]
+    texts = {field: translations.get(line[field], line[field]) for field in flags.fields}
+    sources = {f"source_{field}": line[field] for field in flags.fields}
+    group = {"group": f"{line['group']}-{flags.to}"} if "group" in line else {}  # both languages may stand in one file
+    return {**line, "id": _new_id(line, flags.to), "language": language, **group, **texts, **sources}
 
 
 def estimate(texts: Iterable[str], prompt: str, to: str) -> tuple[int, int]:
-    """Tokens (in, out) of translating `texts`, a request each with `prompt` before it, by `RULE`."""
+    """Tokens (in, out) for translating `texts` by `RULE`, with one request for each text and `prompt` before it."""
     tokens_in = tokens_out = 0.0
     for text in texts:
         chinese = chinese_characters(text)
@@ -192,18 +194,18 @@ def estimate(texts: Iterable[str], prompt: str, to: str) -> tuple[int, int]:
     return math.ceil(tokens_in), math.ceil(tokens_out)
 
 
-def _new_id(row: Row, to: str) -> str:
-    return f"{row['id']}-{to}"
+def _new_id(line: Line, to: str) -> str:
+    return f"{line['id']}-{to}"
 
 
-def _reasons(row: Row, obstacles: Mapping[str, str], flags: argparse.Namespace) -> list[str]:
-    """Why a row cannot be written."""
-    return [f"{field}: {obstacles[row[field]]}" for field in flags.fields if row[field] in obstacles]
+def _reasons(line: Line, obstacles: Mapping[str, str], flags: argparse.Namespace) -> list[str]:
+    """The reasons why a line cannot be written."""
+    return [f"{field}: {obstacles[line[field]]}" for field in flags.fields if line[field] in obstacles]
 
 
 def _summary(report: dict[str, Any], out: Path, files: Mapping[str, Path]) -> str:
-    """The few lines that say what was written and what a person has to do."""
-    lines = [f"{out}: {report['rows_written']} of {report['rows']} rows"]
+    """A few lines on the written file and on the work that is left for a person."""
+    lines = [f"{out}: {report['rows_written']} of {report['rows']} lines"]
     if report["answered"] + report["failed"]:
         cost = "" if report["cost"] is None else f", cost {report['cost']:.2f}"
         tokens = f"{report['prompt_tokens']} tokens in, {report['completion_tokens']} out{cost}"
@@ -213,8 +215,8 @@ def _summary(report: dict[str, Any], out: Path, files: Mapping[str, Path]) -> st
     if report["to_review"]:
         lines.append(f"to review: {report['to_review']} texts in {files['review']}")
     if left_out := report["rows_left_out"]:
-        lines.append(f"left out: {len(left_out)} rows, listed in {files['report']}; run again to try again what failed")
-        lines += [f"  {row['id']}: {row['reasons'][0]}" for row in left_out[:5]]
+        lines.append(f"left out: {len(left_out)} lines, listed in {files['report']}; run again to repeat failures")
+        lines += [f"  {line['id']}: {line['reasons'][0]}" for line in left_out[:5]]
     return "\n".join(lines)
 
 
@@ -234,7 +236,7 @@ def _check(flags: argparse.Namespace, report: Path) -> None:
 
 
 def _is_report(file: Path) -> bool:
-    """Whether a file is what this command reports."""
+    """Whether a file is a report of this command."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -257,8 +259,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=["question", "answer"],
         help="fields to translate (question,answer)",
     )
-    parser.add_argument("--limit", type=whole(), metavar="N", help="translate only the first so many rows")
-    parser.add_argument("--strict", action="store_true", help="leave rows under review out, exit code 1 if there are")
+    parser.add_argument("--limit", type=whole(), metavar="N", help="translate only the first N lines")
+    parser.add_argument("--strict", action="store_true", help="leave out lines under review; exit code 1 if any")
     return parser.parse_args(argv)
 
 

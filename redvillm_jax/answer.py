@@ -4,15 +4,16 @@ python -m redvillm_jax.answer --model=RUN --video=clip.mp4 --question="What happ
 python -m redvillm_jax.answer --model=BASE --config=configs/qwen.py --picture=photo.jpg --question="…"
 python -m redvillm_jax.answer --model=EXPORT --input=questions.jsonl --output=answers.jsonl
 
---model is a run directory, a base folder with the config of its switches (the untrained video LLM; about a picture, the
-image LLM it is), or an export of conversion.to_torch. One --video or --picture with its questions is answered on the
-terminal, as the words come; the video is read once.
+--model is a run directory, a base folder with a --config (the untrained video LLM; for pictures, the image LLM itself),
+or an export of conversion.to_torch. Use --video or --picture with one or several --question to ask on the terminal,
+where the words appear as they are written; the video is read once.
 
---input has a question a line: {"question": …, "video" or "picture": path from the file's folder}, with "start" and
-"end" in seconds for a part of a video, and any other fields. --output has the same lines in the same order with
-"prediction" and how it came about; a stopped run continues. Several processes share the videos. A question whose video
-cannot be read, or for which the model computes numbers that are none, gets "prediction": null and an "error";
-OUTPUT.report.json lists them, the exit code is then 1, and the same command tries those again.
+Use --input and --output for files. --input has a question a line: {"question": …, "video" or "picture": path from the
+file's folder}, with "start" and "end" in seconds for a part of a video, and any other fields. --output has the same
+lines in the same order, with "prediction" and the settings that led to it. A stopped run continues. Several processes
+share the videos. A question gets "prediction": null and an "error" when its video cannot be read or the model's logits
+are NaN or infinite; OUTPUT.report.json lists these questions, the exit code is then 1, and the same command tries them
+again.
 """
 
 import argparse
@@ -34,11 +35,11 @@ from data_pipeline.common.files import write_text
 from data_pipeline.common.processes import ordered_map
 from data_pipeline.media.reading import Clip, Picture, lost_media, try_media
 from data_pipeline.media.sampling import checked_part
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.records import Record, read_records, show, text
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
     WRITTEN,
-    Row,
     add_answering,
     failures,
     generation_of,
@@ -50,28 +51,29 @@ from redvillm_jax.inference.answering import (
 from redvillm_jax.inference.assistant import Assistant, load
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.prompts import Prompt
+from redvillm_jax.model.settings import complete
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question of --input has no answer."""
-    flags = parse(make_parser(), argv)
+    """Runs the command. Returns 1 when a question of --input has no answer."""
+    flags = parse(make_parser(), argv, complete)
     generation = generation_of(flags)
     sources = [name for name in ("video", "picture", "input") if getattr(flags, name)]
     if len(sources) != 1:
         raise UserError("give one of --video, --picture and --input")
     if (sources == ["input"]) != bool(flags.output) or (sources == ["input"]) == bool(flags.question):
         raise UserError("--video and --picture go with --question, --input with --output")
-    rows = read_questions(flags.input, flags.output) if flags.input else []
-    if not rows and jax.process_count() > 1:
+    instructions = read_questions(flags.input, flags.output) if flags.input else []
+    if not instructions and jax.process_count() > 1:
         raise UserError("one video is asked in one process; several share those of --input")
     opening = {"base": flags.base, "config": flags.config, "dtype": flags.dtype, "tensor": flags.tensor}
-    if rows:
+    if instructions:
         require_shared("--output", flags.output.parent)
         with locked(flags.output, beside=True):
-            return answer_file(load(flags.model, **opening), rows, flags, generation)
+            return answer_file(load(flags.model, **opening), instructions, flags, generation)
     assistant = load(flags.model, **opening)
     media = Clip(flags.video) if flags.video else Picture(flags.picture)
     for question in flags.question:
@@ -105,7 +107,7 @@ def make_parser() -> Parser:
 
 
 def show_answer(assistant: Assistant, media: Clip | Picture, question: str, generation: Generation) -> None:
-    """Prints a question, and its answer as it is written."""
+    """Prints a question, and its answer word by word."""
     start = time.time()
     words = assistant.stream(media, question, **dataclasses.asdict(generation))
     print(f"> {question}", flush=True)
@@ -116,8 +118,8 @@ def show_answer(assistant: Assistant, media: Clip | Picture, question: str, gene
         print(f"({time.time() - start:.1f} s)", file=sys.stderr)
 
 
-def read_questions(path: Path, output: Path) -> list[Row]:
-    """The rows of --input; paths are from the file's folder. Raises UserError naming file and row."""
+def read_questions(path: Path, output: Path) -> list[Instruction]:
+    """The lines of --input; paths are from the file's folder. Raises UserError naming file and line."""
     if os.path.realpath(output) == os.path.realpath(path):
         raise UserError(f"--output={output}: is the --input")
     if output.is_dir():
@@ -130,12 +132,12 @@ def read_questions(path: Path, output: Path) -> list[Row]:
 
 
 def report_of(output: Path) -> Path:
-    """The file that says what came of --output."""
+    """The report that stands beside --output."""
     return output.with_name(f"{output.name}.report.json")
 
 
-def check_question(record: Record) -> Row:
-    """The row itself, without what an earlier answer says. Raises UserError."""
+def check_question(record: Record) -> Instruction:
+    """A line of --input without the fields that an earlier run has added to it. Raises UserError."""
     text(record, "question")
     named = [name for name in ("video", "picture") if name in record.fields]
     if len(named) != 1:
@@ -157,46 +159,46 @@ def check_question(record: Record) -> Row:
 
 def answer_file(
     assistant: Assistant,
-    rows: list[Row],
+    instructions: list[Instruction],
     flags: argparse.Namespace,
     generation: Generation,
 ) -> int:
-    """Answers --input into --output and writes its report; a finished one is left alone but for what failed."""
+    """Answers --input into --output and writes the report. A finished output is left alone, except failed questions."""
     folder, output = flags.input.parent, flags.output
     report_file = report_of(output)
-    settings = made_with(assistant, rows, generation)
+    settings = made_with(assistant, instructions, generation)
     report = read_made(report_file, ANSWER_REPORT)
-    known = known_answers(output, rows, report) if report and report["made_with"] == settings else {}
-    if len(known) == len(rows):
-        print(f"{output} is whole already")
+    known = known_answers(output, instructions, report) if report and report["made_with"] == settings else {}
+    if len(known) == len(instructions):
+        print(f"{output} is finished already")
         return 0
 
-    def source(row: Row) -> Clip | Picture:
-        if "picture" in row:
-            return Picture(str(folder / row["picture"]))
-        part = (row["start"], row["end"]) if row.get("start") is not None else None
-        return Clip(str(folder / row["video"]), part)
+    def source(instruction: Instruction) -> Clip | Picture:
+        if "picture" in instruction:
+            return Picture(str(folder / instruction["picture"]))
+        part = (instruction["start"], instruction["end"]) if instruction.get("start") is not None else None
+        return Clip(str(folder / instruction["video"]), part)
 
     def read(media: list[Clip | Picture]) -> Iterator[Arrays | UserError]:
         work = functools.partial(try_media, assistant.reading)
         return ordered_map(work, media, flags.num_workers, time_limit=flags.time_limit, failed=lost_media)
 
-    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
-        if "picture" in row:
-            return assistant.picture_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+    def make_prompt(instruction: Instruction, arrays: Arrays) -> Prompt:
+        if "picture" in instruction:
+            return assistant.picture_prompt(instruction["question"])
+        return assistant.video_prompt(instruction["question"], arrays)
 
     log = AnswerLog(output, settings, known)
     sizes = {"batch_size": flags.batch_size, "video_batch_size": flags.video_batch_size}
-    write_answers(log, assistant, rows, source, read, make_prompt, generation, **sizes)
-    answers = log.finish(len(rows))
+    write_answers(log, assistant, instructions, source, read, make_prompt, generation, **sizes)
+    answers = log.finish(len(instructions))
     failed = failures(answers)
     if is_first():
-        report = {"made_with": settings, "answered": len(rows) - len(failed), "failed": failed}
+        report = {"made_with": settings, "answered": len(instructions) - len(failed), "failed": failed}
         report = with_checksum(report | {"answers_sha256": log.sha256})
         write_text(report_file, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         log.forget()
-        print(f"{output}: {report['answered']} of {len(rows)} questions answered")
+        print(f"{output}: {report['answered']} of {len(instructions)} questions answered")
         tell(failed, report_file)
     return 1 if failed else 0
 

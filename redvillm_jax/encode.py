@@ -2,14 +2,16 @@
 
 python -m redvillm_jax.encode --config=configs/qwen.py --config.base=BASE --data=FRAMES --out=STREAMS
 
-The encoder is frozen and the pooling has no parameters, so a video's streams are the same for every question and
-epoch. Train with --config.data=STREAMS; the encoder's weights are then not even loaded. A run that was stopped
-continues with the missing shards; new questions in FRAMES are taken over without encoding anything again. Several
-processes share the shards. Each device has the whole encoder and encodes videos of its own, whatever config.mesh says.
+Use it before training, when videos have several questions: the encoder is frozen and the pooling has no parameters, so
+a video's streams are the same for every question and epoch. Train with --config.data=STREAMS; the encoder's weights
+are then not loaded. A stopped run continues with the missing shards. New questions in FRAMES are taken over without
+encoding again. Several processes share the shards. Each device has the whole encoder and encodes videos of its own,
+independent of config.mesh.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +29,13 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import absolute
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import load_model
-from redvillm_jax.model.settings import check_store, open_config_base, stream_settings
+from redvillm_jax.model.settings import check_store, complete, model_settings, open_config_base, stream_settings
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
 from redvillm_jax.runtime.shared_folder import require_shared
 from redvillm_jax.training.recipe import make_encode_step
+from redvillm_jax.video.contract import Representation, has_text
 
 READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 
@@ -47,11 +50,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--batch_size", type=whole(), default=8, metavar="N", help="videos that a process encodes at once (%(default)s)"
     )
-    flags = parse(parser, argv)
+    flags = parse(parser, argv, complete)
     base, frames = open_config_base(flags.config), stores.open_store(flags.data)
     if frames.meta["kind"] != "frames":
         raise UserError(f"{flags.data} holds streams already; give the frame store they were made from")
-    check_store(frames, base, flags.config)
+    check_store(frames, base, model_settings(flags.config))
     require_shared("--out", flags.out)
     with locked(flags.out):
         encode_store(flags.config, base, frames, flags.out, flags.dtype, flags.batch_size)
@@ -61,12 +64,13 @@ def encode_store(
     config: Mapping[str, Any], base: Base, frames: stores.VideoStore, out: Path, stored: str, batch_size: int
 ) -> None:
     """Writes the shards that are missing, and what describes them; stored: the dtype of the streams on disk."""
+    made_for = model_settings(config)
     mesh = make_mesh(DATA_PARALLEL, jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])
     batch_size = -(-batch_size // num_batch_shards(mesh)) * num_batch_shards(mesh)
 
     with jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=dtype, parts=("encoder",))
+        model = load_model(base, made_for, mesh, dtype=dtype, parts=("encoder",))
         pooled_streams, weights = make_encode_step(model, dtype)
         shapes = jax.eval_shape(
             pooled_streams,
@@ -77,7 +81,7 @@ def encode_store(
         settings = {
             "kind": "streams",
             **{key: frames.meta[key] for key in ("num_frames", "sampling", "image_size", "resize")},
-            **stream_settings(base, config),
+            **stream_settings(base, made_for),
             "computed_in": config["dtype"],
             "dtype": stored,
             "streams": {name: list(x.shape[1:]) for name, x in shapes.items()},
@@ -97,7 +101,7 @@ def encode_store(
                 for i, video in enumerate(videos):
                     record = {name: x[i] for name, x in streams.items()}
                     check_finite(record, frames.videos[video]["video"], str(base.path), stored)
-                    yield {"line": frames.videos[video], "record": record}
+                    yield {"line": frames.videos[video] | times(frames, video, made_for.video), "record": record}
                 bar.update(len(videos))
             bar.close()
 
@@ -117,6 +121,13 @@ def encode_store(
     print(f"{out}: {len(shards.videos)} videos, {size}; train with --config.data={out}")
 
 
+def times(frames: stores.VideoStore, video: int, representation: Representation) -> dict[str, list[float | None]]:
+    """{"seconds"} of a video's frames for a representation that puts text between the visual tokens."""
+    if not has_text(representation):
+        return {}
+    return {"seconds": [None if math.isnan(at) else at for at in frames.seconds(video)]}
+
+
 def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype: str) -> None:
     """Raises UserError unless all streams of a video are finite."""
     if bad := sorted(name for name, stream in record.items() if not np.isfinite(stream).all()):
@@ -130,7 +141,7 @@ def check_finite(record: Mapping[str, np.ndarray], video: str, base: str, dtype:
 def read_ahead(
     frames: stores.VideoStore, videos: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], Mapping[str, np.ndarray]]]:
-    """Batches of videos, by their indices, with `frames.padded` of each; threads read while the caller computes.
+    """Yields (indices, `frames.padded` of them) for batches of videos; threads read while the caller computes.
 
     The last batch is filled up with empty videos.
     """
@@ -147,7 +158,7 @@ def read_ahead(
 
 
 def one_behind(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each after the next one was asked for: devices work on that while the caller fetches this one."""
+    """Yields each item after requesting the next, so that devices compute the next while the caller fetches this."""
     waiting = next(items, None)
     while waiting is not None:
         following = next(items, None)
@@ -156,7 +167,7 @@ def one_behind(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def fingerprint(frames: stores.VideoStore) -> str:
-    """Identifies the frames of a store, whatever its questions."""
+    """A hash that identifies the frames of a store, independent of its questions."""
     made = {key: value for key, value in frames.meta.items() if key != "fingerprint"}
     return hashlib.sha256(json.dumps([made, frames.videos], sort_keys=True).encode()).hexdigest()
 

@@ -1,18 +1,19 @@
-"""Answers the questions of a store, and scores what needs no judge.
+"""Answers the questions of a store, and scores the answers that need no judge.
 
 python -m redvillm_jax.evaluate --model=RUN --data=TEST --out=DIR
 python -m redvillm_jax.evaluate --model=BASE --config=configs/llava.py --data=TEST --out=DIR    (untrained)
 
---data is a frame store of data_pipeline.prepare, with --benchmark=NAME there for a published set, or streams of
-redvillm_jax.encode. Writes DIR/answers.jsonl, a line per question in the store's order with all that a judge needs
-later (python -m redvillm_jax.judge), and DIR/summary.json: multiple choice, yes/no, exact match and token F1, with 95 %
-intervals. A stopped run continues; several processes share the videos and write into the same DIR. A question that
-cannot be answered gets "prediction": null and an "error" and is left out of all means; the exit code is then 1, and the
-same command tries it again.
+--data is a frame store of data_pipeline.prepare (made with --benchmark=NAME for a published set) or a stream store of
+redvillm_jax.encode. The command writes DIR/answers.jsonl, with a line for each question in the store's order, which
+redvillm_jax.judge can judge later, and DIR/summary.json with multiple choice, yes/no, exact match and token F1, with
+95 % intervals. A stopped run continues. Several processes share the videos and write into the same DIR. A question that
+cannot be answered gets "prediction": null and an "error", and is left out of all means; the exit code is then 1, and
+the same command tries it again.
 """
 
 import argparse
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,12 +22,12 @@ from data_pipeline.common.cli import Parser, path
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import write_text
 from data_pipeline.questions.eval_sets import BENCHMARKS
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.evaluation.scoring import score, summarize
 from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.inference.answer_log import AnswerLog, check_own, read_made
 from redvillm_jax.inference.answering import (
-    Row,
     add_answering,
     failures,
     generation_of,
@@ -39,25 +40,25 @@ from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.engine import Arrays, Generation
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt
-from redvillm_jax.model.settings import check_store, needed_parts
+from redvillm_jax.model.settings import check_store, complete, needed_parts
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked
 from redvillm_jax.runtime.shared_folder import require_shared
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question has no answer."""
-    flags = parse(make_parser(), argv)
+    """Runs the command. Returns 1 when a question has no answer."""
+    flags = parse(make_parser(), argv, complete)
     generation = generation_of(flags)
     opened = open_model(flags.model, flags.config, flags.base)
     store = open_store(flags.data)
-    check_store(store, opened.base, opened.config)
-    rows = questions(store, flags.benchmark, flags.language)
+    check_store(store, opened.base, opened.settings)
+    instructions = questions(store, flags.benchmark, flags.language)
     require_shared("--out", flags.out)
     made = read_made(flags.out / "summary.json", SUMMARY)
     check_own(flags.out / "answers.jsonl", finished=made is not None)
     with locked(flags.out):
-        return answer_store(opened, store, rows, flags, generation)
+        return answer_store(opened, store, instructions, flags, generation)
 
 
 def make_parser() -> Parser:
@@ -80,37 +81,38 @@ def make_parser() -> Parser:
 def answer_store(
     opened: OpenedModel,
     store: VideoStore,
-    rows: list[Row],
+    instructions: list[Instruction],
     flags: argparse.Namespace,
     generation: Generation,
 ) -> int:
-    """Answers what is open and scores all; returns the exit code."""
+    """Answers the open questions and scores all answers. Returns the exit code."""
     out = flags.out
     assistant = Assistant(opened, dtype=flags.dtype, tensor=flags.tensor, parts=needed_parts(store))
-    settings = made_with(assistant, rows, generation) | {"data": store.meta["fingerprint"]}
+    settings = made_with(assistant, instructions, generation) | {"data": store.meta["fingerprint"]}
     if flags.text_only:
         settings["text_only"] = True
     summary = finished(out, settings)
-    known = known_answers(out / "answers.jsonl", rows, summary) if summary else {}
-    if summary and len(known) == len(rows):
-        print(f"{out} is whole already\n{summary_table(summary)}")
+    known = known_answers(out / "answers.jsonl", instructions, summary) if summary else {}
+    if summary and len(known) == len(instructions):
+        print(f"{out} is finished already\n{summary_table(summary)}")
         return 0
 
     index = {video["video"]: i for i, video in enumerate(store.videos)}
 
     def read(videos: list[str]) -> Iterator[Arrays]:
         for video in videos:
-            yield {name: array[0] for name, array in store.padded([index[video]]).items()}
+            times = {"seconds": store.seconds(index[video])} if assistant.places.has_text else {}
+            yield {name: array[0] for name, array in store.padded([index[video]]).items()} | times
 
-    def make_prompt(row: Row, arrays: Arrays) -> Prompt:
+    def make_prompt(instruction: Instruction, arrays: Arrays) -> Prompt:
         if flags.text_only:
-            return assistant.text_prompt(row["question"])
-        return assistant.video_prompt(row["question"], int(arrays["num_frames"]))
+            return assistant.text_prompt(instruction["question"])
+        return assistant.video_prompt(instruction["question"], arrays)
 
     log = AnswerLog(out / "answers.jsonl", settings, known)
     sizes = {"batch_size": flags.batch_size, "video_batch_size": flags.video_batch_size}
-    write_answers(log, assistant, rows, lambda row: row["video"], read, make_prompt, generation, **sizes)
-    answers = log.finish(len(rows))
+    write_answers(log, assistant, instructions, operator.itemgetter("video"), read, make_prompt, generation, **sizes)
+    answers = log.finish(len(instructions))
     failed = failures(answers)
     if is_first():
         summary = {"benchmarks": summarize(score(answers)), "left_out": left_out(store), "made_with": settings}
@@ -124,26 +126,26 @@ def answer_store(
     return 1 if failed else 0
 
 
-def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Row]:
-    """The store's questions, of one language or all. Raises UserError for a flag that fits none."""
+def questions(store: VideoStore, benchmark: str | None, language: str | None) -> list[Instruction]:
+    """The store's instructions, in one language or all. Raises UserError for a flag that fits none of them."""
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise UserError(f"--benchmark={benchmark}: expected one of {', '.join(BENCHMARKS)}")
-    rows = [row for row in store.instructions if language in (None, row["language"])]
-    if not rows:
-        found = ", ".join(sorted({row["language"] for row in store.instructions}))
+    chosen = [instruction for instruction in store.instructions if language in (None, instruction["language"])]
+    if not chosen:
+        found = ", ".join(sorted({instruction["language"] for instruction in store.instructions}))
         raise UserError(f"--language={language}: {store.path} has questions in {found}")
-    return [({"benchmark": benchmark} if benchmark else {}) | row for row in rows]
+    return [({"benchmark": benchmark} if benchmark else {}) | instruction for instruction in chosen]
 
 
 def left_out(store: VideoStore) -> int:
-    """How many questions the store was made without, because their videos could not be used."""
+    """The number of questions that are not in the store because their videos could not be used."""
     report = store.path / "report.json"
     found = read_object(report, REPORT) if report.is_file() else {}
     return found.get("questions_found", 0) - found.get("questions_used", 0)
 
 
 def finished(out: Any, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary in `out` if it came from the same model, data and settings."""
+    """The summary in `out` when it came from the same model, data and settings, else None."""
     summary = read_made(out / "summary.json", SUMMARY)
     same = summary is not None and summary["made_with"] == settings
     return summary if same and (out / "answers.jsonl").is_file() else None

@@ -1,4 +1,4 @@
-"""Command: answers judged through a chat model, or scored by rule where no judge is needed, with intervals."""
+"""Command: judges answers through a chat model, or scores them by rule, with intervals."""
 
 import argparse
 import contextlib
@@ -21,12 +21,21 @@ from data_pipeline.text.chat_options import (
     sampling,
     too_dear,
 )
-from redvillm_jax.evaluation.answer_rows import first, read_answers
+from redvillm_jax.evaluation.answers import first, read_answers
 from redvillm_jax.evaluation.comparison import compare
 from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, prompt_hash
 from redvillm_jax.evaluation.judged_folder import check_folder, make_folder, remove_others, write_judged
-from redvillm_jax.evaluation.judging import RULE, Judged, Question, ask_judge, estimate, questions, unsent, with_verdict
-from redvillm_jax.evaluation.scoring import OWN, Result, Row, score
+from redvillm_jax.evaluation.judging import (
+    RULE,
+    Judged,
+    JudgeTask,
+    ask_judge,
+    estimate,
+    judge_tasks,
+    unsent,
+    with_verdict,
+)
+from redvillm_jax.evaluation.scoring import OWN, Answer, Result, score
 from redvillm_jax.evaluation.tables import comparison_table, summary_table
 
 HELP = """\
@@ -38,16 +47,16 @@ Judge the answers of redvillm_jax.evaluate through any OpenAI-compatible endpoin
       --model=Qwen2.5-7B-Instruct --allow_undated
   python -m redvillm_jax.judge --compare judged_a/ judged_b/
 
-A row's "benchmark" and "kind" say how it is judged; multiple choice and yes/no are scored by rule, without a model.
---dry_run prints the estimate and sends nothing. Every reply is kept in OUT's cache.sqlite, so that a stopped run
-continues and a second one costs nothing. OUT's verdicts.jsonl has a line for every verdict, summary.json the means with
-95 % intervals; both are always those of one command, and are replaced when answers, model or settings change. What was
-not judged is listed, left out and never counted as 0, and the exit code is then 1; run again to try again what failed.
-The key is read from OPENAI_API_KEY."""
+An answer's "benchmark" and "kind" select its protocol; multiple choice and yes/no are scored by rule, without a model.
+Use --dry_run to print the estimate without sending anything. Every reply is kept in OUT's cache.sqlite, so a stopped
+run continues and a second run costs nothing. OUT's verdicts.jsonl has a line for every verdict, and summary.json has
+the means with 95 % intervals. Both always come from one command, and are replaced when answers, model or settings
+change. Questions without a verdict are listed, left out and never counted as 0, and the exit code is then 1; run again
+to repeat the failed requests. The key is read from OPENAI_API_KEY."""
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if a question has no verdict. Raises UserError for what the user must change."""
+    """Runs the command. Returns 1 when a question has no verdict. Raises UserError for a mistake of the user."""
     flags = _parse(argv)
     if flags.compare:
         if flags.answers or flags.out:
@@ -59,28 +68,27 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is needed (see --help)")
     check_endpoint(flags)
     path = flags.answers / "answers.jsonl" if flags.answers.is_dir() else flags.answers
-    rows = first(read_answers(path, flags.benchmark), flags.limit)
-    asked = questions(rows, score(rows))
-    to_ask = [question for _, question in asked if question]
+    answers = first(read_answers(path, flags.benchmark), flags.limit)
+    asked = judge_tasks(answers, score(answers))
+    to_ask = [task for _, task in asked if task]
     if to_ask and flags.model is None:
         raise UserError(f"--model is needed: {len(to_ask)} verdicts of {path} need a judge (see --help)")
     with contextlib.nullcontext() if flags.dry_run else locked(flags.out):
-        return judge(path, rows, asked, flags)
+        return judge(path, answers, asked, flags)
 
 
 def judge(
-    path: Path, rows: Sequence[Row], asked: Sequence[tuple[Result, Question | None]], flags: argparse.Namespace
+    path: Path, answers: Sequence[Answer], asked: Sequence[tuple[Result, JudgeTask | None]], flags: argparse.Namespace
 ) -> int:
-    """Judges what `questions` gave and writes the folder; returns the exit code."""
-    to_ask = [question for _, question in asked if question]
-    made_with = _made_with(path, rows, to_ask, flags)
+    """Judges the tasks of `judge_tasks` and writes the folder. Returns the exit code."""
+    to_ask = [task for _, task in asked if task]
+    made_with = _made_with(path, answers, to_ask, flags)
     check_folder(flags.out)
-    judged, tokens = _judge(path, rows, to_ask, made_with, flags)
+    judged, tokens = _judge(path, answers, to_ask, made_with, flags)
     if flags.dry_run:
         return 0
     results = [
-        with_verdict(result, question, judged[question], truncate=flags.truncate) if question else result
-        for result, question in asked
+        with_verdict(result, task, judged[task], truncate=flags.truncate) if task else result for result, task in asked
     ]
     if to_ask and all(one.status == "failed" for one in judged.values()):
         reason = next(iter(judged.values())).reason
@@ -97,10 +105,14 @@ def judge(
 
 
 def _judge(
-    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], made_with: Mapping[str, Any], flags: argparse.Namespace
-) -> tuple[dict[Question, Judged], tuple[int, int]]:
-    """Prints what there is to do and what it may cost, and asks; returns also the tokens of all replies."""
-    sets = Counter(row.get("benchmark", OWN) for row in rows)
+    path: Path,
+    answers: Sequence[Answer],
+    to_ask: Sequence[JudgeTask],
+    made_with: Mapping[str, Any],
+    flags: argparse.Namespace,
+) -> tuple[dict[JudgeTask, Judged], tuple[int, int]]:
+    """Prints the work and its estimated cost, and asks the judge. Returns outcomes and the tokens of all replies."""
+    sets = Counter(answer.get("benchmark", OWN) for answer in answers)
     model = made_with["answered_by"] or {}
     by = f" of {model.get('name')} ({str(model.get('fingerprint'))[:12]})" if model else ""
     print(f"{path}: answers{by} to {', '.join(f'{count} {name}' for name, count in sets.items())}")
@@ -119,7 +131,7 @@ def _judge(
             return {}, (0, 0)
         remove_others(flags.out, made_with)
 
-        def ask(left: list[Question], request: Any, spent: Statistics) -> Any:
+        def ask(left: list[JudgeTask], request: Any, spent: Statistics) -> Any:
             def stop(now: Statistics) -> str | None:
                 total = Statistics()
                 total.add(spent)
@@ -150,10 +162,10 @@ def _judge(
 
 
 def _made_with(
-    path: Path, rows: Sequence[Row], to_ask: Sequence[Question], flags: argparse.Namespace
+    path: Path, answers: Sequence[Answer], to_ask: Sequence[JudgeTask], flags: argparse.Namespace
 ) -> dict[str, Any]:
-    """All that decides what the results are."""
-    prompts = {aspect: prompt_hash(aspect) for aspect in sorted({question.aspect for question in to_ask})}
+    """Everything on which the results depend."""
+    prompts = {aspect: prompt_hash(aspect) for aspect in sorted({task.aspect for task in to_ask})}
     judge = {
         "model": flags.model,
         "temperature": flags.temperature,
@@ -167,7 +179,7 @@ def _made_with(
         "answers_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "benchmark": flags.benchmark,
         "limit": flags.limit,
-        "answered_by": rows[0].get("model"),
+        "answered_by": answers[0].get("model"),
         "judge": judge if to_ask else None,
     }
 
@@ -183,7 +195,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--benchmark",
         choices=tuple(BENCHMARKS),
         metavar="NAME",
-        help=f"evaluation set of the rows that name none: {', '.join(BENCHMARKS)}",
+        help=f"evaluation set of the answers that name none: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument("--limit", type=whole(), metavar="N", help="judge only the first so many questions")
     parser.add_argument(

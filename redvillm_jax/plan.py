@@ -1,13 +1,12 @@
-"""Says before renting whether a training fits a TPU slice, what limits it and what it will cost.
+"""Tells before renting whether a training fits a TPU slice, how long it takes, and what limits its speed.
 
 python -m redvillm_jax.plan --config=configs/llava.py --topology=v5e-16 [--rows-per-chip=1] [--dump=DIR]
 python -m redvillm_jax.plan --config=configs/llava.py --all --dump=DIR
 
-Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]') on
-a machine that needs no TPU. A base's real size is taken without weights (--size), or that of --config.base; rows have
-VideoInstruct's lengths, or those of --config.data. Times are bounds: no run will be faster than what is charged here,
-and input, logging and a shared network can make it slower. --all compares the slices, each kind of chip with
-the settings that were found best for it.
+Compiles the real train step, and the step that encodes videos, for the slice with libtpu (pip install -e '.[tpu]'). The
+machine needs no TPU. The model is a base's real size without weights (--size), or the base in --config.base. The rows
+have VideoInstruct's lengths, or the lengths in --config.data. Times are lower bounds: input, logging and a shared
+network can only make a run slower. Use --all to compare all slices, each kind of chip with its best known settings.
 """
 
 import dataclasses
@@ -22,16 +21,18 @@ from data_pipeline.common.cli import Parser, path, whole
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.tables import table_row
 from data_pipeline.store import open_store
-from redvillm_jax.model.base_folder import Base, load_base_module, open_base, sized_base
-from redvillm_jax.model.build import token_slots
-from redvillm_jax.model.settings import check_base, check_config, check_store
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import Base, open_base, sized_base
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import check_base, check_config, check_store, complete, model_settings
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, VIDEOS, Workload, fill_rows, measure, paper_lengths
 from redvillm_jax.runtime.chips import NAMES, Chip, parse_topology, quiet_without_tpu, tpu_devices
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
-from redvillm_jax.training.rows import plan_rows
+from redvillm_jax.training.recipe import recipe_of
+from redvillm_jax.training.rows import plan_rows, row_settings
 
 PAPER_BATCH = 32
 LONG = ",".join(KEPT)
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dump", type=path, metavar="DIR", help="folder for the HLO, the memory analysis and the arithmetic"
     )
-    flags = parse(parser, argv)
+    flags = parse(parser, argv, complete)
     config = flags.config
     check_config(config)
     quiet_without_tpu()
@@ -84,27 +85,26 @@ def main(argv: list[str]) -> None:
 
 def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tuple, int]:
     """The base, the questions' lengths and how many questions an epoch has."""
-    family = config["family"]
+    family, settings = config["family"], model_settings(config)
     if config["base"] and not size:
-        base = check_base(open_base(config["base"]), config)
+        base = check_base(open_base(config["base"]), settings)
     else:
-        base = check_base(sized_base(family, size or next(iter(load_base_module(family).SIZES))), config)
-    slots = token_slots(base, config)
+        base = check_base(sized_base(family, size or next(iter(load_family(family).SIZES))), settings)
+    places = VideoPlaces(base, settings)
     if not config["data"]:
-        return shapes_only(base), paper_lengths(len(slots(config["num_frames"]))), QUESTIONS
+        return shapes_only(base), paper_lengths(places.most), QUESTIONS
     if base.path is None:
         raise UserError("--config.data needs --config.base, whose tokenizer counts its questions")
     store = open_store(config["data"])
-    check_store(store, base, config)
-    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), slots)
-    questions = plan.row_fn.keywords["questions"]
+    check_store(store, base, settings)
+    plan = plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
     index = {video["video"]: i for i, video in enumerate(store.videos)}
     videos = np.array([index[row["video"]] for row in plan.instructions])
-    return shapes_only(base), (videos, plan.row_fn.keywords["prefixes"], questions), len(questions)
+    return shapes_only(base), (videos, plan.prefixes, plan.questions), len(plan.questions)
 
 
 def shapes_only(base: Base) -> Base:
-    """The base without its folder: models of it have shapes instead of arrays."""
+    """The base without its folder, so that its models have shapes instead of arrays."""
     return dataclasses.replace(base, path=None, tensors=None, published={})
 
 
@@ -137,7 +137,7 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
         shape = work.rows, work.row_length, work.groups, work.targets
         if shape not in cached:
             where = folder(dump, topology, f"train-{work.questions}-questions")
-            cached[shape] = compile_train(config, base, mesh, chip, work, where)
+            cached[shape] = compile_train(recipe_of(config), model_settings(config), base, mesh, chip, work, where)
         program = cached[shape]
         print_memory("train", program, chip, config, rows_per_chip)
         if program.known:
@@ -150,21 +150,21 @@ def plan_one(config, base, topology, lengths, total, videos, rows_per_chip, batc
 
 
 def plan_encode(config, base, chip, devices, batch_size: int, dump) -> tuple[Program, float]:
-    """The encode step of one host, and how many videos a second all hosts encode; NaN where its time is not known."""
+    """The encode step of one host, and the videos a second of all hosts, NaN when the time is unknown."""
     hosts = len({device.process_index for device in devices})
     local = [device for device in devices if device.process_index == devices[0].process_index]
     at_once = -(-batch_size // len(local)) * len(local)
-    program = compile_encode(config, base, local, chip, at_once, dump)
+    program = compile_encode(model_settings(config), base, local, chip, at_once, dump)
     return program, hosts * at_once / program.seconds if program.known else math.nan
 
 
 def folder(dump: Path | None, topology: str, name: str) -> Path | None:
-    """Where a program is dumped."""
+    """The folder of a program's dump."""
     return None if dump is None else dump / topology / name
 
 
 def print_memory(name: str, program: Program, chip: Chip, config, rows_per_chip: int) -> None:
-    """Bytes per chip, and what to change when they are too many."""
+    """Prints bytes per chip, and remedies when they are too many."""
     if not program.peak:
         print(f"  {name} {program.problem}; try shorter rows (--config.row_length), or fewer rows or videos per chip")
         return
@@ -185,7 +185,7 @@ def gb(size: float) -> str:
 
 
 def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_chip: int) -> list[str]:
-    """What makes a program smaller, the cheapest in time first."""
+    """Settings that make a program smaller, in the order of their cost in time."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
         found.append("--config.int8=True (what that loses: docs/performance.md)")
@@ -201,8 +201,8 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
 
 
 def print_bound(program: Program, work: Workload, base: Base, chip, chips, config, encode_hours: float) -> None:
-    """Time of a step and what follows from it."""
-    flops, useful = model_flops(base, config, work)
+    """Prints the time of a step, its MFU and the hours of a training."""
+    flops, useful = model_flops(base, work)
     shares = ", ".join(f"{kind} {share / program.seconds:.1%}" for kind, share in program.shares.items())
     available = chip.peak_flops * chips * program.seconds
     epochs = config["num_epochs"]
@@ -238,7 +238,8 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             rows=best["rows_per_chip"] * num_batch_shards(mesh),
             total_questions=total,
         )
-        train = compile_train(settings, base, mesh, chip, work, folder(dump, topology, "train"))
+        where = folder(dump, topology, "train")
+        train = compile_train(recipe_of(settings), model_settings(settings), base, mesh, chip, work, where)
         encode, videos_per_second = plan_encode(
             settings, base, chip, devices, batch_size, folder(dump, topology, "encode")
         )
@@ -247,7 +248,7 @@ def compare(config, base: Base, lengths, total: int, videos: int, batch_size: in
             problem = train.problem or encode.problem or "does not fit"
             print(table_row((topology, said, gb(train.peak), problem), (*columns[:3], "  <0")), flush=True)
             continue
-        bound = model_flops(base, settings, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
+        bound = model_flops(base, work)[0] / (chip.peak_flops * len(devices) * train.seconds)
         hours = (config["num_epochs"] * work.steps * train.seconds + videos / videos_per_second) / 3600
         lines.append((topology, bound, hours, hours * len(devices)))
         rates = f"{bound:.3f}", work.questions, f"{work.questions / train.seconds:.1f}"

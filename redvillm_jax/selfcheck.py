@@ -1,10 +1,10 @@
-"""Says within ten minutes whether this machine, or this pod, does what the project needs.
+"""Checks within ten minutes whether the project works on this machine or pod.
 
 python -m redvillm_jax.selfcheck [--workdir=FOLDER_OR_gs://BUCKET/check]
 
-One line for each check: pass or fail, its seconds, what was found; a check that rests on a failed one is skipped. The
-exit code is 0 when all pass. Nothing is downloaded, and what is written below --workdir is removed again. In several
-processes all of them compute and compare, and the first prints. What each line means is in docs/tpu.md.
+Each check prints one line: pass or fail, its seconds, and its findings. A check that depends on a failed one is
+skipped. The exit code is 0 when all checks pass. Nothing is downloaded, and files below --workdir are removed at the
+end. With several processes, all of them compute and compare, and the first one prints. docs/tpu.md explains each line.
 """
 
 import functools
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_checks(checks: Mapping[str, Callable[[], str]]) -> int:
-    """Runs and prints all checks, the same in every process; returns the exit code."""
+    """Runs and prints all checks, the same in every process. Returns the exit code."""
     begun, bad = time.perf_counter(), []
     for name, check in checks.items():
         start, stop = time.perf_counter(), False
@@ -99,7 +99,7 @@ def line(word: str, name: str, seconds: float, text: str) -> str:
 
 @contextmanager
 def limited(name: str) -> Iterator[None]:
-    """Ends this process with a line when what is inside takes longer than LIMIT_SECONDS."""
+    """Ends this process with a line when the block takes longer than LIMIT_SECONDS."""
     start = time.perf_counter()
 
     def give_up() -> None:

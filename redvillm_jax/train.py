@@ -27,9 +27,9 @@ from data_pipeline.common.files import absolute, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.build import VideoPlaces, load_model
 from redvillm_jax.model.run_config import as_trained, check_continues
-from redvillm_jax.model.settings import check_store, needed_parts, open_config_base
+from redvillm_jax.model.settings import check_store, complete, model_settings, needed_parts, open_config_base
 from redvillm_jax.runtime import distributed
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.jsonl import LineFile, LineObject, open_lines
@@ -40,8 +40,8 @@ from redvillm_jax.training import checkpoint
 from redvillm_jax.training.diagnose import check_steps, in_words
 from redvillm_jax.training.flops import matrix_sizes
 from redvillm_jax.training.optim import FROZEN, warmup_cosine
-from redvillm_jax.training.recipe import make_training
-from redvillm_jax.training.rows import plan_rows, show_rows, supervised_tokens
+from redvillm_jax.training.recipe import make_training, recipe_of
+from redvillm_jax.training.rows import plan_rows, row_settings, show_rows, supervised_tokens
 from redvillm_jax.training.throughput import Speed
 
 WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run directory, beside its checkpoints
@@ -50,7 +50,7 @@ WRITTEN = ("config.json", "metrics.jsonl", "first_batch.txt")  # into a run dire
 def main(argv: list[str]) -> int:
     parser = Parser("python -m redvillm_jax.train", __doc__, needed=("config", "workdir"))
     parser.add_argument("--workdir", type=path, metavar="RUN", help="run directory, new or to be continued")
-    flags = parse(parser, argv)
+    flags = parse(parser, argv, complete)
     return train(flags.config, flags.workdir)
 
 
@@ -60,13 +60,14 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
     Returns the exit code: 0 at the end, `stopping.EXIT_CODE` when SIGTERM came before it and all is saved.
     """
     base, store = open_inputs(config)
+    settings = model_settings(config)
     mesh = make_mesh(config["mesh"], devices)
     epochs_before = open_workdir(workdir, config)
     require_shared("--workdir", workdir)
 
     # Rows of all epochs, from token lengths alone.
     tokenizer = base.module.Tokenizer(base.path)
-    plan = plan_rows(config, base, store, tokenizer, token_slots(base, config))
+    plan = plan_rows(row_settings(config), base, store, tokenizer, VideoPlaces(base, settings))
     steps, rows_per_step = plan.steps, round_up(plan.bounds.rows_per_step, num_batch_shards(mesh))
 
     def identity_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -74,8 +75,9 @@ def train(config: Mapping[str, Any], workdir: Path, devices: Sequence[jax.Device
 
     identity = identity_of(config)
     with distributed.locked(workdir), jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
-        training = make_training(config, base, model, mesh, num_steps=len(steps), row_length=plan.slots_per_row)
+        model = load_model(base, settings, mesh, dtype=jnp.dtype(config["dtype"]), parts=needed_parts(store))
+        sizes = {"num_steps": len(steps), "row_length": plan.slots_per_row}
+        training = make_training(recipe_of(config), base, settings, model, mesh, **sizes)
 
         # From the newest checkpoint, if there is one.
         start, state = checkpoint.restore(workdir, training.state, identity=identity_of)
@@ -167,14 +169,14 @@ def open_inputs(config: Mapping[str, Any]) -> tuple[Base, VideoStore]:
             f"--base={config['base']} --out=FRAMES, then pass --config.data=FRAMES"
         )
     store = open_store(config["data"])
-    check_store(store, base, config)
+    check_store(store, base, model_settings(config))
     return base, store
 
 
 def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
-    """Makes the run directory; one with checkpoints may only be continued with what decides its weights.
+    """Makes the run directory, and returns the number of epochs that the run was planned for before this command.
 
-    Returns the number of epochs that the run was to have so far.
+    Raises UserError for a run with checkpoints when a setting that decides its weights has changed.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
@@ -189,7 +191,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
 
 
 def refuse_foreign(workdir: Path) -> None:
-    """Raises UserError for a folder whose files of a run's names are not a run's, such as a base folder."""
+    """Raises UserError for a folder, such as a base, that has files with a run's names but is no run."""
     there = [name for name in WRITTEN if (workdir / name).exists()]
     if checkpoint.saved_steps(workdir) or not there:
         return
@@ -205,13 +207,13 @@ def refuse_foreign(workdir: Path) -> None:
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Writes config.json; its folders are absolute, so that a run can be used from anywhere."""
+    """Writes config.json with absolute folders, so that a run can be used from anywhere."""
     folders = {key: str(absolute(config[key])) for key in ("base", "data")}
     write_text(workdir / "config.json", json.dumps({**config, **folders}, indent=2) + "\n")
 
 
 def open_metrics(path: Path, last_step: int) -> LineFile | LineObject:
-    """Opens metrics.jsonl for appending; lines of steps after `last_step`, which will be run again, are dropped."""
+    """Opens metrics.jsonl for appending, without the lines of steps after `last_step`, which will run again."""
     lines = read_lines(path, METRICS, growing=True)
     return open_lines(path, [line for line in lines if line["step"] <= last_step])
 
@@ -230,7 +232,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start) -> None:
-    """Prints what is about to happen."""
+    """Prints the plan of the training."""
     count = sum(x.size for x, label in zip(*map(jax.tree.leaves, (trainable, labels)), strict=True) if label != FROZEN)
     print(
         f"{len(store.videos)} videos, {len(plan.instructions)} questions, {config['num_epochs']} epochs: "
@@ -246,7 +248,7 @@ def describe(config, store, plan, rows_per_step, labels, trainable, mesh, start)
 
 
 def other_epochs(config: Mapping[str, Any], before: int, num_steps: int, start: int) -> str:
-    """What another number of epochs does to a run that continues after step `start`."""
+    """A line on the effect of another number of epochs on a run that continues after step `start`."""
     rate = float(warmup_cosine(config["learning_rate"], num_steps, config["warmup_ratio"])(start))
     return (
         f"note: num_epochs is {config['num_epochs']}, was {before}: from step {start + 1} on the learning rate follows "

@@ -14,11 +14,16 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from data_pipeline.store import Shards, finish_store, open_store
+from configs import demo
+from data_pipeline.store import Shards, VideoStore, finish_store, open_store
 from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
-from redvillm_jax.model.base_folder import name_table
+from redvillm_jax.model import weights
+from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.training.rows import RowPlan, plan_rows, row_settings
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
@@ -37,16 +42,12 @@ def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dty
     """The module (arrays or shapes) with its weights taken from `tensors` by canonical name, cast to `dtype`."""
     layers: dict[tuple, list[np.ndarray]] = {}
     stacked = {}
-    for name, leaf in name_table(module, prefix).items():
+    for name, leaf in weights.name_table(module, prefix).items():
         assert tensors[name].shape == leaf.shape, f"{name}: {tensors[name].shape}, expected {leaf.shape}"
         layers.setdefault(leaf.path, []).append(tensors[name])
         stacked[leaf.path] = leaf.layer is not None
-    graphdef, state = nnx.split(module)
-    flat = {
-        path: leaf.replace(jnp.asarray(np.stack(layers[path]) if stacked[path] else layers[path][0], dtype))
-        for path, leaf in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    arrays = {path: np.stack(found) if stacked[path] else found[0] for path, found in layers.items()}
+    return weights.fill(module, lambda path, leaf: jnp.asarray(arrays[path], dtype))
 
 
 def torch_tensors(*files: Path) -> dict[str, np.ndarray]:
@@ -99,6 +100,19 @@ def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.nda
     """Changes a tensor of a base's single safetensors file."""
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def config_of(family: str, video: str) -> dict:
+    """The demo's config for a representation."""
+    config = demo.get_config(family)
+    config.video = video
+    return plain_config(config)
+
+
+def plan_of(config: Mapping[str, Any], base: Base, store: VideoStore) -> RowPlan:
+    """The rows of a whole config."""
+    places = VideoPlaces(base, model_settings(config))
+    return plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
 
 
 class ParityTable:

@@ -20,6 +20,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.media.reading import Clip, Picture
 from redvillm_jax import answer
 from redvillm_jax.inference import assistant
+from redvillm_jax.model.settings import plain_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = [f"--config={ROOT / 'configs/demo.py'}:llava", f"--config.num_frames={NUM_FRAMES}"]
@@ -52,7 +53,7 @@ def write_clip(path: Path, frames: int) -> None:
 
 @pytest.fixture(scope="module")
 def model(bases) -> assistant.Assistant:
-    config = json.loads(demo.get_config("llava").to_json()) | {"num_frames": NUM_FRAMES}
+    config = plain_config(demo.get_config("llava")) | {"num_frames": NUM_FRAMES}
     return redvillm_jax.load(bases["llava"], config=config)
 
 
@@ -98,7 +99,7 @@ def test_a_prefix_is_there_until_its_questions_have_it(model, files, monkeypatch
 
 
 def test_rows_are_split_over_the_devices(model):
-    prompt = model.video_prompt("What?", NUM_FRAMES)
+    prompt = model.video_prompt("What?", {"num_frames": NUM_FRAMES})
     frames = {"frames": np.zeros((NUM_FRAMES, 32, 32, 3), np.uint8), "num_frames": np.int32(NUM_FRAMES)}
     inference, index = model.inference, np.zeros(16, np.int32)
     prefixes = inference.prefill({0: (frames, prompt)}, 8).cache
@@ -181,7 +182,7 @@ def test_mistakes_are_told(model, files, video, question, settings, message):
 
 
 def test_half_precision_answers(bases, files, model):
-    config = json.loads(demo.get_config("llava").to_json()) | {"num_frames": NUM_FRAMES}
+    config = plain_config(demo.get_config("llava")) | {"num_frames": NUM_FRAMES}
     want = model.ask(files / "a.mp4", QUESTIONS, max_new_tokens=1)
     for dtype in ("float16", "bfloat16"):
         half = redvillm_jax.load(bases["llava"], config=config, dtype=dtype)
@@ -292,7 +293,7 @@ def test_a_whole_file_is_left_alone(bases, files, tmp_path, capsys):
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
     before = (tmp_path / "answers.jsonl").stat().st_mtime_ns
     assert answer.main(flags(bases, files, tmp_path / "answers.jsonl")) == 0
-    assert "is whole already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
     assert (tmp_path / "answers.jsonl").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="this folder cannot be made"):
         answer.main(flags(bases, files, "/proc/nowhere/answers.jsonl"))

@@ -128,7 +128,7 @@ def test_only_a_growing_file_may_end_in_half_a_line(tmp_path):
         file.write_bytes(lines[0] + lines[1] + half)
         assert read_lines(file, **forms, growing=True) == [begun, answers[0]]
         if half:
-            with pytest.raises(UserError, match="line 3: ends without an end of line"):
+            with pytest.raises(UserError, match="line 3: has no line break at its end"):
                 read_lines(file, **forms)
     file.write_bytes(lines[0] + lines[1][:5] + b"\n" + lines[2])
     with pytest.raises(UserError, match="line 2: is not whole JSON"):

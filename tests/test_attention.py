@@ -35,6 +35,14 @@ def packed_ids(rows: int, length: int, seed: int = 0) -> tuple[jax.Array, jax.Ar
     return jnp.asarray(groups), jnp.asarray(questions)
 
 
+def test_a_window_that_is_narrower_than_a_row_takes_xla():
+    tpu = Backend("tpu")
+    choices = [choose_kernel("auto", tpu, jnp.bfloat16, 1024, 128, window) for window in (None, 2048, 1024, 1023)]
+    assert choices == ["splash", "splash", "splash", "xla"]
+    with pytest.raises(UserError, match="splash cannot be used: layers see 512 of a row's 1024 keys; use xla"):
+        choose_kernel("splash", tpu, jnp.bfloat16, 1024, 128, 512)
+
+
 def result_and_gradients(ids, query, key, value, kernel):
     """Context and its gradients at the slots that hold tokens."""
     real = (ids[0] > 0)[:, :, None, None]

@@ -166,7 +166,7 @@ LLAVA = "--config=configs/llava.py"
         (["--config=llama"], r"--config=llama: no such file; .* demo, llava, qwen; did you mean llava\?"),
         (["--config=configs/common.py", "x"], r"--config=configs/common.py: AttributeError: .*get_config"),
         (["--config=qwen:fr"], "LookupError: unknown language 'fr', expected one of zh, en, both"),
-        (["--config=demo:blip"], "LookupError: unknown base 'blip', expected one of llava, qwen_vl"),
+        (["--config=demo:blip"], "LookupError: unknown family 'blip', expected one of llava, qwen_vl"),
         (["--config=llava:v1"], "TypeError: get_config"),
         (["--config=README.md"], "--config=README.md: SyntaxError"),
     ],

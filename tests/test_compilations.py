@@ -10,6 +10,7 @@ from conftest import NUM_FRAMES
 import redvillm_jax
 from configs.demo import get_config
 from redvillm_jax.demo.moving_shapes import write_mp4
+from redvillm_jax.model.settings import plain_config
 
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -37,7 +38,7 @@ def clips(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen_vl", marks=pytest.mark.slow)])
 def test_only_new_buckets_compile(family, bases, clips):
-    model = redvillm_jax.load(bases[family], config=get_config(family).to_dict() | {"num_frames": NUM_FRAMES})
+    model = redvillm_jax.load(bases[family], config=plain_config(get_config(family)) | {"num_frames": NUM_FRAMES})
     rng = np.random.default_rng(1)
     lengths = set()
 
@@ -45,7 +46,7 @@ def test_only_new_buckets_compile(family, bases, clips):
         """A question whose ids behind the video are low to high in number."""
         while True:
             text = " ".join(rng.choice(WORDS, rng.integers(1, high))) + "?"
-            length = len(model.video_prompt(text, NUM_FRAMES).question)
+            length = len(model.video_prompt(text, {"num_frames": NUM_FRAMES}).question)
             if low <= length <= high:
                 lengths.add(length)
                 return text

@@ -13,9 +13,11 @@ from benchmarks import config_fields as generator
 from conversion.from_torch import from_torch
 from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava, qwen_vl
-from redvillm_jax.model.base_folder import known_families, load_base_module, open_base
+from redvillm_jax.bases.contract import known_families, load_family
+from redvillm_jax.bases.llava import LLAMA, MISTRAL
+from redvillm_jax.model.base_folder import open_base
+from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, clip_transform, read_transform
 from redvillm_jax.modules.config_fields import FIXED, NOTHING, READ, read_fields
-from redvillm_jax.modules.published_tables import CLIP, LLAMA, MISTRAL, WHOLE_CLIP, clip_transform, read_transform
 from tests.test_llava import tiny_transformers
 
 # ---- one field changed in what transformers has written
@@ -376,7 +378,7 @@ REFUSED_ELSEWHERE = [
 
 @pytest.mark.parametrize(("family", "path", "value"), REFUSED_ELSEWHERE, ids=lambda value: str(value)[:40])
 def test_other_forms_are_refused_too(family, path, value):
-    base = load_base_module(family)
+    base = load_family(family)
     config = copy.deepcopy({"llava": LLAVA_15, "qwen_vl": QWEN_VL}[family])
     base.Config.from_published(config)
     put(config, path, value)
@@ -511,7 +513,7 @@ def test_a_folder_s_transform_is_looked_at(published, tmp_path):
 
 def test_tables_are_sound():
     for family in known_families():
-        for title, table in load_base_module(family).FIELDS.items():
+        for title, table in load_family(family).FIELDS.items():
             for name, field in table.items():
                 assert field.effect in (READ, FIXED, NOTHING), (title, name)
                 assert field.effect != FIXED or not field.accepts("another"), (title, name)

@@ -16,23 +16,19 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from configs import demo
 from conversion import names
 from conversion.from_torch import from_torch
 from conversion.from_torch import main as from_torch_command
-from conversion.to_torch import METHOD, to_torch
+from conversion.to_torch import method_fields, to_torch
 from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava
+from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer
 from redvillm_jax.inference import open_model
-from redvillm_jax.model.base_folder import (
-    canonical_name,
-    expected_tensors,
-    known_families,
-    load_base_module,
-    load_part,
-    name_table,
-    open_base,
-)
+from redvillm_jax.model.base_folder import canonical_name, load_part, open_base
+from redvillm_jax.model.settings import plain_config
+from redvillm_jax.model.weights import expected_tensors, name_table
 from redvillm_jax.training import checkpoint
 from redvillm_jax.video import red_villm
 from tests.helpers import REFERENCE
@@ -465,10 +461,10 @@ def test_projectors_of_a_run(tmp_path):
 
 
 def test_an_export_says_every_switch_that_answering_needs():
-    bases = [load_base_module(family) for family in known_families()]
-    needed = {field.name for field in dataclasses.fields(red_villm.Video)}
-    needed |= {name for base in bases for name in base.PROJECTOR_OPTIONS} | set(open_model.ANSWERING) - {"seed"}
-    assert needed <= set(METHOD)
+    for family in known_families():
+        config = plain_config(demo.get_config(family))
+        needed = {*red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, *open_model.ANSWERING} - {"seed"}
+        assert needed <= set(method_fields(config))
 
 
 def test_what_a_run_did_not_train_is_the_base_s(tmp_path):
@@ -755,7 +751,7 @@ def other_base_there(tmp_path):
             lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "vision": tmp_path / "no"},
             "no: not found; --vision takes",
         ),
-        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown base family 'blip'"),
+        (lambda tmp_path: {"source": write_hf(tmp_path / "hf"), "family": "blip"}, "unknown family 'blip'"),
         (index_of([]), r"index\.json: expected a JSON object, found list"),
         (index_of(None), r"index\.json: expected a JSON object, found NoneType"),
         (index_of({"weight_map": ["model.safetensors"]}), "no weight_map in it"),

@@ -12,11 +12,13 @@ import pytest
 from safetensors import safe_open
 
 from conversion import from_torch
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.demo import pretrain
 from redvillm_jax.demo.moving_shapes import LANGUAGES, SPATIAL, TEMPLATES, WORDS
 from redvillm_jax.demo.shape_stories import KINDS, NOTHING
 from redvillm_jax.demo.tokenizers import CHINESE
-from redvillm_jax.model.base_folder import PARTS, load_base_module, load_part, open_base
+from redvillm_jax.model.base_folder import load_part, open_base
+from redvillm_jax.model.weights import PARTS, tensors_of
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 POSITIONS = "transformer.visual.attn_pool.pos_embed"
@@ -43,7 +45,7 @@ def test_shipped_text_files_are_the_generated_ones(family, text_folder):
 
 
 def test_every_word_is_one_token(family, text_folder):
-    tokenizer = load_base_module(family).Tokenizer(text_folder)
+    tokenizer = load_family(family).Tokenizer(text_folder)
     space = int(family == "llava")  # LLaMA puts a space before each text, which Chinese words do not carry
     for words in WORDS["zh"].values():
         for word in (*words, *CHINESE, NOTHING["zh"]):
@@ -70,7 +72,7 @@ def count_chinese_words(text):
 
 
 def test_any_text_round_trips(family, text_folder):
-    tokenizer = load_base_module(family).Tokenizer(text_folder)
+    tokenizer = load_family(family).Tokenizer(text_folder)
     for text in ("What colour is the circle?", "圆形是什么颜色？", "Ünïcode 🎈 漢字\n</s> <|im_end|> x", "two  spaces"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
@@ -92,7 +94,7 @@ def test_published_form(family):
             assert all(name.startswith(("transformer.", "lm_head.")) for name in tensors.keys())
             assert tensors.get_tensor("transformer.visual.attn_pool.query").shape == (16, 96)
         start = json.loads((folder / "config.json").read_text())["visual"]["image_start_id"]
-        assert load_base_module(family).Tokenizer(folder).special("<img>") == start
+        assert load_family(family).Tokenizer(folder).special("<img>") == start
 
 
 def test_answers_questions_about_documents(family, tmp_path):
@@ -111,8 +113,8 @@ def test_answers_questions_about_documents(family, tmp_path):
 
 
 def untrained(family, folder):
-    base = load_base_module(family)
-    config = base.Config.from_published(json.loads((folder / "config.json").read_text()), None)
+    base = load_family(family)
+    config = base.Config.from_published(json.loads((folder / "config.json").read_text()))
     rows = pretrain.Rows(base, config, base.Tokenizer(folder), pretrain.ROW_LENGTH[family])
     return base, config, rows, pretrain.new_parts(base, config, seed=0)
 
@@ -136,9 +138,9 @@ def test_batches_are_a_function_of_seed_and_phase(family, text_folder):
 def test_fixed_positions_do_not_train(tmp_path):
     pretrain.write_text_files("qwen_vl", tmp_path)
     base, config, rows, parts = untrained("qwen_vl", tmp_path)
-    before = pretrain.published_tensors(base, config, parts)
+    before = tensors_of(base, config, parts)
     parts = pretrain.train_language(parts, base, rows, 0, [pretrain.Phase("align", 2, (), 1.0)])
-    after = pretrain.published_tensors(base, config, parts)
+    after = tensors_of(base, config, parts)
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == {n for n in before if re.search(r"attn_pool|ln_post|proj$", n)} - {POSITIONS}
 
@@ -152,7 +154,7 @@ def test_making_is_deterministic(family, text_folder):
         base, config, rows, parts = untrained(family, text_folder)
         parts["encoder"] = pretrain.train_encoder(parts["encoder"], base, config, 0, 2)
         parts = pretrain.train_language(parts, base, rows, 0, phases)
-        return pretrain.published_tensors(base, config, parts)
+        return tensors_of(base, config, parts)
 
     first, second = make(), make()
     for name in first:

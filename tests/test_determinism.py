@@ -71,7 +71,7 @@ def test_videos_and_frames_are_the_same_bits(tmp_path):
 def stages(work, base):
     """What each of the demo's commands has made, {stage: {name: bytes}}, without paths, times and rates."""
     runs, weights = work / base / "seed-0", {}
-    for run, _ in demo.ROWS.values():
+    for run, _ in demo.TRAININGS.values():
         for path, leaf in jax.tree_util.tree_leaves_with_path(load_trainables(runs / run)[1]):
             weights[run + jax.tree_util.keystr(path)] = leaf.tobytes()
     return {

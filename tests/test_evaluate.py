@@ -140,7 +140,7 @@ def test_a_second_run_does_nothing(evaluated, capsys):
     folder, arguments = evaluated
     before = (folder / "out" / "answers.jsonl").stat().st_mtime_ns
     evaluate.main(arguments)
-    assert "is whole already" in capsys.readouterr().out
+    assert "is finished already" in capsys.readouterr().out
     assert (folder / "out" / "answers.jsonl").stat().st_mtime_ns == before
 
 
@@ -153,7 +153,7 @@ def test_answers_that_were_changed_are_given_anew(evaluated, tmp_path, capsys):
     shutil.copy(folder / "out" / "summary.json", tmp_path)
     evaluate.main([*arguments, f"--out={tmp_path}"])
     assert (tmp_path / "answers.jsonl").read_text() == whole
-    assert "answers.jsonl: was changed after it was written; all is answered anew" in capsys.readouterr().err
+    assert "was changed after it was written; all questions are answered again" in capsys.readouterr().err
     text = (tmp_path / "summary.json").read_text()
     (tmp_path / "summary.json").write_text(text.replace('"questions": 72', '"questions": 71'))
     with pytest.raises(UserError, match=r"summary\.json: was changed after it was written"):

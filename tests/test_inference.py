@@ -15,7 +15,8 @@ from test_model import build
 
 from redvillm_jax.inference.engine import Asked, Generation, Inference
 from redvillm_jax.inference.prompts import make_prompt
-from redvillm_jax.model.build import token_slots
+from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.runtime.sharding import make_mesh
 
@@ -33,8 +34,9 @@ def setup(folder, family, **switches):
     """(base, model, inference that never stops, prompts, videos)."""
     base, config, model = build(folder, family, **switches)
     model = with_large_weights(model)
-    tokenizer, slots = base.module.Tokenizer(base.path), token_slots(base, config)
-    prompts = [make_prompt(base, tokenizer, q, slots(FRAMES[v]), len(slots(NUM_FRAMES))) for v, q in ASKED]
+    tokenizer, places = base.module.Tokenizer(base.path), VideoPlaces(base, model_settings(config))
+    placed = {v: [(0, slot) for slot in places.slots(n)] for v, n in FRAMES.items()}
+    prompts = [make_prompt(base, tokenizer, q, placed[v], places.most) for v, q in ASKED]
     frames = np.random.default_rng(0).integers(0, 256, (3, NUM_FRAMES, 32, 32, 3), np.uint8)
     videos = {v: {"frames": frames[v], "num_frames": np.int32(n)} for v, n in FRAMES.items()}
     for video, n in FRAMES.items():

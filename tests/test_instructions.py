@@ -13,9 +13,9 @@ from data_pipeline.media.video_files import find_videos
 from data_pipeline.questions.formats import FIELDS, guess_language
 from data_pipeline.questions.instructions import read_instructions
 from data_pipeline.questions.mixture import read_mixture, split_weight
-from redvillm_jax.bases.qwen_vl import SPECIAL_TOKENS
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.demo.pretrain import write_text_files
-from redvillm_jax.model.base_folder import load_base_module
+from redvillm_jax.modules.qwen_tokenizer import SPECIAL_TOKENS
 from redvillm_jax.training.rows import check_round_trip
 
 ROW = {"id": "1", "video": "clip", "language": "zh", "question": "先出现什么颜色？", "answer": "红色"}
@@ -386,7 +386,7 @@ def test_strings_that_look_like_special_tokens_are_text(family, tmp_path):
     if family == "llava_v1":  # its image markers stand outside tokenizer.json, as if they were words
         first = len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) + 1
         write_json(tmp_path / "added_tokens.json", {"<im_start>": first, "<im_end>": first + 1})
-    tokenizer = load_base_module(family.removesuffix("_v1")).Tokenizer(tmp_path)
+    tokenizer = load_family(family.removesuffix("_v1")).Tokenizer(tmp_path)
     names = {"llava": ["<s>", "</s>", "<image>"], "llava_v1": ["<s>", "</s>", "<image>", "<im_start>", "<im_end>"]}
     control = {tokenizer.special(token) for token in names.get(family, SPECIAL_TOKENS)}
     assert len(control) == len(names.get(family, SPECIAL_TOKENS))

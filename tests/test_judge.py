@@ -400,7 +400,7 @@ def test_wrong_flags(tmp_path, more, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prediction": 3}, "field 'prediction' is 3, which it cannot be"),
+        ({"prediction": 3}, "field 'prediction' is 3, expected text or null"),
         ({"benchmark": "msvd"}, "unknown benchmark 'msvd', expected one of vcgbench"),
         ({"choices": ["A. x", 3]}, "field 'choices' is [\"A. x\", 3], expected texts"),
         ({"benchmark": "vcgbench", "kind": "consistency"}, "a question of a pair, but has no field 'group'"),
@@ -414,7 +414,7 @@ def test_rows_that_are_no_answers(tmp_path, change, message):
         judge.main([f"--answers={source}", f"--out={tmp_path / 'j'}", f"--model={MODEL}"])
     assert message in str(error.value) and "\n" not in str(error.value)
     (source / "answers.jsonl").write_text(json.dumps({k: v for k, v in row(0, "x").items() if k != "prediction"}))
-    with pytest.raises(UserError, match="row with id '0': has no 'prediction'; expected answers"):
+    with pytest.raises(UserError, match="answer with id '0': has no 'prediction'; expected answers"):
         judge.main([f"--answers={source}", f"--out={tmp_path / 'j'}", f"--model={MODEL}"])
 
 

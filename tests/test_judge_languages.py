@@ -76,8 +76,8 @@ def test_questions_that_were_chinese_are_translated_with_the_predictions(tmp_pat
         with pytest.raises(UserError) as error:
             judge.main(flags(alone, tmp_path / "j", server))
         assert str(error.value) == (
-            f"{alone}: row with id '0-en': its prediction was translated (en), its question and answer were not (zh); "
-            "translate all: --fields=question,answer,prediction"
+            f"{alone}: answer with id '0-en': its prediction was translated (en), its question and answer were not "
+            "(zh); translate all: --fields=question,answer,prediction"
         )
         every = to("en", source, tmp_path / "every.jsonl", "--fields=question,answer,prediction")
         assert judge.main(flags(every, tmp_path / "j", server)) == 0

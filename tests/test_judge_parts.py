@@ -6,7 +6,7 @@ import re
 import pytest
 
 from redvillm_jax.evaluation.judge_prompts import PROMPTS_VERSION, messages, prompt_hash
-from redvillm_jax.evaluation.published import PUBLISHED, QA, mark, published_rows
+from redvillm_jax.evaluation.published import PUBLISHED, QA, mark, published_systems
 from redvillm_jax.evaluation.scoring import ASPECTS
 from redvillm_jax.evaluation.tables import summary_table
 from redvillm_jax.evaluation.verdicts import Verdict, read_verdict
@@ -126,12 +126,12 @@ def test_prompts_have_versions():
 
 
 def test_published_numbers():
-    rows = {one.system: values for one, values in published_rows("vcgbench")}
+    rows = {one.system: values for one, values in published_systems("vcgbench")}
     assert rows["RED-VILLM Qwen-VL-7B (cn)"] == pytest.approx((2.71, 2.75, 3.34, 2.34, 2.45, 2.718))
     assert rows["Video-ChatGPT"] == (2.40, 2.52, 2.62, 1.98, 2.37, 2.38)
-    rows = {one.system: values for one, values in published_rows("activitynet_qa")}
+    rows = {one.system: values for one, values in published_systems("activitynet_qa")}
     assert rows["RED-VILLM LLaVA-7B"] == (39.2, 3.0) and rows["RED-VILLM Qwen-VL-7B"] == (44.2, 3.2)
-    assert published_rows("mvbench") == [] and all(published_rows(name) for name in (*QA, "vcgbench"))
+    assert published_systems("mvbench") == [] and all(published_systems(name) for name in (*QA, "vcgbench"))
     for one in PUBLISHED:
         assert one.source and len(one.qa) == 4 and (one.vcgbench is None or len(one.vcgbench) in (5, 6))
         assert all(0 < pair[0] <= 100 and (pair[1] is None or 0 < pair[1] <= 5) for pair in one.qa if pair)
@@ -153,8 +153,8 @@ def test_every_published_row_carries_its_mark():
         },
     }
     published = [line for line in summary_table(summary).splitlines() if any(one.system in line for one in PUBLISHED)]
-    assert len(published) == len(published_rows("msvd_qa"))
-    for line, (one, (accuracy, _)) in zip(published, published_rows("msvd_qa"), strict=True):
+    assert len(published) == len(published_systems("msvd_qa"))
+    for line, (one, (accuracy, _)) in zip(published, published_systems("msvd_qa"), strict=True):
         assert f"{accuracy:.1f}" in line and f"[{one.source}]" in line
         same = one.judge == "gpt-3.5-turbo-0125"
         assert ("same judge, other words in its prompt" in line) == same and ("not comparable: judge" in line) != same

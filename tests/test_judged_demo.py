@@ -152,7 +152,7 @@ def right(row):
     return row["prediction"] == row["answer"]
 
 
-def test_published_rows_keep_their_fields_through_translation_and_a_second_prepare(evaluated, answered):
+def test_published_systems_keep_their_fields_through_translation_and_a_second_prepare(evaluated, answered):
     by_id = {row["id"]: row for row in answered}
     for name in ("vcgbench", "activitynet_qa", "mvbench", "vnbench"):
         for asked in lines(evaluated / name / "instructions.jsonl"):
@@ -264,6 +264,6 @@ def test_multiple_choice_is_not_translated(evaluated, tmp_path):
     with pytest.raises(UserError) as error:
         in_chinese(source, tmp_path / "zh.jsonl")
     assert str(error.value) == (
-        f"{source}: row with id 'count/0': is multiple choice ('choices'), whose question cannot be translated: the "
+        f"{source}: line with id 'count/0': is multiple choice ('choices'), whose question cannot be translated: the "
         "options in the question would not be those it is scored by"
     )

@@ -1,23 +1,21 @@
 """Which of a store's questions are trained on: config.language, and configs/qwen.py:zh, :en, :both."""
 
-import json
-
 import pytest
+from helpers import plan_of
 
 from configs import demo, qwen
 from data_pipeline.common.errors import UserError
 from data_pipeline.store import open_store
 from redvillm_jax import train
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.model.build import token_slots
+from redvillm_jax.model.settings import plain_config
 from redvillm_jax.runtime import cli
-from redvillm_jax.training.rows import plan_rows
 
 
 def plan(bases, stores, **changes):
-    config = json.loads(demo.get_config("qwen_vl").to_json()) | {"num_frames": 4, "num_epochs": 1} | changes
+    config = plain_config(demo.get_config("qwen_vl")) | {"num_frames": 4, "num_epochs": 1} | changes
     base, store = open_base(bases["qwen_vl"]), open_store(stores["qwen_vl"])
-    return store, plan_rows(config, base, store, base.module.Tokenizer(base.path), token_slots(base, config))
+    return store, plan_of(config, base, store)
 
 
 def asked(found):
@@ -40,7 +38,7 @@ def test_only_questions_in_the_language_are_planned(bases, stores):
 
 
 def test_a_language_that_no_question_has_ends_in_one_line(tmp_path, bases, stores):
-    config = json.loads(demo.get_config("qwen_vl").to_json()) | {"num_frames": 4, "language": "fr"}
+    config = plain_config(demo.get_config("qwen_vl")) | {"num_frames": 4, "language": "fr"}
     config |= {"base": str(bases["qwen_vl"]), "data": str(stores["qwen_vl"])}
     with pytest.raises(
         UserError, match=r"has no question in config.language='fr', it has \d+ in '\w\w', \d+ in"

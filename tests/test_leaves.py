@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.packing import Prefix, Question
-from redvillm_jax.model.base_folder import load_base_module, open_base
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import attention
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
@@ -60,9 +61,9 @@ def test_weights_lie_by_the_first_matching_rule():
 
 @pytest.mark.parametrize("family", ["llava", "qwen_vl"])
 def test_every_weight_of_a_base_has_a_sharding_rule(family):
-    from redvillm_jax.model.base_folder import expected_tensors
+    from redvillm_jax.model.weights import expected_tensors
 
-    base = load_base_module(family)
+    base = load_family(family)
     place = weight_sharding(make_mesh({"data": 1, "fsdp": 4, "tensor": 2}), base.SHARDING)
     for size in base.SIZES.values():
         for name, leaf in expected_tensors(base, size).items():
@@ -72,8 +73,8 @@ def test_every_weight_of_a_base_has_a_sharding_rule(family):
 def test_a_large_base_lies_in_parts(bases):
     """No weight matrix of the real sizes is whole on every device of an fsdp mesh."""
     for family in bases:
-        base = load_base_module(family)
-        from redvillm_jax.model.base_folder import expected_tensors
+        base = load_family(family)
+        from redvillm_jax.model.weights import expected_tensors
 
         place = weight_sharding(make_mesh({"data": 1, "fsdp": 8, "tensor": 1}), base.SHARDING)
         size = next(size for name, size in base.SIZES.items() if "7b" in name)

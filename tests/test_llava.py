@@ -11,7 +11,8 @@ import torch
 from flax import nnx
 
 from redvillm_jax.bases import llava
-from redvillm_jax.model.base_folder import abstract_part, canonical_name, expected_tensors, name_table
+from redvillm_jax.model.base_folder import canonical_name
+from redvillm_jax.model.weights import abstract_part, expected_tensors, name_table
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 

@@ -118,7 +118,7 @@ def test_another_machine_is_watched_for_signs_of_life(tmp_path, hurried, capsys)
     with locked(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     other = "another run (process 1 on elsewhere, since then)"
-    assert capsys.readouterr().err == f"note: {tmp_path}: looks whether {other} still writes here, up to 2 s\n"
+    assert capsys.readouterr().err == f"note: {tmp_path}: waits up to 2 s to see whether {other} still writes here\n"
 
     lock.write_bytes(left_by())
     threading.Timer(0.1, lambda: lock.write_bytes(left_by(beats=8))).start()

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
 from flax import nnx
+from helpers import config_of, plan_of
 
-from configs import demo
 from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.settings import model_settings
 from redvillm_jax.model.video_llm import mean_loss
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.runtime.sharding import make_mesh
 from redvillm_jax.training.optim import make_optimizer
 from redvillm_jax.training.recipe import state_shardings
-from redvillm_jax.training.rows import make_prefix, plan_rows, tokenize
+from redvillm_jax.training.rows import make_prefix, tokenize
 from redvillm_jax.training.step import join, make_train_step, split_trainable
 
 DTYPE = jnp.float32
@@ -31,10 +32,11 @@ DTYPE = jnp.float32
 @functools.cache
 def build(folder, family, **switches):
     """(base, config, model) of a base folder with some switches set, on one device."""
-    config = json.loads(demo.get_config(family).to_json()) | {"num_frames": NUM_FRAMES} | switches
+    config = {"num_frames": NUM_FRAMES} | switches
+    config = config_of(family, switches.get("video", "red_villm")) | config
     base = open_base(folder)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return base, config, load_model(base, config, mesh, dtype=DTYPE)
+    return base, config, load_model(base, model_settings(config), mesh, dtype=DTYPE)
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def test_an_image_llm_stays_one(family, bases, frames):
 
 def whole_epoch(base, config, store) -> dict[str, np.ndarray]:
     """All questions of a store as one batch."""
-    plan = plan_rows(config, base, store, base.module.Tokenizer(base.path), token_slots(base, config))
+    plan = plan_of(config, base, store)
     return next(batches(plan.steps, plan.row_fn, store, rows_per_step=plan.bounds.rows_per_step))
 
 
@@ -107,10 +109,10 @@ def test_packed_rows_equal_questions_one_by_one(family, bases, stores):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_short_video_equals_a_run_with_fewer_frames(family, bases, frames):
-    base, _, model = build(bases[family], family)
+    base, config, model = build(bases[family], family)
     short = frames[:1, :3].copy()
     padded = np.concatenate([short, np.zeros_like(short[:, :1])], axis=1)
-    slots = model.video.token_slots(model.projectors["temporal"], base.config.grid, NUM_FRAMES, 3)
+    slots = VideoPlaces(base, model_settings(config)).slots(3)
     got, want = tokens(model, padded, [3])[0][slots], tokens(model, short)[0]
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(
@@ -119,11 +121,9 @@ def test_a_short_video_equals_a_run_with_fewer_frames(family, bases, frames):
 
 
 def test_zero_is_video_chatgpts_way_with_short_videos(bases, frames):
-    base, _, model = build(bases["llava"], "llava", short_video="zero")
+    base, config, model = build(bases["llava"], "llava", short_video="zero")
     padded = np.concatenate([frames[:, :3], np.zeros_like(frames[:, :1])], axis=1)
-    assert model.video.token_slots(model.projectors["temporal"], base.config.grid, NUM_FRAMES, 3) == list(
-        range(NUM_FRAMES + 16)
-    )
+    assert VideoPlaces(base, model_settings(config)).slots(3) == list(range(NUM_FRAMES + 16))
     zero = jnp.zeros((1, 1, base.config.vision_hidden_size))
     want = np.asarray(model.projectors["temporal"](zero, jnp.ones((1, 1), bool), (1,)))[0, 0]
     np.testing.assert_allclose(tokens(model, padded, [3, 3])[1, 3], want, atol=1e-6)
@@ -236,7 +236,7 @@ def test_the_activations_named_are_the_ones_stored(family, bases, stores):
 
 
 def test_a_supervised_prefix_token_counts_once_per_question():
-    prefix = make_prefix([(5, False), (6, True)], [0, 1])
+    prefix = make_prefix([(5, False), (6, True)], [(0, 0), (0, 1)])
     question = Question(ids=np.array([7, 8], np.int32), supervised=np.array([False, True]))
     row = fill_row(
         ((0, (0, 1)),), [prefix], [question] * 2, row_length=16, max_groups=1, max_targets=4, tokens_per_video=2

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 from collections import Counter
 
 import jax
@@ -10,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
+from helpers import plan_of
 
 from configs import demo
 from data_pipeline.common.errors import UserError
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, finish_store, open_store, write_shards
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.model.build import load_model, token_slots
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.runtime.sharding import make_mesh
-from redvillm_jax.training.rows import plan_rows
 from redvillm_jax.training.step import join, split_trainable
 
 FRAMES = (4, 2, 4, 1, 3, 4)  # of each video; those below NUM_FRAMES are short
@@ -49,8 +49,8 @@ def mixed(family, stores, tmp_path) -> VideoStore:
 
 def plan(base, family, store, **switches):
     """(config, row plan) of one epoch of a store."""
-    config = json.loads(demo.get_config(family).to_json()) | {"num_frames": NUM_FRAMES, "num_epochs": 1} | switches
-    return config, plan_rows(config, base, store, base.module.Tokenizer(base.path), token_slots(base, config))
+    config = plain_config(demo.get_config(family)) | {"num_frames": NUM_FRAMES, "num_epochs": 1} | switches
+    return config, plan_of(config, base, store)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,7 +62,7 @@ def test_mixed_rows_equal_questions_one_by_one(family, bases, mixed):
     check_variety(packed.steps)
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    graphdef, trainable, frozen = split_trainable(load_model(base, config, mesh, dtype=jnp.float32))
+    graphdef, trainable, frozen = split_trainable(load_model(base, model_settings(config), mesh, dtype=jnp.float32))
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)

@@ -1,6 +1,5 @@
 """What a program multiplies in fp32 says so, for TPUs whose default is bf16, and so do its gradients."""
 
-import json
 import re
 
 import jax
@@ -12,10 +11,11 @@ from configs.common import get_common
 from redvillm_jax.checks import model_checks
 from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.build import load_model
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.planning.programs import abstract_batch
 from redvillm_jax.planning.workload import Workload
 from redvillm_jax.runtime.sharding import make_mesh
-from redvillm_jax.training.recipe import make_encode_step, make_training
+from redvillm_jax.training.recipe import make_encode_step, make_training, recipe_of
 
 ROWS = Workload(questions=4, rows=2, row_length=128, groups=2, targets=16, tokens=0, supervised=0, steps=1)
 PRODUCT = re.compile(r"dot_general .*precision = \[(\w+), .*\](, algorithm.*)? : \(tensor<(.*?)>, tensor<(.*?)>\)")
@@ -34,8 +34,9 @@ def lower(step, *arguments) -> str:
 
 
 def settings(family: str, **changes) -> dict:
-    options = {"qwen_align": "resample", "temporal_positions": "grid"} if family == "qwen_vl" else {}
-    return json.loads(get_common().to_json()) | {"family": family, "num_frames": 5} | options | changes
+    config = get_common()
+    config.family = family
+    return plain_config(config) | {"num_frames": 5} | changes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,9 +45,13 @@ def test_every_fp32_product_of_a_train_step_says_so(family, changes):
     base, config = sized_base(family, "tiny"), settings(family, **changes)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-        training = make_training(config, base, model, mesh, num_steps=2, row_length=ROWS.row_length)
-        batch = abstract_batch(config, base, mesh, ROWS)
+        model = load_model(
+            base, model_settings(config), mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm")
+        )
+        training = make_training(
+            recipe_of(config), base, model_settings(config), model, mesh, num_steps=2, row_length=ROWS.row_length
+        )
+        batch = abstract_batch(model_settings(config), base, mesh, ROWS)
         program = lower(training.step, *training.state.values(), training.frozen, batch)
     kinds = set(products(program))
     wide = {kind for kind in kinds if "f32" in kind[2:]}
@@ -65,7 +70,7 @@ def test_every_product_of_encoding_in_fp32_says_so(family):
     frames = jax.ShapeDtypeStruct((1, 5, side, side, 3), jnp.uint8), jax.ShapeDtypeStruct((1,), jnp.int32)
     with jax.set_mesh(mesh):
         step, weights = make_encode_step(
-            load_model(base, config, mesh, dtype=jnp.float32, parts=("encoder",)), jnp.float32
+            load_model(base, model_settings(config), mesh, dtype=jnp.float32, parts=("encoder",)), jnp.float32
         )
         assert set(products(lower(step, weights, *frames))) == {("HIGHEST", False, "f32", "f32")}
 

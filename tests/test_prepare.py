@@ -104,8 +104,8 @@ def test_prepare_stores_what_can_be_used_and_tells_the_rest(data, tmp_path, caps
     assert "2 of 4 videos, 3 of 5 questions" in printed
     assert "1 videos without a question (silent)" in printed
     assert left_out[0]["reason"] in printed
-    assert "2 questions on 2 videos not in the store (absent, broken)" in printed
-    assert "kept: 1 questions that repeat another on their video (4)" in printed
+    assert "2 questions about 2 videos that are not in the store (absent, broken)" in printed
+    assert "kept: 1 questions that repeat another about their video (4)" in printed
 
 
 def test_prepare_mixes_question_files(data, tmp_path, capsys):
@@ -140,7 +140,7 @@ def test_prepare_reads_an_evaluation_set(data, tmp_path, capsys):
     flags += ["--num_workers=1"]
     prepare.main([*flags, "--benchmark=activitynet_qa", f"--instructions={folder}"])
     assert [row["kind"] for row in store.open_store(tmp_path / "s").instructions] == ["yes/no"]
-    assert "1 questions on 1 videos not in the store (x)" in capsys.readouterr().out
+    assert "1 questions about 1 videos that are not in the store (x)" in capsys.readouterr().out
     assert "invalid choice: 'mmbench'" in error([*flags, "--benchmark=mmbench", "--instructions=x"])
 
 

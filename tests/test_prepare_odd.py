@@ -158,7 +158,7 @@ def test_odd_rows_are_left_out_with_their_reasons(tmp_path, capsys):
     )
     assert report_of(tmp_path / "s")["rows_left_out"] == [reason]
     printed = capsys.readouterr().out
-    assert f"left out: 1 rows that are no question on a video:\n  {reason}\n" in printed
+    assert f"left out: 1 records that are no question about a video:\n  {reason}\n" in printed
 
 
 def test_names_that_are_no_text_are_left_out_before_anything_is_decoded(tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_every_matrix_but_the_head_is_quantized_and_close(family, bases):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     exact, small = load(bases[family], mesh), load(bases[family], mesh, int8=True)
     wide = {".".join(path): layer for path, layer in linears(small).items() if layer.scale is None}
-    assert wide.keys() == {"lm_head"}
+    assert wide.keys() == ({"lm_head"} if isinstance(exact.head, Linear) else set())
     for path, layer in linears(small).items():
         want = linears(exact)[path].weight[...]
         if layer.scale is None:
@@ -99,7 +99,7 @@ def test_sums_of_integers_do_not_overflow(dtype, bases):
     """float16 ends at 65504, and 127 * 4 * 1024 is more."""
     weight = np.ones((3, 1024), np.float32)
     linear = nnx.eval_shape(lambda: Linear(1024, 3, rngs=nnx.Rngs(0)))
-    quantized_shapes(linear, wide=())
+    quantized_shapes(linear, wide=None)
     linear.weight, linear.scale, linear.input_scale = map(nnx.Param, quantize(weight))
     linear.bias = None
     x = jnp.full((2, 1024), 4, dtype)

@@ -8,8 +8,8 @@ import pytest
 import regex
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Tokenizer, prompt
+from redvillm_jax.modules import qwen_tokenizer
 from tests.helpers import REFERENCE
 
 PUBLISHED = REFERENCE / "qwen_vl_files"
@@ -67,7 +67,7 @@ def test_pre_split():
         " 视频里",
         "  ",
     ]
-    assert regex.findall(qwen_vl.PATTERN, text) == pieces
+    assert regex.findall(qwen_tokenizer.PATTERN, text) == pieces
 
 
 def test_text_is_nfc_normalised(tokenizer: Tokenizer):

@@ -15,7 +15,9 @@ from flax import nnx
 from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Config
-from redvillm_jax.model import base_folder
+from redvillm_jax.model import weights
+from redvillm_jax.modules.qwen import ntk_base
+from redvillm_jax.modules.resampler import sin_cos_positions
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 torch = pytest.importorskip("torch")
@@ -53,7 +55,7 @@ class Model:
 
     @classmethod
     def build(cls, config: Config, tensors: dict[str, np.ndarray], dtype=jnp.float32) -> "Model":
-        parts = {part: base_folder.abstract_part(qwen_vl, part, config) for part in base_folder.PARTS}
+        parts = {part: weights.abstract_part(qwen_vl, part, config) for part in weights.PARTS}
         return cls(
             config,
             tensors,
@@ -61,7 +63,7 @@ class Model:
         )
 
     def with_options(self, **options: str) -> qwen_vl.Projector:
-        module = base_folder.abstract_part(qwen_vl, "projector", self.config, **options)
+        module = weights.abstract_part(qwen_vl, "projector", self.config, **options)
         return fill(module, self.tensors, qwen_vl.PREFIX["projector"])
 
     def torch_weights(self) -> dict[str, torch.Tensor]:
@@ -69,14 +71,14 @@ class Model:
 
     def torch_projector(self) -> dict[str, torch.Tensor]:
         projector = oracle.below(self.torch_weights(), "transformer.visual.")
-        return {name: projector[name] for name in base_folder.name_table(self.projector, "")}
+        return {name: projector[name] for name in weights.name_table(self.projector, "")}
 
 
 @pytest.fixture(scope="module")
 def small() -> Model:
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, leaf in base_folder.expected_tensors(qwen_vl, SMALL).items():
+    for name, leaf in weights.expected_tensors(qwen_vl, SMALL).items():
         noise = rng.standard_normal(leaf.shape, dtype=np.float32)
         if re.search(r"ln_\w+\.weight$", name):
             tensors[name] = 1 + 0.3 * noise
@@ -301,7 +303,7 @@ def test_temporal_positions_changes_the_tokens(small: Model):
 
 @pytest.mark.parametrize("qwen_align", ["resample", "per_token"])
 def test_frozen_leaves_exist(qwen_align: str):
-    names = base_folder.name_table(base_folder.abstract_part(qwen_vl, "projector", SMALL), "")
+    names = weights.name_table(weights.abstract_part(qwen_vl, "projector", SMALL), "")
     for pattern in qwen_vl.frozen_projector(qwen_align=qwen_align):
         assert any(re.search(pattern, name) for name in names), pattern
 
@@ -343,7 +345,7 @@ def test_published_config_is_the_named_size():
 
 
 def test_real_size_has_the_published_tensors():
-    table = base_folder.expected_tensors(qwen_vl, SIZES["7b"])
+    table = weights.expected_tensors(qwen_vl, SIZES["7b"])
     assert len(table) == 853
     assert sum(math.prod(leaf.shape) for leaf in table.values()) == 9_656_935_168
     shapes = {
@@ -391,7 +393,7 @@ def test_real_size_has_the_published_tensors():
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="Qwen-VL-Chat's files are not here")
 def test_real_size_has_the_index_files_names_and_bytes():
     index = json.loads((PUBLISHED / "pytorch_model.bin.index.json").read_text())
-    table = base_folder.expected_tensors(qwen_vl, SIZES["7b"])
+    table = weights.expected_tensors(qwen_vl, SIZES["7b"])
     assert set(table) == set(index["weight_map"])
     bytes_in_bf16 = 2 * sum(math.prod(leaf.shape) for leaf in table.values())
     assert bytes_in_bf16 == index["metadata"]["total_size"]
@@ -399,7 +401,7 @@ def test_real_size_has_the_index_files_names_and_bytes():
 
 
 def test_every_weight_has_a_place_on_the_mesh():
-    for name, leaf in base_folder.expected_tensors(qwen_vl, SIZES["7b"]).items():
+    for name, leaf in weights.expected_tensors(qwen_vl, SIZES["7b"]).items():
         spec = next((spec for pattern, spec in qwen_vl.SHARDING if re.search(pattern, name)), None)
         assert spec is not None, name
         assert len(spec) <= len(leaf.shape), name
@@ -409,13 +411,13 @@ def test_every_weight_has_a_place_on_the_mesh():
 
 def test_rotary_base_grows_with_the_prompt():
     lengths = [1, 2048, 2049, 4096, 4097, 8192]
-    bases = qwen_vl.ntk_base(SIZES["7b"], jnp.array(lengths))[:, 0, 0]
+    bases = ntk_base(SIZES["7b"].decoder, jnp.array(lengths))[:, 0, 0]
     want = [10000 * alpha ** (128 / 126) for alpha in (1, 1, 3, 3, 7, 7)]
     np.testing.assert_allclose(bases, want, rtol=1e-6)
 
 
 def test_fixed_positions_follow_the_published_formula():
-    table = qwen_vl.sin_cos_positions(256, 32)
+    table = sin_cos_positions(256, 32)
     frequency = 10000.0 ** -(np.arange(8) / 8)
     for row, col in ((0, 0), (0, 3), (5, 0), (15, 14)):
         parts = [f(axis * frequency) for axis in (col, row) for f in (np.sin, np.cos)]
@@ -503,7 +505,7 @@ INPUTS |= {"video_prefix_ids", "video_suffix_ids", "grad_labels"}
 @needs_reference
 def test_every_reference_array(published: Model, reference: dict[str, np.ndarray]):
     """Both projectors' copies, all stages, ref.npz and ref_long.npz (the same weights, trained for 48 tokens)."""
-    assert set(base_folder.expected_tensors(qwen_vl, published.config)) == set(published.tensors)
+    assert set(weights.expected_tensors(qwen_vl, published.config)) == set(published.tensors)
     visual = vision_outputs(published, reference)
     visual |= alignment_outputs(published, reference, visual["vit"])
     got = visual | language_outputs(published.llm, reference, visual)

@@ -7,22 +7,21 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, NUM_FRAMES
+from conftest import NUM_FRAMES
+from helpers import plan_of
 from test_inputs import change_json, write_run
 from test_train import make_config
 
 from configs import demo, llava, qwen
 from data_pipeline.common.errors import UserError
 from redvillm_jax import train
+from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.inference.open_model import ANSWERING, open_model
 from redvillm_jax.model import run_config
-from redvillm_jax.model.base_folder import load_base_module
-from redvillm_jax.model.build import token_slots
 from redvillm_jax.training.optim import warmup_cosine
-from redvillm_jax.training.rows import plan_rows
 from redvillm_jax.video import red_villm
 
-FORMAT = {family: Path(__file__).parent / "run_configs" / f"{family}.json" for family in FAMILIES}
+FORMAT = {family: Path(__file__).parent / "run_configs" / f"{family}.json" for family in known_families()}
 ADDED = {"sampling": "uniform", "language": "", "int8": False}  # as the code behaved before there were these fields
 
 
@@ -30,7 +29,7 @@ def said(family: str) -> dict:
     return json.loads(FORMAT[family].read_text())
 
 
-@pytest.mark.parametrize("config", [llava.get_config(), qwen.get_config(), *map(demo.get_config, FAMILIES)])
+@pytest.mark.parametrize("config", [llava.get_config(), qwen.get_config(), *map(demo.get_config, known_families())])
 def test_a_new_field_says_what_there_was_before_it(config):
     new = set(config) - set(said(config.family)) - set(run_config.ADDED)
     assert not new, f"runs of earlier versions lack {new}: run_config.ADDED says what they were trained with"
@@ -44,19 +43,19 @@ def test_what_earlier_runs_were_trained_with():
 def old_runs(bases, tmp_path_factory) -> dict[str, Path]:
     """Runs in the format of `run_configs`."""
     runs = {}
-    for family in FAMILIES:
+    for family in known_families():
         runs[family] = write_run(tmp_path_factory.mktemp("old") / "run", family, bases[family])
         here = {"base": str(bases[family]), "num_frames": NUM_FRAMES}
         (runs[family] / "config.json").write_text(json.dumps(said(family) | here))
     return runs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", known_families())
 def test_a_run_that_lacks_a_field_is_what_it_was(family, old_runs):
     run, file = old_runs[family], old_runs[family] / "config.json"
     whole, text = open_model(run), file.read_text()
     known = json.loads(text)
-    needed = {*ANSWERING, *red_villm.OPTIONS, *load_base_module(family).PROJECTOR_OPTIONS, "family"}
+    needed = {*ANSWERING, *red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, "family"}
     for name in sorted(known.keys() - {"base"}):
         change_json(file, lambda config, name=name: config.pop(name))
         try:
@@ -151,9 +150,7 @@ def test_another_number_of_epochs_sees_the_same_rows_of_each(tmp_path, bases, st
         assert f"num_epochs is {epochs}, was {was}: from step {step} on the learning" in capsys.readouterr().out
         assert logged(tmp_path, "loss")[: len(before)] == before
     base, store = train.open_inputs(config)
-    plan = plan_rows(
-        config | {"num_epochs": 3}, base, store, base.module.Tokenizer(base.path), token_slots(base, config)
-    )
+    plan = plan_of(config | {"num_epochs": 3}, base, store)
     assert seen == plan.steps[:18] and len(plan.steps) == 27
     np.testing.assert_allclose(logged(tmp_path, "learning_rate"), schedule(27)[:4] + schedule(9)[4:] + schedule(18)[9:])
     with pytest.raises(UserError, match=r"has done 18 steps, config.num_epochs=1 has 9: num_epochs may grow"):

@@ -176,8 +176,11 @@ def test_own_questions_by_language():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"choices": ["A. cat"], "answer": "B"}, "row with id '1': its answer 'B' is none of its choices"),
-        ({"benchmark": "tempcompass", "kind": "yes_no/x"}, "row with id '1': its answer 'A' is neither yes nor no"),
+        ({"choices": ["A. cat"], "answer": "B"}, "answer with id '1': the reference 'B' is none of the choices"),
+        (
+            {"benchmark": "tempcompass", "kind": "yes_no/x"},
+            "answer with id '1': the reference 'A' is neither yes nor no",
+        ),
     ],
 )
 def test_answers_that_cannot_be_right(change, message):

@@ -240,7 +240,7 @@ def test_a_store_without_questions_and_one_of_streams_have_distributions(tmp_pat
     show.main([str(made), "--stats", f"--out={tmp_path / 'x.png'}"])
     assert "en question, words" in capsys.readouterr().out
     for what in ("--video=a", "--random=2"):
-        with pytest.raises(UserError, match=r"holds streams, no frames: give the store they were made from, /data/f$"):
+        with pytest.raises(UserError, match=r"holds streams, no frames: give the frame store .* streams, /data/f$"):
             show.main([str(made), what, f"--out={tmp_path / 'x.png'}"])
 
 

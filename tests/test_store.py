@@ -217,7 +217,7 @@ DAMAGES = {  # what is done: (which shards are made again, what a reader says or
     "lines exchanged": ([0, 1], None),
     "lines null": ([0], None),
     "lines with another number": ([0], None),
-    "videos.jsonl half": ([], "videos.jsonl: line 6: ends without an end of line"),
+    "videos.jsonl half": ([], "videos.jsonl: line 6: has no line break at its end"),
     "videos.jsonl of another": ([], "do not belong together"),
     "instructions.jsonl a byte": ([], "do not belong together"),
     "instructions.jsonl not UTF-8": ([], "instructions.jsonl: line 1: is not UTF-8 text"),

@@ -3,8 +3,8 @@
 import pytest
 from conftest import FAMILIES
 
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.inference.streaming import pieces
-from redvillm_jax.model.base_folder import load_base_module
 
 TEXTS = ["  A dog runs. \n", "一只狗🐕在奔跑。", "naïve café — 你好 ", "", " \n "]
 
@@ -30,7 +30,7 @@ def test_bytes_that_are_no_text_are_shown_at_the_end():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bases_tokenizers_stream(family, bases):
-    tokenizer = load_base_module(family).Tokenizer(bases[family])
+    tokenizer = load_family(family).Tokenizer(bases[family])
     text = "The dog runs 🐕 to the left. 龘"
     ids = tokenizer.encode(text)
     shown = list(pieces(tokenizer.decode, ids))

@@ -14,9 +14,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, NUM_FRAMES
-from helpers import change_json, change_store
+from helpers import change_json, change_store, config_of
 
-from configs import demo
 from data_pipeline.common.errors import UserError
 from redvillm_jax import train
 from redvillm_jax.model import settings
@@ -28,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def make_config(family: str, base: Path, store: Path, **changes) -> dict:
     """The demo's config, shrunk to one epoch of 9 steps of 8 questions; weight decay shows what is really fixed."""
-    config = json.loads(demo.get_config(family).to_json())
+    config = config_of(family, changes.get("video", "red_villm"))
     config["weight_decay"] = dict.fromkeys(config["weight_decay"], 0.1)
     config |= {"base": str(base), "data": str(store), "num_frames": NUM_FRAMES, "num_epochs": 1, "batch_questions": 8}
     return config | {"log_every": 1, "checkpoint_every": 4, "row_length": 96} | changes
@@ -195,9 +194,9 @@ def test_what_is_refused_in_one_line(tmp_path, runs, bases, stores):
         ({"temporal_init": "zero"}, "temporal_init is 'zero'"),
         ({"spatial_pool": 3}, "spatial_pool is 3"),
         ({"streams": "none"}, "streams is 'none'"),
-        ({"video": "mean"}, "video is 'mean', expected one of red_villm"),
+        ({"video": "mean"}, "video is 'mean', expected one of image_grid, red_villm, slow_fast"),
         ({"train_spatial": False, "temporal_module": False}, "leaves nothing to train"),
-        ({"family": "flamingo"}, "unknown base family 'flamingo'"),
+        ({"family": "flamingo"}, "unknown family 'flamingo'"),
     ],
 )
 def test_values_that_cannot_train_are_refused(change, message, tmp_path, bases, stores):

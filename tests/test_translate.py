@@ -122,7 +122,7 @@ def test_source_and_translation_side_by_side(three, tmp_path, capsys):
     assert report["answered"] == 5 and report["models"] == {MODEL: 5} and report["rows_left_out"] == []
     assert report["completion_tokens"] == sum(map(len, CHINESE.values()))
     printed = capsys.readouterr().out
-    assert "3 rows, 6 texts, 5 different:\n  0 decided by a person, 0 cached, 5 to send\n" in printed
+    assert "3 lines, 6 texts, 5 different:\n  0 decided by a person, 0 cached, 5 to send\n" in printed
     assert not list(out.parent.glob("*.tmp"))
 
 
@@ -228,7 +228,7 @@ def test_suspicious_texts_are_listed_with_their_rows(three, tmp_path, capsys):
             "correction": "",
         }
         assert second["reasons"] == ["numbers changed: -3"]
-        with pytest.raises(UserError, match="no row of 3 could be written; the first: question: under review: untrans"):
+        with pytest.raises(UserError, match="none of 3 lines is written; the first: question: under review: untrans"):
             translate.main(arguments(three, out, server, "--strict"))
 
 
@@ -373,7 +373,7 @@ def test_what_fails_is_listed_left_out_and_tried_again(tmp_path, capsys):
             assert reasons[name].startswith(reason), name
         assert [row["id"] for row in lines(out)] == ["0-zh"]
         assert [row["id"] for row in report["rows_left_out"]] == [str(i) for i in range(1, len(FAILURES) + 1)]
-        assert f"left out: {len(FAILURES)} rows" in capsys.readouterr().out
+        assert f"left out: {len(FAILURES)} lines" in capsys.readouterr().out
         server.calls.clear()
         assert translate.main(flags) == 0
         assert sorted(server.texts) == sorted(FAILURES), "the failed ones, and no others"
@@ -391,7 +391,7 @@ def test_what_fails_is_listed_left_out_and_tried_again(tmp_path, capsys):
 def test_there_is_no_asking_on_when_the_endpoint_is_at_fault(tmp_path, capsys, behaviour, calls, reason):
     source, out = many(tmp_path / "en.json", 40), tmp_path / "zh.jsonl"
     with FakeOpenAI(lambda messages: behaviour) as server:
-        with pytest.raises(UserError, match=f"no row of 40 could be written; the first: .*{re.escape(reason)}"):
+        with pytest.raises(UserError, match=f"none of 40 lines is written; the first: .*{re.escape(reason)}"):
             translate.main(arguments(source, out, server, "--max_retries=0", "--concurrency=1"))
         assert len(server.calls) == calls and not out.exists()
 
@@ -411,7 +411,7 @@ def test_an_endpoint_that_fails_now_and_then_is_asked_on(tmp_path):
     source = many(tmp_path / "en.json", 40)
     answer = lambda messages: Status(500) if "cat" in messages[-1]["content"] else invented(messages)  # noqa: E731
     with FakeOpenAI(answer) as server:
-        with pytest.raises(UserError, match="no row of 40"):
+        with pytest.raises(UserError, match="none of 40 lines"):
             translate.main(arguments(source, tmp_path / "zh.jsonl", server, "--concurrency=1", "--max_retries=0"))
         assert len(server.calls) == 60, "40 failures, but never 20 in a row"
 
@@ -519,8 +519,8 @@ def test_a_damaged_cache_is_said(three, tmp_path, damage):
         (["--price_in=-1"], "argument --price_in: expected a number above 0, got -1"),
         (["--limit=0"], "argument --limit: expected a positive integer"),
         (["--fields=question,id"], "expected fields with text"),
-        (["--fields=prediction"], "row with id '0': field 'prediction' is missing, expected text"),
-        (["--to=en"], "all 3 rows are in English already"),
+        (["--fields=prediction"], "line with id '0': field 'prediction' is missing, expected text"),
+        (["--to=en"], "all 3 lines are in English already"),
         (["--base_url=localhost:8000"], "expected an address such as"),
         (["--base_url=http://127.0.0.1:99999/v1"], "--base_url=http://127.0.0.1:99999/v1: expected an address such as"),
         (["--base_url=http://127.0.0.1:port/v1"], "expected an address such as"),
@@ -558,7 +558,7 @@ def test_wrong_input(three, tmp_path, monkeypatch):
         source.write_text("\n".join(json.dumps(row) for row in rows))
         with pytest.raises(UserError) as raised:
             translate.main([f"--input={source}", f"--out={out}", f"--model={MODEL}"])
-        return str(raised.value).removeprefix(f"{source}: row with id '1': ")
+        return str(raised.value).removeprefix(f"{source}: line with id '1': ")
 
     assert complaint({**row, "language": "fr"}) == "language 'fr', expected en or zh"
     assert complaint(row, {**row, "id": "1-zh", "language": "zh"}) == "its translation's id '1-zh' is there already"

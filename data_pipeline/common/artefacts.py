@@ -1,8 +1,8 @@
-"""Reads the files that the project writes: what is not whole, or of another form, ends in a line that says what to do.
+"""Reads files that the project itself writes. A damaged file becomes a UserError that says what to do.
 
-A `Form` lists what a file's readers rely on; further fields pass. Files of users are read by
-`data_pipeline.questions.records`. Written by hand, because pydantic, which openai brings, tells a mistake in several
-lines of its own words.
+A `Form` lists the fields on which the readers of a file rely; further fields are allowed. Question files of users are
+read by `data_pipeline.questions.records`. Written by hand, because pydantic, which openai brings, tells a mistake in
+several lines of its own words.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from data_pipeline.common.files import as_path, explained
 
 @dataclasses.dataclass(frozen=True)
 class Each:
-    """An object with any keys, whose values are all of one kind."""
+    """An object with any keys, whose values all have one kind."""
 
     kind: Any
 
 
 class Form(NamedTuple):
-    """What an object holds, and what to do where it does not.
+    """The expected fields of an object, and the remedy when they are not there.
 
     keys: kinds by name; a name that ends in "?" may be missing. A kind is a type or a union of types, a tuple of the
-    values that there are, [kind] for a list of such, `Each(kind)`, or a mapping of names to kinds for an object.
+    allowed values, [kind] for a list, `Each(kind)`, or a mapping of names to kinds for an object.
     """
 
     keys: Mapping[str, Any]
@@ -138,14 +138,14 @@ VERDICT = Form({"id": str, "video": str, "language": str, "benchmark": str, "val
 
 
 def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object to write, and a hash of all that it says, which `read_object` compares."""
+    """The object with a hash of all its fields, which `read_object` compares."""
     said = {name: inner for name, inner in value.items() if name != "checksum"}
-    content = json.dumps(json.loads(json.dumps(said)), sort_keys=True)  # keys are texts then, as they are when read
+    content = json.dumps(json.loads(json.dumps(said)), sort_keys=True)  # makes all keys texts, as a reader gets them
     return said | {"checksum": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def read_object(path: str | Path, form: Form) -> dict[str, Any]:
-    """Reads a file that is one JSON object. Raises UserError for what is missing, damaged or of another form."""
+    """Reads a file of one JSON object. Raises UserError when it is missing, damaged or of another form."""
     value = _parsed(str(path), read_bytes(path, form), form)
     if "checksum" in value and value["checksum"] != with_checksum(value)["checksum"]:
         raise UserError(f"{path}: was changed after it was written; {form.remedy}")
@@ -157,8 +157,8 @@ def read_lines(
 ) -> list[dict[str, Any]]:
     """Reads a file of one JSON object a line. Raises UserError naming the line.
 
-    first: the form of the first line where it has one of its own. growing: no file is no line, and a last line without
-    its end, which a killed command leaves, does not count.
+    first: the form of the first line, if it differs. growing: a missing file has no lines, and an unfinished last line,
+    which a killed command leaves, does not count.
     """
     if growing and not as_path(path).exists():
         return []
@@ -168,10 +168,10 @@ def read_lines(
 def parse_lines(
     path: str | Path, content: bytes, form: Form, *, first: Form | None = None, growing: bool = False
 ) -> list[dict[str, Any]]:
-    """The same for a file's content."""
+    """`read_lines` for the content of a file."""
     *lines, rest = content.split(b"\n")
     if rest and not growing:
-        raise UserError(f"{path}: line {len(lines) + 1}: ends without an end of line; {form.remedy}")
+        raise UserError(f"{path}: line {len(lines) + 1}: has no line break at its end; {form.remedy}")
     numbered = enumerate(lines, start=1)
     return [_parsed(f"{path}: line {i}", line, first if first and i == 1 else form) for i, line in numbered]
 
@@ -188,7 +188,7 @@ def read_bytes(path: str | Path, form: Form) -> bytes:
 def _parsed(where: str, content: bytes, form: Form) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
-        if re.search(rb"\\u[dD]", content):  # halves of characters, which could not be written again
+        if re.search(rb"\\u[dD]", content):  # half a character (a surrogate) could not be written again
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError:
         raise UserError(f"{where}: is not UTF-8 text; {form.remedy}") from None
@@ -201,7 +201,7 @@ def _parsed(where: str, content: bytes, form: Form) -> dict[str, Any]:
 
 
 def _problem(value: Any, kind: Any, name: str = "") -> str:
-    """What is wrong with a value, "" if nothing is."""
+    """The problem with a value, "" without one."""
     field = f"field {name!r} " if name else ""
     if isinstance(kind, tuple):
         return "" if value in kind else f"{field}is {_shown(value)}, expected {' or '.join(kind)}"
@@ -238,7 +238,7 @@ def _types(kind: Any) -> tuple[type, ...]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """isinstance, but true is no number, and whole numbers are numbers."""
+    """isinstance, except that true is no number and a whole number is a number."""
     return any(
         isinstance(value, int | float if t is float else t) and (t is bool or not isinstance(value, bool))
         for t in _types(kind)

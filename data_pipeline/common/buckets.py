@@ -1,4 +1,4 @@
-"""Local copies of folders in buckets (gs://), for what can only be read from a disk."""
+"""Local copies of folders in buckets (gs://), for readers that need a disk."""
 
 import contextlib
 import fcntl
@@ -26,11 +26,11 @@ DOWNLOADS = 8  # at once
 
 
 def local_copy(path: str | Path) -> Path:
-    """A local path as it is; of a folder in a bucket, everything below it, copied to this host's cache.
+    """Returns a local path unchanged, and copies a folder in a bucket to this host's cache.
 
-    A file that is there already is not read again as long as the bucket holds the same generation of it; what the
-    bucket no longer holds is deleted. Processes of one host wait for the first of them. Raises UserError for a
-    missing bucket or folder.
+    A file in the cache is not read again as long as the bucket holds the same generation of it. Files that the bucket
+    no longer holds are deleted. Processes of one host wait for the first of them. Raises UserError for a missing bucket
+    or folder.
     """
     if not in_bucket(path):
         return as_path(path)
@@ -65,7 +65,7 @@ def locked(cache: Path) -> Iterator[None]:
 
 
 def nanoseconds(found: dict[str, Any]) -> int:
-    """What stands for an object's generation, itself microseconds, as the modification time of its copy."""
+    """The modification time of an object's copy: its generation, which counts microseconds."""
     return int(found["generation"]) * 1000
 
 
@@ -75,7 +75,7 @@ def same(file: Path, found: dict[str, Any]) -> bool:
 
 
 class Progress(Callback):
-    """Moves a bar by the bytes that have come."""
+    """Moves a progress bar by the received bytes."""
 
     def __init__(self, bar: tqdm):
         super().__init__()
@@ -91,7 +91,7 @@ def download(files: dict[Path, dict[str, Any]], title: str) -> None:
     def fetch(file: Path) -> None:
         found, temporary = files[file], temporary_name(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        generation = found["generation"]  # not what may have replaced it since it was listed
+        generation = found["generation"]  # not a later one that may have replaced it since the listing
         bucket_files().get_file(found["name"], str(temporary), callback=Progress(bar), generation=generation)
         if temporary.stat().st_size != found["size"]:
             raise OSError(f"{found['name']}: {temporary.stat().st_size} of {found['size']} bytes came")

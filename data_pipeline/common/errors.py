@@ -1,4 +1,4 @@
-"""How every command reports a user's mistake: one line, exit code 2, no traceback."""
+"""Reports a user's mistake in every command: one line, exit code 2, no traceback."""
 
 import difflib
 import errno
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake in the input: the message says what was found, where, what was expected and what to do."""
+    """A mistake in the input. The message says where it is, what was found, what is expected, and what to do."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name that asks for the known one most like it; "" where none is.
+    """ "; did you mean …?" with the known name most similar to an unknown one, or "" without a similar name.
 
     Initials count as the name: lr is learning_rate.
     """
@@ -30,7 +30,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """What to say if `error`, or one that caused it, is about a full disk or quota; None otherwise."""
+    """The message when `error`, or a cause of it, is about a full disk or quota; None otherwise."""
     while error is not None:
         said = re.search(r"No space left on device|Disk quota exceeded", str(error))
         if said or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
@@ -57,7 +57,7 @@ FILE_REMEDIES = {
 
 
 def file_problem(error: BaseException) -> str | None:
-    """What to say if `error` is about a file that cannot be used, None otherwise."""
+    """The message when `error` is about a file that cannot be used; None otherwise."""
     if not (isinstance(error, OSError) and error.errno in FILE_REMEDIES):
         return None
     if error.filename is None:  # of a file that was open already
@@ -68,7 +68,7 @@ def file_problem(error: BaseException) -> str | None:
 
 
 def unexpected(error: BaseException) -> str:
-    """What to say of an error that nobody has thought of: its kind and where it happened."""
+    """The message for an unexpected error: its type and its place in the code."""
     said = " ".join(str(error).split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(folder) for folder in PACKAGES)]
@@ -82,7 +82,7 @@ def unexpected(error: BaseException) -> str:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Runs `main(argv)` as a command and exits with its code.
 
-    A mistake, a full disk or a file that cannot be used becomes one line on stderr and exit code 2, any other error one
+    A mistake, a full disk or an unusable file becomes one line on stderr and exit code 2. Any other error becomes one
     line and exit code 1. `--debug` anywhere on the command line shows the traceback as well.
     """
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,7 +1,8 @@
 """The hashes of a folder's files, checked once and remembered.
 
-What was found is remembered in the user's cache folder by the file's path, size and modification time, so that a large
-base is read as a whole only once. Damage that changes neither is found by `--check_files`, which reads again.
+The result is remembered in the user's cache folder by the file's path, size and modification time, so that a large
+base is read as a whole only once. Damage that changes neither size nor time is found by `--check_files`, which reads
+every file again.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import cache_folder, write_text
 
 CHUNK = 8 * 2**20
-THREADS = 4  # that read at once
+THREADS = 4  # reading at once
 FLAG = "--check_files"
 HELP = "read all files of a base and compare their hashes, also if that was done before"
 
@@ -26,7 +27,7 @@ always = False  # whether this process was told --check_files
 
 
 def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """SHA-256 by name of files below a folder, all by default, several read at once."""
+    """The SHA-256, by name, of files below a folder (default: all files), several read at once."""
     names = (
         sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         if names is None
@@ -53,7 +54,7 @@ def hash_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
 def check_files(folder: Path, hashes: Mapping[str, str] | None, remedy: str) -> None:
     """Raises UserError unless every file of `hashes` is there and has its hash; `remedy` says what to do.
 
-    A folder that was made before there were hashes (None) passes, unless --check_files asks for them.
+    A folder without hashes (None), of an earlier version, passes unless --check_files is set.
     """
     if hashes is None:
         if always:
@@ -86,13 +87,13 @@ def check_files(folder: Path, hashes: Mapping[str, str] | None, remedy: str) -> 
 
 
 def memory_of(folder: Path) -> Path:
-    """Where it is remembered what was found in a folder."""
+    """The file that remembers the checked hashes of a folder."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
     return cache_folder() / "checked" / f"{name}.json"
 
 
 def recall(memory: Path) -> dict[str, list]:
-    """What was remembered, nothing if that cannot be read."""
+    """The remembered hashes, {} when the file cannot be read."""
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -101,7 +102,7 @@ def recall(memory: Path) -> dict[str, list]:
 
 
 def remember(memory: Path, found: Mapping[str, list]) -> None:
-    """Keeps what was found; a cache that cannot be written costs another check."""
+    """Remembers checked hashes. When the cache cannot be written, the next check reads the files again."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps(found) + "\n")

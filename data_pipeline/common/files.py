@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, on local disks and in buckets (gs://)."""
+"""Paths on local disks and in buckets (gs://), and atomic writing of files."""
 
 import contextlib
 import os
@@ -26,13 +26,13 @@ def in_bucket(path: str | Path) -> bool:
 
 
 def absolute(path: str | Path) -> Path:
-    """The path from anywhere; one in a bucket is that already."""
+    """The absolute path. A path in a bucket is absolute already."""
     path = as_path(path)
     return path if in_bucket(path) else path.absolute()
 
 
 def cache_folder() -> Path:
-    """Where a user's commands keep what can be had again: $REDVILLM_CACHE, or redvillm_jax in $XDG_CACHE_HOME."""
+    """The folder for copies and remembered results: $REDVILLM_CACHE, or redvillm_jax in $XDG_CACHE_HOME."""
     if folder := os.environ.get(CACHE):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "redvillm_jax"
@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Turns what goes wrong with a path in a bucket into a UserError; errors of local paths pass."""
+    """Turns an error about a path in a bucket into a UserError. Errors about local paths are raised as they are."""
     try:
         yield
     except UserError:
@@ -62,7 +62,7 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 def check_bucket(path: str | Path) -> None:
-    """Raises UserError unless the bucket of a gs:// path is there and may be listed; local paths pass."""
+    """Raises UserError unless the bucket of a gs:// path exists and may be listed. Local paths pass."""
     if in_bucket(path):
         bucket, _, name = str(path).removeprefix("gs://").partition("/")
         if not bucket:
@@ -72,9 +72,9 @@ def check_bucket(path: str | Path) -> None:
 
 
 def make_folder(path: str | Path) -> None:
-    """Makes a local folder and those above it; in a bucket, which knows no folders, checks what is needed to write.
+    """Makes a local folder and its parents. In a bucket, which has no folders, checks the permissions for writing.
 
-    Orbax asks for the bucket's own metadata whenever it deletes a checkpoint or finds an unfinished one.
+    The bucket's own metadata must be readable, because Orbax reads it when it deletes or repairs checkpoints.
     """
     if in_bucket(path):
         check_bucket(path)
@@ -90,7 +90,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of what lies in a folder, by name, from one listing; files that vanish meanwhile are left out."""
+    """The bytes of a folder's files, by name, from one listing. Files that vanish meanwhile are left out."""
     if in_bucket(folder):
         with explained(folder):
             found = gcs.bucket_files().ls(str(folder), detail=True)
@@ -103,13 +103,13 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path` to write under before renaming; the process's own, also on a disk that hosts share."""
+    """A temporary name beside `path`, unique to this process even on a disk that several hosts share."""
     return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a local name to write under; the file has its own name, or is in its bucket, when the block has ended."""
+    """Yields a temporary local name. When the block ends, the file is renamed to `path` or copied to its bucket."""
     if not in_bucket(path):
         temporary = temporary_name(path)
         try:
@@ -128,7 +128,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
+    """Writes a text file atomically."""
     if in_bucket(path):
         with explained(path):
             gcs.bucket_files().pipe_file(str(path), text.encode())

@@ -1,18 +1,19 @@
-"""One run at a time writes an output: a lock that says who holds it, and that no dead run keeps.
+"""Locks that let one run at a time write an output, and that a dead run never keeps.
 
-A lock is a small file, in the folder that is written, or beside what appears by being renamed. On a disk the kernel
-locks it as well (flock), and gives that back when its process ends, however it ends. Its holder writes it anew every
-BEAT_SECONDS; a lock that another machine left behind is taken over after DEAD_SECONDS without a change, and one of a
-process of this machine that is gone at once. So a killed or preempted run never blocks the next.
+A lock is a small file that names its holder. It lies in the folder that is written, or beside a file or folder that
+appears by being renamed. On a disk the kernel locks this file as well (flock), and unlocks it when the holder's process
+ends for any reason. The holder writes the lock again every BEAT_SECONDS. The lock of a dead process of this machine is
+taken over at once; a lock from another machine is taken over after DEAD_SECONDS without a change. So a killed or
+preempted run never blocks the next run.
 
-What is guaranteed:
-  * on a local disk, and on a shared one whose kernel locks reach all hosts (NFS 4, Lustre with -o flock): one run;
+Guarantees:
+  * on a local disk, and on a shared disk whose kernel locks reach all hosts (NFS 4, Lustre with -o flock): one run;
   * in a bucket: one run, by preconditions on the lock's generation;
-  * on a shared disk without such locks: one run, unless two begin within the moment that it takes a host to see what
-    the other has written, or one host has the other's name;
-  * where no lock can be written there is none: nothing else can be written there either, and the command says so.
-A holder that was suspended for so long that its lock is another run's ends with a line.
-Of filelock 4.2, FileLock is the kernel's lock alone and SoftFileLease one of heartbeats alone; neither knows buckets.
+  * on a shared disk without such locks: one run, unless two begin before one host sees the other's file, or two hosts
+    have one name;
+  * in a place where no lock can be written: none; nothing else can be written there either, and the command says so.
+A holder that was suspended until another run took its lock ends with a line.
+Of filelock 4.2, FileLock is the kernel's lock alone and SoftFileLease has heartbeats alone; neither knows buckets.
 """
 
 import contextlib
@@ -40,14 +41,14 @@ WITHOUT = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # flock,
 
 
 class Found(NamedTuple):
-    """A lock that is there: its text, and the generation of its object in a bucket."""
+    """An existing lock: its text, and the generation of its object in a bucket."""
 
     text: bytes
     generation: int = 0
 
     @property
     def holder(self) -> dict[str, Any]:
-        """Who wrote it; {} for a text that is not whole."""
+        """The holder as the text describes it; {} for a text that is not whole."""
         try:
             holder = json.loads(self.text)
         except ValueError:
@@ -57,10 +58,10 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def locked(path: str | Path, *, beside: bool = False, share: tuple[int, int] = (1, 1)) -> Iterator[None]:
-    """Lets one run at a time write `path`, a folder. Raises UserError that names the run which does.
+    """Lets one run at a time write the folder `path`. Raises UserError naming the run that is writing it.
 
-    beside: `path` is a file, or a folder that appears by being renamed; its lock lies beside it. share: (i, n) for one
-    of n runs that share the folder; they keep others out, and each other's doubles.
+    beside: `path` is a file, or a folder that appears by being renamed; its lock lies beside it. share: (i, n) for run
+    i of n runs that share the folder; they keep out other runs, and a second run i.
     """
     where = as_path(path) if in_bucket(path) else Path(os.path.realpath(path))  # one lock, whatever links lead there
     own = where.with_name(f".{where.name}{LOCK}") if beside else where / lock_name(*share)
@@ -76,7 +77,7 @@ def locked(path: str | Path, *, beside: bool = False, share: tuple[int, int] = (
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file of this name is a lock, whatever became of its run."""
+    """Whether a file of this name is a lock, of a live or a dead run."""
     return name.startswith(LOCK)
 
 
@@ -100,7 +101,7 @@ def locks_in(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def folders(path: Path) -> Iterator[None]:
-    """Makes a local folder and those above it as needed; those that are still empty at the end are removed."""
+    """Makes a local folder and its parents. New folders that are still empty at the end are removed."""
     made = []
     if not in_bucket(path):
         with contextlib.suppress(OSError):
@@ -116,7 +117,7 @@ def folders(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(file: Path, path: Path) -> Iterator[None]:
-    """Holds one lock, and shows that its process lives."""
+    """Holds one lock and keeps writing it, which shows that this process lives."""
     lock = (ObjectLock if in_bucket(file) else FileLock)(file)
     over = threading.Event()
     keeper = threading.Thread(target=keep, args=(lock, path, over), daemon=True)
@@ -134,7 +135,7 @@ def held(file: Path, path: Path) -> Iterator[None]:
 
 
 def take(lock: "FileLock | ObjectLock", path: Path) -> None:
-    """Takes a lock, or the one that a dead run left. Raises UserError if its holder lives."""
+    """Takes a free lock, or the lock of a dead run. Raises UserError when its holder lives."""
     found = lock.take()
     if found is not None and not is_gone(found.holder):
         if lock.is_certain(found):
@@ -145,8 +146,8 @@ def take(lock: "FileLock | ObjectLock", path: Path) -> None:
 
 
 def watch(lock: "FileLock | ObjectLock", found: Found, path: Path) -> None:
-    """Waits until a lock's holder must be dead. Raises UserError as soon as it shows that it lives."""
-    print(f"note: {path}: looks whether {who(found)} still writes here, up to {DEAD_SECONDS} s", file=sys.stderr)
+    """Waits until the holder of a lock must be dead. Raises UserError as soon as the holder writes the lock."""
+    print(f"note: {path}: waits up to {DEAD_SECONDS} s to see whether {who(found)} still writes here", file=sys.stderr)
     deadline = time.monotonic() + DEAD_SECONDS
     while time.monotonic() < deadline:
         time.sleep(DEAD_SECONDS / 50)
@@ -158,7 +159,7 @@ def watch(lock: "FileLock | ObjectLock", found: Found, path: Path) -> None:
 
 
 def keep(lock: "FileLock | ObjectLock", path: Path, over: threading.Event) -> None:
-    """Writes a lock anew until it is over; ends this process when it is another run's."""
+    """Writes a lock again and again until `over` is set. Ends this process when another run has taken the lock."""
     while not over.wait(BEAT_SECONDS):
         try:
             ours = lock.beat()
@@ -170,13 +171,13 @@ def keep(lock: "FileLock | ObjectLock", path: Path, over: threading.Event) -> No
 
 def lost(path: Path) -> None:
     """Ends this process: another run writes its output."""
-    said = f"error: {path}: showed no sign of life for {DEAD_SECONDS} s, and another run writes here: this one ends"
+    said = f"error: {path}: another run took the lock after {DEAD_SECONDS} s without a sign of this run: this run ends"
     print(said, file=sys.stderr, flush=True)
     os._exit(2)
 
 
 def in_use(path: Path, found: Found) -> UserError:
-    return UserError(f"{path}: {who(found)} is writing here: wait until it ends, or choose another place for this one")
+    return UserError(f"{path}: {who(found)} is writing here: wait until it ends, or choose another output")
 
 
 def who(found: Found) -> str:
@@ -189,7 +190,7 @@ def who(found: Found) -> str:
 
 @functools.cache
 def kernel() -> str:
-    """Tells apart what may number its processes alike: each start of a machine, and each container."""
+    """An id of this start of the machine and this container, within which process ids are unique."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -197,7 +198,7 @@ def kernel() -> str:
 
 
 def is_gone(holder: dict[str, Any]) -> bool:
-    """Whether a holder is known to have ended: a process of this kernel that is no more."""
+    """Whether a holder is known to be dead: a process of this kernel that has ended."""
     if holder.get("kernel") != kernel() or not isinstance(holder.get("pid"), int):
         return False
     try:
@@ -210,7 +211,7 @@ def is_gone(holder: dict[str, Any]) -> bool:
 
 
 class Text:
-    """What a holder writes: who it is, and how many times it has written."""
+    """The text of a lock: its holder, and how often the holder has written it."""
 
     def __init__(self):
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -224,14 +225,14 @@ class Text:
 
 
 class FileLock:
-    """A lock on a disk: the kernel's, and the text for where that does not reach."""
+    """A lock on a disk: the kernel's lock, and the text for hosts that the kernel's lock does not reach."""
 
     def __init__(self, path: Path):
         self.path, self.text, self.file = path, Text(), -1
         self.kept = False  # by the kernel, for another process
 
     def take(self, over: Found | None = None) -> Found | None:
-        """Takes the lock if it is free, or is `over`, whose holder is dead; else returns what is there."""
+        """Takes the lock if it is free, or if it is `over`, a dead holder's. Otherwise returns the existing lock."""
         while True:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -273,18 +274,18 @@ class FileLock:
             return False
 
     def is_certain(self, found: Found) -> bool:
-        """Whether the holder lives for sure: the kernel keeps its lock and knows its process."""
+        """Whether the holder certainly lives: this kernel holds its lock and knows its process."""
         return self.kept and found.holder.get("kernel") == kernel()
 
     def look(self) -> Found | None:
-        """What is there now."""
+        """The existing lock, None without one."""
         try:
             return Found(self.path.read_bytes())
         except FileNotFoundError:
             return None
 
     def beat(self) -> bool:
-        """Writes the lock anew; False if another run has put its own in its place."""
+        """Writes the lock again. Returns False when another run has replaced it."""
         if self.path.exists() and not self.is_at_its_path(self.file):
             return False
         text = self.text.next()
@@ -301,14 +302,14 @@ class FileLock:
 
 
 class ObjectLock:
-    """A lock in a bucket: an object that is only ever written over a known generation."""
+    """A lock in a bucket: an object that is written only over a known generation."""
 
     def __init__(self, path: Path):
         self.bucket, _, self.name = str(path).removeprefix("gs://").partition("/")
         self.text, self.held = Text(), Found(b"")
 
     def take(self, over: Found | None = None) -> Found | None:
-        """Takes the lock if it is free, or is `over`, whose holder is dead; else returns what is there."""
+        """Takes the lock if it is free, or if it is `over`, a dead holder's. Otherwise returns the existing lock."""
         text = self.text.next()
         if self.write(text, over.generation if over else 0):
             return None
@@ -328,16 +329,16 @@ class ObjectLock:
         return made is not None
 
     def is_certain(self, found: Found) -> bool:
-        """Whether the holder lives for sure: nobody knows before it writes."""
+        """Whether the holder certainly lives. In a bucket this is unknown until the holder writes again."""
         return False
 
     def look(self) -> Found | None:
-        """What is there now."""
+        """The existing lock, None without one."""
         found = gcs.read_object(self.bucket, self.name)
         return None if found is None else Found(*found)
 
     def beat(self) -> bool:
-        """Writes the lock anew; False if another run has written its own over it."""
+        """Writes the lock again. Returns False when another run has overwritten it."""
         text = self.text.next()
         if self.write(text, self.held.generation):
             return True

@@ -1,4 +1,4 @@
-"""Worker processes that keep the order, run only a little ahead, may die, and never outlive the command.
+"""Maps a function over items in worker processes that may crash, and that never outlive the command.
 
 concurrent.futures.ProcessPoolExecutor gives up all work when one process dies, and cannot end one that takes too long.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 
-LOST = (EOFError, OSError)  # what a connection raises when the process at its other end has died
+LOST = (EOFError, OSError)  # raised by a connection when the process at its other end has died
 
 
 def ordered_map(
@@ -29,8 +29,8 @@ def ordered_map(
 ) -> Iterator[Any]:
     """Yields function(item) in order, computed by `num_workers` processes at most a few items ahead.
 
-    Workers are spawned, not forked. An item whose process dies, or is killed because it takes more than `time_limit`
-    seconds, gives failed(item, reason) instead, and a new process goes on with the next. What `function` raises is
+    Workers are spawned, not forked. When a process dies, or is killed because an item takes more than `time_limit`
+    seconds, the item gives failed(item, reason), and a new process takes the next item. Exceptions of `function` are
     raised here. Raises UserError when a process cannot start.
     """
     if not items:
@@ -51,7 +51,7 @@ def ordered_map(
 
 
 class _Workers:
-    """A process for each thread that calls; the thread waits for it, so that it can end it."""
+    """One process for each calling thread, which waits for the process and can end it."""
 
     def __init__(self, function: Callable[[Any], Any], time_limit: float, failed: Callable[[Any, str], Any]):
         self.function, self.time_limit, self.failed = function, time_limit, failed
@@ -60,7 +60,7 @@ class _Workers:
         self.processes: set[multiprocessing.process.BaseProcess] | None = set()  # None: closed
 
     def call(self, item: Any) -> Any:
-        """function(item) by the calling thread's process."""
+        """Computes function(item) in the calling thread's process."""
         if not hasattr(self.mine, "process") or not self.mine.process.is_alive():
             self.mine.process, self.mine.connection = self._start()
         process, connection = self.mine.process, self.mine.connection
@@ -78,7 +78,7 @@ class _Workers:
         return result
 
     def close(self) -> None:
-        """Ends all processes, whatever they are doing."""
+        """Kills all processes."""
         with self.lock:
             processes, self.processes = self.processes, None
         for process in processes:
@@ -111,7 +111,7 @@ class _Workers:
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
-    """What a worker does: an item comes, its result or error goes."""
+    """The loop of a worker: receives an item, sends its result or error."""
     follow_parent()
     connection.send(None)
     while True:
@@ -128,7 +128,7 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 
 def _death(exitcode: int | None) -> str:
-    """How a process ended, for the end of a sentence; None where another thread has just learned it."""
+    """How a process ended, as the end of a sentence. exitcode: None when another thread has just read it."""
     if exitcode == -signal.SIGKILL:
         return "was killed (SIGKILL), perhaps because memory ran out"
     if exitcode is not None and exitcode < 0:
@@ -137,7 +137,7 @@ def _death(exitcode: int | None) -> str:
 
 
 def follow_parent() -> None:
-    """Called in a worker: leaves Ctrl-C to the parent and ends with it, even when it is killed by SIGKILL."""
+    """Called in a worker: ignores Ctrl-C, which the parent handles, and ends when the parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

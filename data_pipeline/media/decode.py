@@ -1,4 +1,4 @@
-"""The frames of a video file: how they are reached, decoded, turned and resized."""
+"""Finds, decodes, turns and resizes the frames of a video file."""
 
 import array
 import contextlib
@@ -21,8 +21,8 @@ from PIL import Image
 from data_pipeline.common.errors import UserError
 from data_pipeline.media.sampling import UNIFORM, Part, choose_frames
 
-# FFmpeg's names of the formats that are read: files that hold their own video. Others open further files or addresses
-# (concat, hls, dash, sdp), are pictures, or make pictures of a text.
+# FFmpeg's names of the formats that are read: files that hold their own video. Other formats open further files or
+# addresses (concat, hls, dash, sdp), are pictures, or draw a text.
 FORMATS = (
     *("mov", "matroska", "avi", "mpeg", "mpegts", "flv", "live_flv", "asf", "asf_o", "gif", "apng", "ogg", "rm", "nut"),
     *("nsv", "nuv", "wtv", "mxf", "gxf", "dv", "swf", "pva", "ty", "dhav", "flic", "smk", "bink", "roq", "ivf", "obu"),
@@ -37,13 +37,13 @@ class VideoError(UserError):
 
 
 @dataclass(frozen=True)
-class Video:
-    """What is kept of one video file.
+class VideoFrames:
+    """The kept frames of one video file, and facts about the file.
 
-    frames: (n, S, S, 3) uint8 RGB. timestamps: (n,) float32, seconds from the first frame, NaN where the file
-    has neither timestamps nor a frame rate. total_frames: how many the file really has. last_time: of the last of them.
-    duration (seconds) and fps: the container's own, None where it has none. width, height: of the first frame, turned
-    as it is shown, before resizing.
+    frames: (n, S, S, 3) uint8 RGB. timestamps: (n,) float32, seconds from the first frame, NaN when the file has
+    neither timestamps nor a frame rate. total_frames: the number of frames in the file, by count. last_time: the time
+    of the last one. duration (seconds) and fps: as the container states them, or None. width, height: of the first
+    frame, turned as it is shown, before resizing.
     """
 
     frames: np.ndarray
@@ -57,10 +57,10 @@ class Video:
 
 
 def resize_nearest(frame: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to (size, size, 3), nearest neighbour, aspect ratio not kept.
+    """Resizes (H, W, 3) uint8 to (size, size, 3) by nearest neighbour, without keeping the aspect ratio.
 
-    The source index is min(floor(i * in / out), in - 1) in fp32: the default of torch's `interpolate`, which
-    Video-ChatGPT uses.
+    The source index is min(floor(i * in / out), in - 1) in fp32, the default of torch's `interpolate`, which
+    Video-ChatGPT uses (load_video in its scripts/save_spatio_temporal_clip_features.py).
     """
     rows, cols = (
         np.minimum(np.arange(size, dtype=np.float32) * (np.float32(n) / np.float32(size)), n - 1).astype(int)
@@ -70,7 +70,7 @@ def resize_nearest(frame: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_bicubic(frame: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to (size, size, 3) as Qwen-VL does: PIL's bicubic, aspect ratio not kept."""
+    """Resizes (H, W, 3) uint8 to (size, size, 3) as Qwen-VL does: PIL's bicubic, without keeping the aspect ratio."""
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -89,14 +89,14 @@ def read_video(
     sampling: str = UNIFORM,
     part: Part | None = None,
     threads: int = 0,
-) -> Video:
+) -> VideoFrames:
     """Decodes a file and keeps the frames that `choose_frames` chooses, resized to a square.
 
-    Frames are numbered in presentation order. A container's own count may be missing or wrong: its packets are counted
-    first, without decoding. Where most of them need not be decoded, each wanted frame is reached from the key frame
-    before it, as long as every frame on the way has the timestamp of its packet; otherwise all are decoded, and a
-    second time if there are not as many as packets. Memory holds the kept frames and all timestamps. `resize`: a key
-    of `RESIZE`. `threads`: the decoder's, 0 = its own choice. Raises VideoError.
+    Frames are numbered in presentation order. The container may state a wrong number of frames, so the packets are
+    counted first, without decoding. When fewer than half of the frames need decoding, each wanted frame is reached
+    from the key frame before it, as long as every frame on the way has the timestamp of its packet. Otherwise all
+    frames are decoded, and decoded again if their number differs from that of the packets. Memory holds the kept frames
+    and all timestamps. resize: a key of `RESIZE`. threads: of the decoder, 0 = its own choice. Raises VideoError.
     """
 
     def choose(times: np.ndarray) -> list[int]:
@@ -123,7 +123,7 @@ def read_video(
         indices, decoded = chosen, None
     else:
         raise VideoError(f"{path}: gives another number of frames at each reading")
-    return Video(
+    return VideoFrames(
         frames=np.stack([decoded.pictures[i] for i in indices]),
         timestamps=decoded.times[indices].astype(np.float32),
         total_frames=len(decoded.times),
@@ -136,10 +136,10 @@ def read_video(
 
 
 class Packets(NamedTuple):
-    """What a file says of its frames before any is decoded.
+    """The frames of a file as its packets describe them, before decoding.
 
-    times: (n,) seconds from the first frame, ascending. pts: (n,) int64 the same in the stream's time base, None where
-    a packet has none or two have the same. keys: (k,) places of key frames.
+    times: (n,) seconds from the first frame, ascending. pts: (n,) int64, the same in the stream's time base, or None
+    when a packet has no timestamp or two packets share one. keys: (k,) indices of key frames.
     """
 
     times: np.ndarray
@@ -150,7 +150,7 @@ class Packets(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Wanted pictures by place, the times (n,) float64 of all frames, and the size at which the first one is shown."""
+    """Wanted pictures by frame index, the times (n,) float64 of all frames, and the shown size of the first frame."""
 
     pictures: dict[int, np.ndarray]
     times: np.ndarray
@@ -159,7 +159,7 @@ class Decoded(NamedTuple):
 
 
 def _read_packets(path: str | Path) -> Packets:
-    """Reads a file without decoding it; packets that are marked as not to be shown do not count."""
+    """Reads the packets of a file. Packets that the file marks as hidden do not count."""
     pts, keys, complete = array.array("q"), array.array("q"), True
     with _open(path, threads=1) as (container, stream):
         duration, fps = _duration(container, stream), stream.average_rate
@@ -182,7 +182,7 @@ def _read_packets(path: str | Path) -> Packets:
 def _decode_runs(
     path: str | Path, threads: int, packets: Packets, indices: list[int], keep: Callable[[av.VideoFrame], np.ndarray]
 ) -> Decoded | None:
-    """Decodes from key frames to the wanted frames; None where all must be decoded, or that would cost no more."""
+    """Decodes from key frames to the wanted frames. Returns None when decoding the whole file is needed or as cheap."""
     if packets.pts is None or not len(packets.keys):
         return None
     wanted = np.unique([0, *indices])
@@ -238,13 +238,13 @@ def _decode_all(
 
 
 def _picture(to_rgb: VideoReformatter, resize: str, image_size: int, frame: av.VideoFrame) -> np.ndarray:
-    """A frame as it is shown, (S, S, 3) uint8. A reformatter is kept for a whole file: it costs as much as a frame."""
+    """A frame as it is shown, (S, S, 3) uint8. One reformatter serves a whole file, as making one costs a frame."""
     rgb = to_rgb.reformat(frame, format="rgb24").to_ndarray()
     return RESIZE[resize](_upright(rgb, _display_matrix(frame)), image_size)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """How the file asks for a frame to be turned: x' = a x + c y, y' = b x + d y, as (a, b, c, d)."""
+    """The turn that the file asks for, as (a, b, c, d): x' = a x + c y, y' = b x + d y."""
     for side_data in frame.side_data:
         if side_data.type == SideDataType.DISPLAYMATRIX:
             a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side_data))
@@ -253,7 +253,7 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
 
 
 def _upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Turns (H, W, 3) by quarters, and mirrors it where the matrix does; other angles go to the nearest quarter."""
+    """Turns (H, W, 3) by quarter turns and mirrors it as the matrix says. Other angles become the nearest quarter."""
     a, b, c, d = matrix
     right, down = (a, d) if abs(a) >= abs(b) else (c, b)
     if abs(a) < abs(b):
@@ -269,9 +269,9 @@ def _shown_size(frame: av.VideoFrame) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _open(path: str | Path, threads: int) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its best video stream; whatever FFmpeg says against it becomes a VideoError.
+    """Opens a file and its best video stream. Every error of FFmpeg becomes a VideoError.
 
-    Nothing but this file is opened, whatever its name or its content says.
+    FFmpeg opens no other file or address, even when the file's name or content asks for it.
     """
     try:
         # Titles and other tags may be in any coding.
@@ -297,7 +297,7 @@ def _open(path: str | Path, threads: int) -> Iterator[tuple[av.container.InputCo
 
 
 def _seconds(frame: av.VideoFrame, start: float | None, index: int, fps: Fraction | None) -> float:
-    """Seconds from the first frame, from the frame rate where the file has no timestamps."""
+    """Seconds from the first frame, computed from the frame rate when the file has no timestamps."""
     if frame.time is not None and start is not None:
         return frame.time - start
     return float(index / fps) if fps else math.nan

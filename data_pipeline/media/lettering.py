@@ -1,4 +1,4 @@
-"""Text on pictures: an installed font that has its characters, escapes for those that none has, lines that fit."""
+"""Text on pictures: finds an installed font for its characters, escapes the characters without one, breaks lines."""
 
 import re
 import unicodedata
@@ -14,9 +14,9 @@ CJK = r"\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef"  # written without
 
 
 def choose_font(texts: Iterable[str], size: int) -> tuple[FreeTypeFont, set[str]]:
-    """Returns the font that lacks the fewest of the texts' characters, and those it lacks.
+    """Returns the font that lacks the fewest of the texts' characters, and the characters that it lacks.
 
-    It is matplotlib's own DejaVu Sans unless an installed font has more of them. `size` in pixels.
+    The font is matplotlib's own DejaVu Sans unless an installed font has more of them. size: in pixels.
     """
     wanted = {char for text in texts for char in text if char not in " \n"}
     best, fewest = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), len(wanted) + 1
@@ -36,7 +36,7 @@ def _plainness(path: Path) -> tuple[bool, str]:
 
 
 def _characters(path: Path) -> set[int]:
-    """The code points that a font can draw; none for what cannot be read, or draws a box for everything."""
+    """The code points that a font can draw; none for an unreadable font, or one that draws a box for everything."""
     try:
         font = FT2Font(str(path))
     except (RuntimeError, OSError):
@@ -45,7 +45,7 @@ def _characters(path: Path) -> set[int]:
 
 
 def _face(path: Path, size: int) -> FreeTypeFont:
-    """The face of a font file; of several, the one with the forms of simplified Chinese."""
+    """The face of a font file. Of several faces it is the one with the forms of simplified Chinese."""
     faces = [truetype(path, size)]
     while path.suffix == ".ttc":
         try:
@@ -56,13 +56,13 @@ def _face(path: Path, size: int) -> FreeTypeFont:
 
 
 def tidy(text: str) -> str:
-    """The text's lines with every white space as one blank, and composed: é is one character."""
+    """The text's lines with each white space as one blank, in composed form, in which é is one character."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return unicodedata.normalize("NFC", "\n".join(lines))
 
 
 def escape(text: str, lacking: set[str]) -> str:
-    r"""The text with the characters that the font lacks as \uXXXX."""
+    r"""The text with \uXXXX in place of each character that the font lacks."""
     return "".join(char.encode("unicode_escape").decode() if char in lacking else char for char in text)
 
 

@@ -10,15 +10,15 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, explained
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
-FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program on what the file says
+FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program named by the file
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "HEIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI"),
     *("SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
 )
-LONGEST = 200  # times as long as wide: what is longer has little left in a square, and costs much memory on the way
+LONGEST = 200  # times as long as wide: a longer picture keeps little in a square and costs much memory
 
 
 def crop(picture: Image.Image, size: int) -> Image.Image:
-    """CLIP's own: the shorter side becomes `size`, the middle of the longer one is kept."""
+    """CLIP's fit: the shorter side becomes `size`, and the middle of the longer side is kept."""
     width, height = picture.size
     long = int(size * max(width, height) / min(width, height))
     wide, high = (long, size) if width > height else (size, long)
@@ -27,7 +27,7 @@ def crop(picture: Image.Image, size: int) -> Image.Image:
 
 
 def pad(picture: Image.Image, size: int) -> Image.Image:
-    """LLaVA-1.5's: in the middle of a square of CLIP's mean colour."""
+    """LLaVA-1.5's fit: the picture in the middle of a square of CLIP's mean colour."""
     width, height = picture.size
     side = max(width, height)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
@@ -36,12 +36,12 @@ def pad(picture: Image.Image, size: int) -> Image.Image:
 
 
 def squash(picture: Image.Image, size: int) -> Image.Image:
-    """Qwen-VL's: the whole picture, its aspect ratio not kept."""
+    """Qwen-VL's fit: the whole picture, without keeping its aspect ratio."""
     return bicubic(picture, size, size)
 
 
 def bicubic(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """PIL's resize, which all the originals use."""
+    """PIL's bicubic resize, which all the originals use."""
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -49,10 +49,10 @@ FIT: dict[str, Callable[[Image.Image, int], Image.Image]] = {"crop": crop, "pad"
 
 
 def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
-    """A picture file, local or in a bucket, as (S, S, 3) uint8 RGB; `fit`: a key of `FIT`.
+    """Reads a picture file, local or in a bucket, as (S, S, 3) uint8 RGB. fit: a key of `FIT`.
 
-    It is turned as its EXIF data say, of an animation the first frame counts, and white stands behind what is
-    transparent. Raises UserError for a file that is missing, broken or of no known format.
+    The picture is turned as its EXIF data say. An animation gives its first frame. Transparent parts become white.
+    Raises UserError for a file that is missing, broken or of no known format.
     """
     try:
         Image.init()
@@ -80,7 +80,7 @@ def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data say; data that cannot be read turn nothing."""
+    """The picture, turned as its EXIF data say. Unreadable EXIF data are ignored."""
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:

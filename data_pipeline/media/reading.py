@@ -1,4 +1,4 @@
-"""What is asked about, a part of a video or a picture, and the arrays that a model takes of it."""
+"""A video, a part of a video or a picture that a question is about, read into the arrays of a model."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from data_pipeline.media.sampling import Part, checked_part
 
 @dataclass(frozen=True)
 class Clip:
-    """The path of a video, and the seconds of it that a question is about. Raises UserError for what is neither."""
+    """The path of a video, and optionally the seconds of it that a question is about. Raises UserError for others."""
 
     path: str | Path
     part: Part | None = None
@@ -31,7 +31,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Picture:
-    """The path of a picture. Raises UserError for what is none."""
+    """The path of a picture. Raises UserError for anything else."""
 
     path: str | Path
 
@@ -46,7 +46,7 @@ def check_path(path: str | Path, what: str) -> None:
 
 
 class Reading(NamedTuple):
-    """How a model wants to have them: see `decode.read_video` and, for `fit`, `pictures.read_picture`."""
+    """How a model needs its media: see `decode.read_video` and, for `fit`, `pictures.read_picture`."""
 
     num_frames: int
     image_size: int
@@ -56,7 +56,8 @@ class Reading(NamedTuple):
 
 
 def read_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray]:
-    """Reads a video as {"frames": (num_frames, S, S, 3) uint8, zeros behind the real ones; "num_frames": () int32}.
+    """Reads a video as {"frames": (num_frames, S, S, 3) uint8, zeros after the real frames; "num_frames": () int32;
+    "seconds": (n,) float32, the times of the real frames}.
 
     A picture becomes {"pictures": (S, S, 3) uint8}. Raises UserError.
     """
@@ -65,14 +66,15 @@ def read_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray]
     if isinstance(media, Picture):
         return {"pictures": read_picture(media.path, reading.image_size, reading.fit)}
     *settings, _ = reading._asdict().items()
-    frames = read_video(media.path, **dict(settings), part=media.part).frames
+    video = read_video(media.path, **dict(settings), part=media.part)
+    frames = video.frames
     padded = np.zeros((reading.num_frames, *frames.shape[1:]), frames.dtype)
     padded[: len(frames)] = frames
-    return {"frames": padded, "num_frames": np.int32(len(frames))}
+    return {"frames": padded, "num_frames": np.int32(len(frames)), "seconds": video.timestamps}
 
 
 def try_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray] | UserError:
-    """The same, with the error as the result."""
+    """Calls `read_media` and returns its error instead of raising it."""
     try:
         return read_media(reading, media)
     except UserError as error:
@@ -80,5 +82,5 @@ def try_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray] 
 
 
 def lost_media(media: Clip | Picture, reason: str) -> UserError:
-    """What stands for a file whose reading process was ended, by itself or by a time limit."""
+    """The result for a file whose reading process crashed or reached a time limit."""
     return UserError(f"{media.path}: the process that read it {reason}")

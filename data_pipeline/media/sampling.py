@@ -1,4 +1,4 @@
-"""Which frames of a video are kept, by their places in the order in which they are shown."""
+"""Chooses the frames of a video that are kept, by their indices in presentation order."""
 
 import re
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 UNIFORM = "uniform"
-MICROSECOND = 1e-6  # times that are closer are the same
-Part = tuple[float, float]  # seconds from a video's first frame: from the first, up to and without the second
+MICROSECOND = 1e-6  # times closer than this count as equal
+Part = tuple[float, float]  # (start, end) in seconds from a video's first frame, without the end itself
 
 
 def checked_part(part: Any) -> Part:
@@ -21,16 +21,15 @@ def checked_part(part: Any) -> Part:
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
     """Returns the indices (n,) int64 of n = min(total, num_frames) frames spread evenly over a video.
 
-    Video-ChatGPT's rule: the middles of n equal segments whose bounds are rounded half to even. When
-    `total <= num_frames` one index comes twice and the last frame never.
+    This is Video-ChatGPT's rule (get_seq_frames in its scripts/save_spatio_temporal_clip_features.py).
     """
     n = min(total, num_frames)
     bounds = np.round((total - 1) / n * np.arange(n + 1)).astype(np.int64)
-    return (bounds[:-1] + bounds[1:]) // 2
+    return (bounds[:-1] + bounds[1:]) // 2  # when total <= num_frames, one index comes twice and the last never
 
 
 def sampling_name(text: str) -> str:
-    """The one name of a rule: "uniform", "fps=F" (F frames a second) or "every=N". Raises ValueError for others."""
+    """The canonical name of a rule: "uniform", "fps=F" (frames a second) or "every=N". Raises ValueError for others."""
     match = re.fullmatch(r"(fps|every)=(\d+\.?\d*|\.\d+)", text)
     if text == UNIFORM or match is None:
         if text != UNIFORM:
@@ -45,9 +44,10 @@ def sampling_name(text: str) -> str:
 def choose_frames(times: np.ndarray, sampling: str, num_frames: int, part: Part | None = None) -> np.ndarray:
     """Returns the indices (n,) int64, 1 <= n <= num_frames, ascending, of the frames that a rule keeps.
 
-    times: (total,) seconds from the first frame, in the order shown; only rules and parts about seconds look at them.
-    "fps=F" keeps the frame that is shown at every 1/F s, "every=N" each N-th; where these are more than num_frames,
-    as many spread evenly over them. Raises ValueError where times are needed and unknown, or no frame is in the part.
+    times: (total,) seconds from the first frame, in presentation order; NaN is allowed without "fps=F" and `part`.
+    "fps=F" keeps the frame that is shown at every 1/F s, "every=N" each N-th frame. When a rule gives more than
+    num_frames, `uniform_indices` chooses num_frames of them. Raises ValueError when times are needed and unknown, or
+    the part has no frame.
     """
     rule, _, value = sampling.partition("=")
     first, stop = 0, len(times)
@@ -72,9 +72,10 @@ def choose_frames(times: np.ndarray, sampling: str, num_frames: int, part: Part 
 
 
 def frames_of_part(times: np.ndarray, part: Part) -> tuple[int, int]:
-    """Returns (first, stop): the frames that are shown at some moment of the part, the last of the video for one frame.
+    """Returns (first, stop), the range of the frames that are shown at some moment of the part.
 
-    times: (total,) seconds, ascending. Raises ValueError where the video ends before.
+    times: (total,) seconds, ascending. The last frame of the video is shown as long as the one before it. Raises
+    ValueError when the video ends before the part.
     """
     start, end = part
     last_shown = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1)

@@ -1,4 +1,4 @@
-"""Which files are videos, and which file a question's video is."""
+"""Finds video files, and the file that a question names."""
 
 import os
 from collections import defaultdict
@@ -10,7 +10,7 @@ from data_pipeline.common.errors import UserError
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
-FIRST_BYTES = (  # (offset, bytes) of the containers that people have
+FIRST_BYTES = (  # (offset, bytes) at the beginning of common containers
     *((4, box) for box in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")),  # MP4, MOV
     *((0, start) for start in (b"\x1aE\xdf\xa3", b"GIF8", b"OggS", b"FLV\x01")),  # MKV and WebM, GIF, Ogg, FLV
     *((8, b"AVI "), (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")),  # AVI, WMV
@@ -22,7 +22,7 @@ class VideoFiles(NamedTuple):
     """The files of --videos, as paths from `root`.
 
     videos: by file name without extension. others: files without a known video's extension, by their names with and
-    without extension. nameless: videos whose names are not UTF-8 text, which no question can mean.
+    without extension. nameless: videos whose names are not UTF-8 text, so that no question can name them.
     """
 
     root: Path
@@ -35,11 +35,11 @@ class VideoFiles(NamedTuple):
         return self.videos.keys() | self.others.keys()
 
     def file(self, video: str) -> str | None:
-        """The file that a question's video names, None if there is none. Raises UserError if two could be meant.
+        """The file that a question's video names, None if there is none. Raises UserError if two files fit.
 
         The name may have the file's extension, and folders before it; a leading `v_` may be missing on either side.
-        Of several files the one whose last folders are the name's is meant. Where no file has a known extension the
-        contents decide: one of a container's first bytes before others.
+        Of several files, one whose last folders are those of the name is taken. When no file has a known extension, a
+        file that begins like a video container is taken before others.
         """
         *folders, name = video.replace("\\", "/").split("/")
         files = self._called(name) or self._called(name[2:] if name.startswith("v_") else f"v_{name}")
@@ -67,7 +67,7 @@ class VideoFiles(NamedTuple):
         return named or self.videos.get(name) or self.videos.get(stem) or self.others.get(name, [])
 
     def id(self, file: str) -> str:
-        """The video id of a file with a known extension: its name without it, with its folders where two share one."""
+        """The video id of a file: its name without the known extension, with folders when two files share the name."""
         path = Path(file)
         alike = self.videos.get(path.stem, [])
         if len(alike) < 2:
@@ -78,7 +78,7 @@ class VideoFiles(NamedTuple):
 
 
 def find_videos(videos: Path) -> VideoFiles:
-    """Finds the files of a folder and its subfolders, or of a text file with one path a line, from its own folder.
+    """Finds the files of a folder and its subfolders, or of a text file with one path a line, relative to its folder.
 
     Raises UserError if there is none.
     """
@@ -107,7 +107,7 @@ def find_videos(videos: Path) -> VideoFiles:
 
 
 def is_text(path: str) -> bool:
-    """Whether a path, which on a disk is bytes, is UTF-8 text."""
+    """Whether a path is UTF-8 text; on a disk it may be any bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -116,12 +116,12 @@ def is_text(path: str) -> bool:
 
 
 def as_text(path: str) -> str:
-    """A path that may be no text, its odd bytes as \\xff."""
+    """A path as text, with \\xff for bytes that are none."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def looks_like_video(file: Path) -> bool:
-    """Whether a file begins as videos do."""
+    """Whether a file begins like a video container."""
     try:
         if not file.is_file():
             return False
@@ -133,7 +133,7 @@ def looks_like_video(file: Path) -> bool:
 
 
 def _walk(folder: Path) -> list[str]:
-    """All that is not a folder, sorted."""
+    """All paths that are no folders, sorted."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be listed: {error.strerror}")

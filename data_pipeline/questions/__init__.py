@@ -1,1 +1,1 @@
-"""Reads questions in the formats that people publish them in."""
+"""Reads question files and evaluation sets in their published formats; knows no videos and no model."""

@@ -1,15 +1,15 @@
-"""Evaluation sets as rows of the project's schema, read from the files in which they are distributed.
+"""Readers of evaluation sets: their published files become instructions of the project's schema.
 
-A row has "id", "video", "language" ("en"), "question" and "answer" as any other, the set's name as "benchmark", and
-where the set has it
+Such an instruction has "id", "video", "language" ("en"), "question" and "answer" as usual, the set's name as
+"benchmark", and the optional fields
 
-    "kind"          what the set reports by; levels are separated by "/", e.g. "short/Counting Problem"
+    "kind"          the set's category for results; levels are separated by "/", e.g. "short/Counting Problem"
     "choices"       multiple choice: the options as the question shows them, each beginning with its label
-    "group"         rows that are judged together: VCGBench's consistency pairs, VNBench's four tries
+    "group"         instructions that are judged together: VCGBench's consistency pairs, VNBench's four tries
     "start", "end"  seconds of the video that the question is about
 
-"question" is all that is asked: with its choices, and the sentence that asks for a label. "answer" is then the label.
-Where no source is named, the form is from memory of the published files and was not compared with one.
+"question" is the whole question, with its choices and the sentence that asks for a label; "answer" is then the label.
+A reader whose docstring names no source is written from memory of the published files, without a comparison.
 """
 
 import string
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.media.sampling import checked_part
-from data_pipeline.questions.formats import Row, Rows
-from data_pipeline.questions.instructions import check_rows
+from data_pipeline.questions.formats import Instruction, Instructions
+from data_pipeline.questions.instructions import check_instructions
 from data_pipeline.questions.records import (
     Record,
     check_object,
@@ -50,14 +50,14 @@ TEMPCOMPASS_ASKS = {
 
 
 class EvalSet(NamedTuple):
-    """How a set is read: a reader of one file, and the names of the published ones, which may be a pattern."""
+    """A reader of one file of a set, and the names or patterns of the set's published files."""
 
-    read: Callable[[Path], Rows]
+    read: Callable[[Path], Instructions]
     files: tuple[str, ...]
 
 
-def read_benchmark(benchmark: str, path: str | Path) -> list[Row]:
-    """Reads an evaluation set of `BENCHMARKS`: one of its published files, or the folder with all of them.
+def read_benchmark(benchmark: str, path: str | Path) -> list[Instruction]:
+    """Reads an evaluation set of `BENCHMARKS` from one of its published files, or from the folder with all of them.
 
     Answers are matched by id. Raises UserError naming file, row and field.
     """
@@ -69,28 +69,28 @@ def read_benchmark(benchmark: str, path: str | Path) -> list[Row]:
     if path.is_dir():
         files = [file for name in names for file in sorted(path.glob(name)) or [path / name]]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with those published")
-    rows = (row for file in files for row in read(file))
-    return check_rows(path, ((where, {**row, "benchmark": benchmark}) for where, row in rows))
+            raise UserError(f"{path}: has no {', '.join(missing)}; give one file, or the folder with all of them")
+    found = (pair for file in files for pair in read(file))
+    return check_instructions(path, ((where, instruction | {"benchmark": benchmark}) for where, instruction in found))
 
 
-def read_vcgbench(path: Path) -> Rows:
+def read_vcgbench(path: Path) -> Instructions:
     """VCGBench's {generic,temporal,consistency}_qa.json: {"Q" or "Q1" and "Q2", "A", "video_name"}.
 
-    As its code reads it. The file's name tells the kind. Both questions of a consistency pair are rows, one "group".
+    As its code reads it. The file's name is the kind. A consistency pair becomes two instructions with one "group".
     """
     kind = _kind(path, ("generic", "temporal", "consistency"), "_qa")
     for index, record in enumerate(read_records(path)):
-        row = _row(f"{kind}/{index}", _video(record, "video_name"), answer=text(record, "A"), kind=kind)
+        instruction = _instruction(f"{kind}/{index}", _video(record, "video_name"), answer=text(record, "A"), kind=kind)
         if kind != "consistency":
-            yield record.where, {**row, "question": text(record, "Q")}
+            yield record.where, {**instruction, "question": text(record, "Q")}
             continue
         for i in "12":
-            row |= {"id": f"{kind}/{index}/{i}", "question": text(record, f"Q{i}"), "group": f"{kind}/{index}"}
-            yield record.where, dict(row)
+            instruction |= {"id": f"{kind}/{index}/{i}", "question": text(record, f"Q{i}"), "group": f"{kind}/{index}"}
+            yield record.where, dict(instruction)
 
 
-def read_msvd_qa(path: Path) -> Rows:
+def read_msvd_qa(path: Path) -> Instructions:
     """MSVD-QA's {train,val,test}_qa.json: {"id", "video_id": 1301, "question", "answer"}, or `read_pair`'s form.
 
     youtube_mapping.txt beside it, lines "name vid1301", gives the videos' names; without it they are vid1301.
@@ -111,10 +111,10 @@ def read_msvd_qa(path: Path) -> Rows:
         video = f"vid{name(record, 'video_id')}"
         if names and video not in names:
             raise UserError(f"{record.where}: {mapping} has no {video}; take the one that belongs to the questions")
-        yield record.where, _question(record, name(record, "id"), names.get(video, video))
+        yield record.where, _question_and_answer(record, name(record, "id"), names.get(video, video))
 
 
-def read_msrvtt_qa(path: Path) -> Rows:
+def read_msrvtt_qa(path: Path) -> Instructions:
     """MSRVTT-QA's {train,val,test}_qa.json: {"id", "video_id": 7010, "question", "answer"}, or `read_pair`'s form.
 
     The video is video7010.
@@ -123,11 +123,11 @@ def read_msrvtt_qa(path: Path) -> Rows:
         yield from read_pair(path)
         return
     for record in read_records(path):
-        yield record.where, _question(record, name(record, "id"), f"video{name(record, 'video_id')}")
+        yield record.where, _question_and_answer(record, name(record, "id"), f"video{name(record, 'video_id')}")
 
 
-def read_tgif_frameqa(path: Path) -> Rows:
-    """TGIF-QA's Test_frameqa_question.csv, which tabs separate [checked with the published file].
+def read_tgif_frameqa(path: Path) -> Instructions:
+    """TGIF-QA's Test_frameqa_question.csv, whose cells are separated by tabs [checked with the published file].
 
     Columns gif_name, question, answer, type, vid_id (the question's id) and others. Or `read_pair`'s form.
     """
@@ -135,20 +135,20 @@ def read_tgif_frameqa(path: Path) -> Rows:
         yield from read_pair(path)
         return
     for record in read_records(path):
-        row = _question(record, name(record, "vid_id"), _video(record, "gif_name"))
-        yield record.where, {**row, "kind": _choose(record, "type", TGIF_KINDS)}
+        instruction = _question_and_answer(record, name(record, "vid_id"), _video(record, "gif_name"))
+        yield record.where, {**instruction, "kind": _choose(record, "type", TGIF_KINDS)}
 
 
-def read_activitynet_qa(path: Path) -> Rows:
+def read_activitynet_qa(path: Path) -> Instructions:
     """ActivityNet-QA's test_q.json and, beside it, test_a.json [checked with the published files]."""
     return read_pair(path, ACTIVITYNET_KINDS)
 
 
-def read_pair(path: Path, kinds: Sequence[str] = ()) -> Rows:
+def read_pair(path: Path, kinds: Sequence[str] = ()) -> Instructions:
     """Questions {"video_name", "question", "question_id"} and, beside them, answers {"answer", "type", "question_id"}.
 
-    They are matched by question_id; answers to other questions are not used. kinds: what a type's number means. The
-    three other sets have this form in Video-LLaVA's files [from memory].
+    They are matched by question_id; answers to other questions are not used. kinds: the meanings of the numbers in
+    "type". The three other sets have this form in Video-LLaVA's files [from memory].
     """
     if not path.stem.endswith("_q"):
         raise UserError(
@@ -165,28 +165,28 @@ def read_pair(path: Path, kinds: Sequence[str] = ()) -> Rows:
         id = name(record, "question_id")
         if id not in answers:
             raise UserError(f"{record.where}: {beside} has no answer with question_id {show(id)}")
-        row = _row(id, _video(record, "video_name"), question=text(record, "question"))
-        row["answer"] = text(answers[id], "answer")
+        instruction = _instruction(id, _video(record, "video_name"), question=text(record, "question"))
+        instruction["answer"] = text(answers[id], "answer")
         if kinds:
-            row["kind"] = _choose(answers[id], "type", kinds)
-        yield record.where, row
+            instruction["kind"] = _choose(answers[id], "type", kinds)
+        yield record.where, instruction
 
 
-def read_mvbench(path: Path) -> Rows:
+def read_mvbench(path: Path) -> Instructions:
     """MVBench's json/<task>.json: {"video", "question", "candidates", "answer": one of them} [as its users read it].
 
     Some tasks add "start" and "end". The file's name is the kind.
     """
     for index, record in enumerate(read_records(path)):
-        row = _row(f"{path.stem}/{index}", _video(record, "video"), kind=path.stem)
-        row |= _multiple_choice(record, "candidates", "answer")
+        instruction = _instruction(f"{path.stem}/{index}", _video(record, "video"), kind=path.stem)
+        instruction |= _multiple_choice(record, "candidates", "answer")
         if "start" in record.fields or "end" in record.fields:
-            row |= _span(record)
-        yield record.where, row
+            instruction |= _span(record)
+        yield record.where, instruction
 
 
-def read_videomme(path: Path) -> Rows:
-    """Video-MME's Parquet, one row a question [fields as its card lists them]; JSON and JSON Lines will do, too.
+def read_videomme(path: Path) -> Instructions:
+    """Video-MME's Parquet, one record a question [fields as its card lists them], or the same in JSON or JSON Lines.
 
     {"question_id", "videoID", "question", "options": ["A. …", …], "answer": "A", "task_type", "duration"} and others.
     """
@@ -198,16 +198,18 @@ def read_videomme(path: Path) -> Rows:
         if answer not in labels:
             raise UserError(f"{record.where}: answer {show(answer)} is none of {', '.join(labels)}")
         kind = f"{text(record, 'duration')}/{text(record, 'task_type')}"
-        row = _row(name(record, "question_id"), _video(record, "videoID"), kind=kind, choices=choices, answer=answer)
-        row["question"] = "\n".join((text(record, "question"), *choices, ASK_LETTER))
-        yield record.where, row
+        instruction = _instruction(
+            name(record, "question_id"), _video(record, "videoID"), kind=kind, choices=choices, answer=answer
+        )
+        instruction["question"] = "\n".join((text(record, "question"), *choices, ASK_LETTER))
+        yield record.where, instruction
 
 
-def read_tempcompass(path: Path) -> Rows:
+def read_tempcompass(path: Path) -> Instructions:
     """TempCompass' {multi-choice,yes_no,caption_matching,captioning}.json [checked with the published files].
 
-    {video: {aspect: [{"question", "answer"}, …]}}; options are lines of the question, the answer is one of them. The
-    file's name and the aspect are the kind. Captions have no choices: they need a judge.
+    {video: {aspect: [{"question", "answer"}, …]}}. The options are lines of the question, and the answer is one of
+    them. The file's name and the aspect are the kind. Captions have no choices, because they need a judge.
     """
     form = _kind(path, tuple(TEMPCOMPASS_ASKS))
     for video, aspects in check_object(str(path), read_json(path)).items():
@@ -218,27 +220,29 @@ def read_tempcompass(path: Path) -> Rows:
                 where = f"{path}: {show(video)}, {show(aspect)}, row {index + 1}"
                 record = Record(where, check_object(where, fields))
                 question, answer = text(record, "question"), text(record, "answer")
-                row = _row(f"{form}/{video}/{aspect}/{index}", video, kind=f"{form}/{aspect}", answer=answer)
-                row["question"] = question + TEMPCOMPASS_ASKS[form]
+                instruction = _instruction(
+                    f"{form}/{video}/{aspect}/{index}", video, kind=f"{form}/{aspect}", answer=answer
+                )
+                instruction["question"] = question + TEMPCOMPASS_ASKS[form]
                 if form in ("multi-choice", "caption_matching"):
-                    row["choices"] = question.split("\n")[1:]
-                    if answer not in row["choices"]:
+                    instruction["choices"] = question.split("\n")[1:]
+                    if answer not in instruction["choices"]:
                         raise UserError(f"{where}: answer {show(answer)} is no line of the question")
-                    row["answer"] = answer.partition("." if form == "multi-choice" else ":")[0]
+                    instruction["answer"] = answer.partition("." if form == "multi-choice" else ":")[0]
                 if form == "yes_no" and answer not in ("yes", "no"):
                     raise UserError(f"{where}: answer {show(answer)} is neither yes nor no")
-                yield where, row
+                yield where, instruction
 
 
-def read_vnbench(path: Path) -> Rows:
+def read_vnbench(path: Path) -> Instructions:
     """VNBench's VNBench-main-4try.json: {"video", "question", "options", "gt": one of them, "type", "try": 0..3}.
 
-    As its code reads it. A video's four tries are a group, which is right if all are.
+    As its code reads it. A video's four tries are a group, which is right if all four are right.
     """
     for record in read_records(path):
         video = _video(record, "video")
-        row = _row(f"{video}_{name(record, 'try')}", video, kind=text(record, "type"), group=video)
-        yield record.where, row | _multiple_choice(record, "options", "gt")
+        instruction = _instruction(f"{video}_{name(record, 'try')}", video, kind=text(record, "type"), group=video)
+        yield record.where, instruction | _multiple_choice(record, "options", "gt")
 
 
 BENCHMARKS = {
@@ -254,12 +258,12 @@ BENCHMARKS = {
 }
 
 
-def _row(id: str, video: str, **fields: Any) -> Row:
+def _instruction(id: str, video: str, **fields: Any) -> Instruction:
     return {"id": id, "video": video, "language": "en", **fields}
 
 
-def _question(record: Record, id: str, video: str) -> Row:
-    return _row(id, video, question=text(record, "question"), answer=text(record, "answer"))
+def _question_and_answer(record: Record, id: str, video: str) -> Instruction:
+    return _instruction(id, video, question=text(record, "question"), answer=text(record, "answer"))
 
 
 def _video(record: Record, field: str) -> str:
@@ -267,21 +271,21 @@ def _video(record: Record, field: str) -> str:
 
 
 def _kind(path: Path, kinds: Sequence[str], suffix: str = "") -> str:
-    """What a file's name tells."""
+    """The kind that a file's name states."""
     if not path.stem.endswith(suffix) or (kind := path.stem.removesuffix(suffix)) not in kinds:
         raise UserError(f"{path}: expected a file named {', '.join(f'{kind}{suffix}.json' for kind in kinds)}")
     return kind
 
 
 def _choose(record: Record, field: str, names: Sequence[str]) -> str:
-    """The name of a field that is an index, as a number or its digits."""
+    """The entry of `names` at the index in a field, a number or its digits."""
     index = name(record, field)
     if index not in map(str, range(len(names))):
         raise UserError(f"{record.where}: field {field!r} is {show(index)}, expected 0 to {len(names) - 1}")
     return names[int(index)]
 
 
-def _multiple_choice(record: Record, options: str, answer: str) -> Row:
+def _multiple_choice(record: Record, options: str, answer: str) -> Instruction:
     """The question with its options lettered; of equal options the first is the answer."""
     words, right = texts(record, options), name(record, answer)
     if right not in words:
@@ -296,7 +300,7 @@ def _multiple_choice(record: Record, options: str, answer: str) -> Row:
 
 
 def _span(record: Record) -> dict[str, float]:
-    """Which seconds of the video a question is about."""
+    """The seconds of the video that a question is about."""
     start, end = (value(record, field) for field in ("start", "end"))
     try:
         return dict(zip(("start", "end"), checked_part((start, end)), strict=True))

@@ -1,7 +1,8 @@
-"""The forms in which instructions are published, each as rows of the project's schema.
+"""Readers of the published formats of questions. Each turns records into instructions of the project's schema.
 
-A reader takes all records of a file and yields (where, row); which one a file needs is told by `FORMATS`. A record that
-is no question on a video adds its reason to the list `left_out`; without that list it is a mistake, a UserError.
+A reader takes all records of a file and yields (where, instruction). `FORMATS` selects the reader of a file. A record
+that is no question about a video is left out, and its reason is added to the list `left_out`; without that list the
+record is a UserError.
 """
 
 import contextlib
@@ -17,15 +18,15 @@ FIELDS = ("id", "video", "language", "question", "answer")
 ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
 EXPECTED = "expected a list of questions and answers by turns"
 MARKERS = ("<video>", "<image>")
-PICTURE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")  # as Qwen-VL's chat format shows a picture
+PICTURE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")  # a picture in Qwen-VL's chat format
 
-Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row]]
+Instruction = dict[str, Any]  # the fields FIELDS, all text, and optional ones (docs/data.md)
+Instructions = Iterator[tuple[str, Instruction]]  # (the beginning of messages about it, the instruction)
 
 
 @contextlib.contextmanager
 def leaving_out(reasons: list[str] | None) -> Iterator[None]:
-    """Adds the block's UserError to `reasons` and goes on behind the block; without a list the error passes."""
+    """Adds a UserError of the block to `reasons` and goes on behind the block. Without a list the error is raised."""
     try:
         yield
     except UserError as error:
@@ -34,10 +35,10 @@ def leaving_out(reasons: list[str] | None) -> Iterator[None]:
         reasons.append(str(error))
 
 
-def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
-    """The project's schema: FIELDS and optionally "kind", all text; further fields are kept as they are.
+def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
+    """Reads the project's schema: FIELDS and optionally "kind", all text. Further fields are kept.
 
-    "language" may be missing, and is then guessed from question and answer.
+    A missing "language" is guessed from question and answer.
     """
     for record in records:
         with leaving_out(left_out):
@@ -47,50 +48,54 @@ def read_own(records: Iterable[Record], left_out: list[str] | None = None) -> Ro
             yield record.where, fields | {"language": _language(record, fields["question"] + fields["answer"])}
 
 
-def read_video_instruct(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
-    """VideoInstruct-100K as published: {"q", "a", "video_id"}. The id is the row's index."""
+def read_video_instruct(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
+    """Reads VideoInstruct-100K as published: {"q", "a", "video_id"}. The id is the record's index."""
     for index, record in enumerate(records):
         with leaving_out(left_out):
             question, answer = text(record, "q"), text(record, "a")
             video = video_path(record, "video_id", text(record, "video_id"))
             language = _language(record, question + answer)
-            row = {"id": str(index), "video": video, "language": language}
-            yield record.where, {**row, "question": question, "answer": answer}
+            instruction = {"id": str(index), "video": video, "language": language}
+            yield record.where, {**instruction, "question": question, "answer": answer}
 
 
-def read_conversations(records: Iterable[Record], left_out: list[str] | None = None) -> Rows:
-    """LLaVA's and Qwen's form: {"id", "video", "conversations": [{"from": "human", "value"}, {"from": "gpt", …}, …]}.
+def read_conversations(records: Iterable[Record], left_out: list[str] | None = None) -> Instructions:
+    """Reads the form of LLaVA and Qwen: {"id", "video", "conversations": [{"from": "human", "value"}, {"from": …}, …]}.
 
-    Qwen's roles are "user" and "assistant", its video may stand in the text, <img>path</img>. The paper trains single
-    turns, so every turn is a row of its own without the turns before it. Published ids repeat (Video-ChatGPT writes
-    the video's), so "/0", "/1", … is put behind an id, counted through the file.
+    Qwen's roles are "user" and "assistant", and its video may stand in the text as <img>path</img>. The paper trains
+    single turns, so every turn becomes an instruction of its own, without the turns before it. Published ids repeat
+    (Video-ChatGPT writes the video's id), so "/0", "/1", … is added to each id, counted through the file.
     """
     count: Counter[str] = Counter()
     for record in records:
         with leaving_out(left_out):
-            for row in _conversation(record, count):
-                yield record.where, row
+            for instruction in _conversation(record, count):
+                yield record.where, instruction
 
 
-def _conversation(record: Record, count: Counter[str]) -> list[Row]:
-    """The rows of a conversation; `count` has how many rows each id has had."""
+def _conversation(record: Record, count: Counter[str]) -> list[Instruction]:
+    """The instructions of a conversation. count: the number of instructions so far, by id."""
     source, turns = name(record, "id"), _turns(record)
     turns[0], picture = _without_media(record, turns[0])
     if "video" not in record.fields and picture is None:
         raise UserError(f"{record.where}: has no video: expected a field 'video', or <img>path</img> in the text")
     field, path = ("conversations", picture) if "video" not in record.fields else ("video", text(record, "video"))
     video = video_path(record, field, path)
-    rows = []
+    instructions = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         if not question.strip():
             raise UserError(f"{record.where}: field 'conversations' has a question without text")
-        row = {"id": f"{source}/{count[source]}", "video": video, "language": _language(record, question + answer)}
-        rows.append({**row, "question": question, "answer": answer})
+        instruction = {
+            "id": f"{source}/{count[source]}",
+            "video": video,
+            "language": _language(record, question + answer),
+        }
+        instructions.append({**instruction, "question": question, "answer": answer})
         count[source] += 1
-    return rows
+    return instructions
 
 
-FORMATS = {"conversations": read_conversations, "q": read_video_instruct}  # by a field that only this form has
+FORMATS = {"conversations": read_conversations, "q": read_video_instruct}  # by a field of this format alone
 
 
 def guess_language(words: str) -> str:
@@ -103,7 +108,7 @@ def _language(record: Record, words: str) -> str:
 
 
 def _turns(record: Record) -> list[str]:
-    """The texts of a conversation, question and answer by turns."""
+    """The texts of a conversation: question, answer, question, …"""
     turns = value(record, "conversations")
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{record.where}: field 'conversations' is {show(turns)}, {EXPECTED}")
@@ -122,7 +127,7 @@ def _turns(record: Record) -> list[str]:
 
 
 def _without_media(record: Record, question: str) -> tuple[str, str | None]:
-    """A first question without what stands for the video before or behind it, and the path in it, if any."""
+    """A first question without the marker of its video, and the path in the marker, if any."""
     question, path = question.strip(), None
     if match := PICTURE.match(question):
         question, path = question[match.end() :], match[1]

@@ -1,50 +1,52 @@
-"""Question files as rows of one schema: {"id", "video", "language", "question", "answer"}, all text."""
+"""Reads a question file as instructions: {"id", "video", "language", "question", "answer"}, all text."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.questions.formats import FORMATS, Row, leaving_out, read_own
+from data_pipeline.questions.formats import FORMATS, Instruction, leaving_out, read_own
 from data_pipeline.questions.records import read_records, show
 
 
-def read_instructions(path: str | Path, left_out: list[str] | None = None) -> list[Row]:
-    """Reads a question file; the fields of its first row tell the form (`formats.FORMATS`).
+def read_instructions(path: str | Path, left_out: list[str] | None = None) -> list[Instruction]:
+    """Reads a question file. The fields of its first record select the format (`formats.FORMATS`).
 
-    Forms are the project's own schema, VideoInstruct-100K's, and conversations as LLaVA and Qwen have them, each in
-    JSON, JSON Lines, CSV, TSV or Parquet. A row that is no question on a video adds its reason to `left_out`; without
-    that list it is a mistake. Raises UserError naming file, row and field.
+    Formats are the project's own schema, VideoInstruct-100K's, and the conversations of LLaVA and Qwen, each in JSON,
+    JSON Lines, CSV, TSV or Parquet. A record that is no question about a video is left out, and its reason is added to
+    `left_out`; without that list it is a UserError. Raises UserError naming file, row and field.
     """
     records = read_records(path)
     fields = records[0].fields if records else {}
     reader = next((reader for field, reader in FORMATS.items() if field in fields), read_own)
-    return check_rows(path, reader(records, left_out), left_out)
+    return check_instructions(path, reader(records, left_out), left_out)
 
 
-def check_rows(path: str | Path, rows: Iterable[tuple[str, Row]], left_out: list[str] | None = None) -> list[Row]:
-    """The rows of (where, row) pairs; one that JSON cannot hold is left out as in `read_instructions`.
+def check_instructions(
+    path: str | Path, instructions: Iterable[tuple[str, Instruction]], left_out: list[str] | None = None
+) -> list[Instruction]:
+    """The instructions of (where, instruction) pairs, without those that JSON cannot hold (see `read_instructions`).
 
-    Raises UserError if there is none, or an id comes twice.
+    Raises UserError when none is left, or when an id comes twice.
     """
     first: dict[str, str] = {}
     checked = []
-    for where, row in rows:
-        if row["id"] in first:
-            before = first[row["id"]].removeprefix(f"{path}: ")
-            raise UserError(f"{where}: id {show(row['id'])} is already that of {before}")
+    for where, instruction in instructions:
+        if instruction["id"] in first:
+            before = first[instruction["id"]].removeprefix(f"{path}: ")
+            raise UserError(f"{where}: id {show(instruction['id'])} is already that of {before}")
         with leaving_out(left_out):
-            check_json(where, row)
-            first[row["id"]] = where
-            checked.append(row)
+            check_json(where, instruction)
+            first[instruction["id"]] = where
+            checked.append(instruction)
     if not checked:
         raise UserError(f"{path}: holds no questions" + (f"; the first row: {left_out[0]}" if left_out else ""))
     return checked
 
 
-def check_json(where: str, row: Row) -> None:
-    """Raises UserError for a row that JSON cannot hold: bytes and dates of Parquet, halves of characters."""
+def check_json(where: str, instruction: Instruction) -> None:
+    """Raises UserError for an instruction that JSON cannot hold: bytes and dates of Parquet, halves of characters."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        json.dumps(instruction, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be written as JSON: {str(error)[:200]}") from None

@@ -1,4 +1,4 @@
-"""Several question files as one set, each with a weight."""
+"""Reads several question files, each with a weight, as one list of instructions."""
 
 import hashlib
 import math
@@ -9,50 +9,50 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.questions.formats import Row
+from data_pipeline.questions.formats import Instruction
 from data_pipeline.questions.instructions import read_instructions
 from data_pipeline.questions.records import show
 
 
 def read_mixture(
-    files: Sequence[str], read: Callable[[str, list[str]], list[Row]] = read_instructions
-) -> tuple[list[Row], dict[str, Any]]:
-    """Reads "file" or "file:weight", e.g. "a.json:0.5": how often an epoch asks each of its questions.
+    files: Sequence[str], read: Callable[[str, list[str]], list[Instruction]] = read_instructions
+) -> tuple[list[Instruction], dict[str, Any]]:
+    """Reads files given as "file" or "file:weight"; a weight says how often an epoch asks each question of the file.
 
-    The whole part of a weight repeats every row, its fraction takes a share of the rows by a hash of their ids: the
-    same rows each time, and those of a smaller share are among those of a larger one. Repeats have ids "x#2", "x#3", ….
-    Files that have an id in common get their name without extension before all their ids, "a/x".
+    The whole part of a weight repeats every instruction; repeats have ids "x#2", "x#3", …. The fraction takes a share
+    of the instructions by a hash of their ids, so that the choice is the same each time and a smaller share is part of
+    a larger one. Files that have an id in common get their name without extension before all their ids, "a/x".
 
-    read: gives the rows of a file, and adds to a list the reasons of those that it leaves out.
+    read: returns the instructions of a file, and adds the reasons of left-out records to the list that it gets.
 
-    Returns the rows and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "rows_left_out": their
-    reasons, "questions_repeated": [{"id", "same_as"}], questions that the files themselves have more than once}.
-    Raises UserError.
+    Returns the instructions and {"files": per file {"file", "weight", "questions", "taken", "prefix"}, "rows_left_out":
+    reasons, "questions_repeated": [{"id", "same_as"}], repetitions within the files themselves}. Raises UserError.
     """
     paths, weights = zip(*map(split_weight, files), strict=True)
     left_out: list[str] = []
     parts = [read(path, left_out) for path in paths]
-    count = Counter(row["id"] for part in parts for row in part)
-    mixture: list[Row] = []
-    originals: list[Row] = []
+    count = Counter(instruction["id"] for part in parts for instruction in part)
+    mixture: list[Instruction] = []
+    originals: list[Instruction] = []
     report = []
     for path, weight, part in zip(paths, weights, parts, strict=True):
-        prefix = f"{Path(path).stem}/" if any(count[row["id"]] > 1 for row in part) else ""
+        prefix = f"{Path(path).stem}/" if any(count[instruction["id"]] > 1 for instruction in part) else ""
         taken = 0
-        for row in part:
-            again = copies(row["id"], weight)
-            row = row | {"id": prefix + row["id"]}
-            originals += [row][:again]
-            mixture += [row | {"id": f"{row['id']}#{i}"} if i > 1 else row for i in range(1, again + 1)]
+        for instruction in part:
+            again = copies(instruction["id"], weight)
+            instruction = instruction | {"id": prefix + instruction["id"]}
+            originals += [instruction][:again]
+            for i in range(1, again + 1):
+                mixture.append(instruction | ({"id": f"{instruction['id']}#{i}"} if i > 1 else {}))
             taken += again
         if not taken:
             raise UserError(f"{path}:{weight:g}: the weight leaves none of {len(part)} questions; take a larger one")
         report.append({"file": path, "weight": weight, "questions": len(part), "taken": taken, "prefix": prefix})
-    ids = Counter(row["id"] for row in mixture)
+    ids = Counter(instruction["id"] for instruction in mixture)
     if twice := [id for id, times in ids.items() if times > 1]:
         raise UserError(
-            f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} do): "
-            "give each file once, and files that share ids different names"
+            f"{', '.join(paths)}: id {show(twice[0])} comes twice ({len(twice)} ids do): "
+            "give each file once, and rename one of two files that share ids"
         )
     return mixture, {
         "files": report,
@@ -62,7 +62,7 @@ def read_mixture(
 
 
 def split_weight(file: str) -> tuple[str, float]:
-    """Splits "file:weight"; without one the weight is 1. Raises UserError for a weight that takes nothing."""
+    """Splits "file:weight"; the default weight is 1. Raises UserError for a weight out of bounds."""
     match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", file, re.DOTALL)
     if not match:
         return file, 1.0
@@ -73,18 +73,20 @@ def split_weight(file: str) -> tuple[str, float]:
 
 
 def copies(id: str, weight: float) -> int:
-    """How often a row is asked per epoch: the weight, rounded up for a fixed share of the ids and down for others."""
+    """How often an epoch asks a question: the weight, rounded up for a fixed share of the ids and down for others."""
     place = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8]) / 2**64
     return math.floor(weight) + (place < weight % 1)
 
 
-def repeated_questions(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Rows that ask a video, or the same part of it, the same question with the same answer as an earlier row."""
+def repeated_questions(instructions: Sequence[Instruction]) -> list[dict[str, str]]:
+    """The instructions that repeat the video (or its part), the question and the answer of an earlier one."""
     first: dict[tuple[Any, ...], str] = {}
     repeated = []
-    for row in rows:
-        part = row.get("start"), row.get("end")
-        same_as = first.setdefault((row["video"], *part, row["question"], row["answer"]), row["id"])
-        if same_as != row["id"]:
-            repeated.append({"id": row["id"], "same_as": same_as})
+    for instruction in instructions:
+        part = instruction.get("start"), instruction.get("end")
+        same_as = first.setdefault(
+            (instruction["video"], *part, instruction["question"], instruction["answer"]), instruction["id"]
+        )
+        if same_as != instruction["id"]:
+            repeated.append({"id": instruction["id"], "same_as": same_as})
     return repeated

@@ -1,4 +1,4 @@
-"""Question files as numbered records, whatever holds them: JSON, JSON Lines, CSV, TSV or Parquet."""
+"""Reads question files as numbered records: JSON, JSON Lines, CSV, TSV or Parquet."""
 
 import csv
 import io
@@ -12,17 +12,17 @@ from data_pipeline.media.video_files import VIDEO_EXTENSIONS
 
 
 class Record(NamedTuple):
-    """One row of a file; `where` is what a message about it begins with."""
+    """One entry of a file: a list item, a line or a table row. Messages about it begin with `where`."""
 
     where: str
     fields: dict[str, Any]
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Reads a file of rows; Parquet and JSON are told by their first bytes, CSV and TSV by the file's extension.
+    """Reads the records of a file. Its first bytes tell Parquet and JSON, its extension CSV and TSV.
 
-    A row's number counts from 1, in JSON Lines, CSV and TSV it is the line's. The header of a CSV file decides whether
-    commas or tabs separate; empty cells of tables are left out. Raises UserError naming file and row.
+    Records are numbered from 1; in JSON Lines, CSV and TSV the number is the line's. The header of a table decides
+    whether commas or tabs separate its cells. Empty cells are left out. Raises UserError naming file and row.
     """
     content = _read_bytes(path)
     if content.startswith(b"PAR1"):
@@ -53,7 +53,7 @@ def read_text(path: str | Path) -> str:
 
 
 def value(record: Record, field: str) -> Any:
-    """A field that must be there. Raises UserError."""
+    """The value of a required field. Raises UserError."""
     if field not in record.fields:
         found = ", ".join(show(key).strip('"') for key in list(record.fields)[:12])
         raise UserError(f"{record.where}: field {field!r} is missing, the row has {found or 'no field'}")
@@ -61,7 +61,7 @@ def value(record: Record, field: str) -> Any:
 
 
 def text(record: Record, field: str) -> str:
-    """A field that must be text and not empty. Raises UserError."""
+    """The text of a required field. Raises UserError for an empty one."""
     found = value(record, field)
     if not isinstance(found, str):
         raise UserError(f"{record.where}: field {field!r} is {show(found)}, expected text")
@@ -71,13 +71,13 @@ def text(record: Record, field: str) -> str:
 
 
 def name(record: Record, field: str) -> str:
-    """A field that must be text or a whole number, as text: ids are published as either. Raises UserError."""
+    """A required text or whole number, as text, because ids are published as either. Raises UserError."""
     found = value(record, field)
     return str(found) if isinstance(found, int) and not isinstance(found, bool) else text(record, field)
 
 
 def texts(record: Record, field: str) -> list[str]:
-    """A field that must be a list of texts or whole numbers, none of them empty, as texts. Raises UserError."""
+    """A required list of texts or whole numbers, as texts. Raises UserError, also for an empty text."""
     found = value(record, field)
     if not isinstance(found, list):
         raise UserError(f"{record.where}: field {field!r} is {show(found)}, expected a list of texts")
@@ -93,9 +93,9 @@ def video_name(record: Record, field: str, path: str) -> str:
 
 
 def video_path(record: Record, field: str, path: str) -> str:
-    """A video's path or file name as a question has it. Raises UserError for one without a name.
+    """A video's path or file name from a question. Raises UserError for a path without a name.
 
-    `.pkl`, of the features that Video-ChatGPT's converter names, is taken off.
+    The suffix `.pkl` is removed: Video-ChatGPT's converter writes the name of a feature file.
     """
     path = path.replace("\\", "/").strip().removesuffix(".pkl")
     if os.path.splitext(f"_{path.rsplit('/', 1)[-1]}")[0] == "_":
@@ -104,14 +104,14 @@ def video_path(record: Record, field: str, path: str) -> str:
 
 
 def check_object(where: str, value: Any) -> dict[str, Any]:
-    """The value itself, which must be an object. Raises UserError."""
+    """Returns the value if it is an object. Raises UserError otherwise."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: is {show(value)}, expected an object with fields")
     return value
 
 
 def show(value: Any) -> str:
-    """A value for a message: on one line, cut where it is long."""
+    """A value for a message, on one line and cut to 60 characters."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
     line = json.dumps(value, ensure_ascii=False, default=repr).encode(errors="backslashreplace").decode()
@@ -140,7 +140,7 @@ def _parse(where: str, text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that comes twice would lose its first value."""
+    """A JSON object. Raises ValueError for a key that comes twice, whose first value would be lost."""
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,1 +1,1 @@
-"""Asks chat models, and finds what is suspicious in what they write."""
+"""Asks chat models, and finds suspicious passages in their translations; knows no videos and no files of questions."""

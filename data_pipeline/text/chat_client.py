@@ -1,4 +1,4 @@
-"""Many requests to one OpenAI-compatible endpoint: a bounded number at once, and every reply paid for once."""
+"""Sends many requests to one OpenAI-compatible endpoint, a bounded number at once, and caches every reply."""
 
 import asyncio
 import dataclasses
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from data_pipeline.common.errors import UserError
 
 GIVE_UP_AFTER = 20  # failures of the endpoint (not of a request) in a row
-MOST_TOKENS = 10**9  # of a request or a reply; an endpoint that counts more is not counting
+MOST_TOKENS = 10**9  # of a request or a reply; a larger count of an endpoint is a mistake
 
 Key = TypeVar("Key")
-Request = dict[str, Any]  # the body of POST /chat/completions: "model", "messages", and what else decides the reply
+Request = dict[str, Any]  # the body of POST /chat/completions: "model", "messages", "temperature", …
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the model answered; `model` is the name that the endpoint gives it."""
+    """A model's reply. model: the name that the endpoint reports."""
 
     text: str
     model: str
@@ -44,7 +44,7 @@ class Failure:
 
 @dataclasses.dataclass
 class Statistics:
-    """What `ask_all` did: numbers of requests and, over those that it sent, of tokens as the endpoint counts them."""
+    """The work of `ask_all`: numbers of requests, and tokens of the sent requests as the endpoint counts them."""
 
     cached: int = 0
     answered: int = 0
@@ -56,7 +56,7 @@ class Statistics:
     stopped: str | None = None  # why requests were left unasked
 
     def add(self, other: "Statistics") -> None:
-        """Counts what another `ask_all` did as well."""
+        """Adds the numbers of another `ask_all`."""
         for field in ("cached", "answered", "failed", "retries", "prompt_tokens", "completion_tokens"):
             setattr(self, field, getattr(self, field) + getattr(other, field))
         for model, replies in other.models.items():
@@ -65,13 +65,13 @@ class Statistics:
 
 
 class ReplyCache:
-    """A sqlite file of replies by request. Each is on disk when `put` returns; one process at a time has the file."""
+    """A sqlite file of replies by request, for one process at a time. A reply is on disk when `put` returns."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             if path != Path(":memory:"):
-                path.open("ab").close()  # says why it cannot be written; sqlite only says that it cannot
+                path.open("ab").close()  # its error has a reason, sqlite's has none
             self._database = sqlite3.connect(path, timeout=1, isolation_level=None)
             tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if tables - {"replies"}:
@@ -94,7 +94,7 @@ class ReplyCache:
             raise UserError(f"{path}: cannot be used as a cache of replies: {error}") from None
 
     def get(self, request: Request) -> Reply | None:
-        """The reply to just this request, if there was one. Raises UserError for a damaged file."""
+        """The cached reply to exactly this request, or None. Raises UserError for a damaged file."""
         query = "SELECT text, model, prompt_tokens, completion_tokens, checksum FROM replies WHERE request = ?"
         remedy = "delete it, and all is asked again"
         try:
@@ -138,12 +138,12 @@ def ask_all(
 ) -> tuple[dict[Key, Reply | Failure], Statistics]:
     """Asks `request(key)` for every key that the cache has no reply to.
 
-    base_url: of the endpoint; None is OPENAI_BASE_URL's or OpenAI's. The API key is OPENAI_API_KEY's.
-    timeout: seconds for an answer, to its last byte. max_retries: the openai client's own, with back-off, after 408,
-    409, 429 (it waits as Retry-After says), 5xx, a timeout or a lost connection. stop: looks at the statistics before
-    each request and may return why nothing more is to be asked; so do a refused key, an unknown model, and an endpoint
-    that fails GIVE_UP_AFTER times in a row. Returns replies and failures by key, none for keys that were not
-    asked. Failures are never cached. Raises UserError for a key or address that cannot work.
+    base_url: of the endpoint; None means OPENAI_BASE_URL or OpenAI. The API key comes from OPENAI_API_KEY. timeout:
+    seconds until the last byte of an answer. max_retries: of the openai client, with back-off, after 408, 409, 429 (it
+    waits as Retry-After says), 5xx, a timeout or a lost connection. stop: gets the statistics before each request, and
+    returns a reason to stop asking, or None. A refused key, an unknown model, and GIVE_UP_AFTER failures of the
+    endpoint in succession stop as well. Returns replies and failures by key, without the keys that were not asked.
+    Failures are never cached. Raises UserError for a key or address that cannot work.
     """
     results: dict[Key, Reply | Failure] = {}
     statistics = Statistics()
@@ -160,7 +160,7 @@ def ask_all(
     api_key = _api_key(base_url)
     queue = iter(missing)
     in_a_row = 0
-    broken = None  # why there is no point in asking on
+    broken = None  # the reason to stop asking
 
     async def work(client: openai.AsyncOpenAI, progress: tqdm) -> None:
         nonlocal in_a_row, broken
@@ -198,7 +198,7 @@ def ask_all(
 
 
 def is_dated(model: str) -> bool:
-    """Whether a model's name says which version it is: gpt-4o-2024-08-06, gpt-4-0613, mistral-large-2411, …20250219."""
+    """Whether a model's name has a date: gpt-4o-2024-08-06, gpt-4-0613, mistral-large-2411, …20250219."""
     for digits in re.findall(r"(?<!\d)(?:20\d\d-\d\d(?:-\d\d)?|20\d{6}|\d{6}|\d{4})(?!\d)", model):
         digits = digits.replace("-", "").removeprefix("20") if len(digits) > 6 else digits
         first, second = int(digits[:2]), int(digits[2:4])
@@ -208,7 +208,7 @@ def is_dated(model: str) -> bool:
 
 
 def check_address(base_url: str | None) -> str | None:
-    """Returns the address of the endpoint, OPENAI_BASE_URL's without one. Raises UserError if it cannot be one."""
+    """Returns the endpoint's address, by default OPENAI_BASE_URL. Raises UserError for an impossible address."""
     url = base_url or os.environ.get("OPENAI_BASE_URL")
     if not url:
         return None
@@ -226,7 +226,7 @@ def check_address(base_url: str | None) -> str | None:
 
 
 class _Deadline(openai.DefaultAsyncHttpxClient):
-    """Ends a request that is not answered whole in time: the client's own timeout begins again with each byte."""
+    """Ends a request whose whole answer does not come in time; the client's own timeout restarts with each byte."""
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         try:
@@ -241,7 +241,7 @@ class _NoReply(Exception):
 
 
 async def _ask(client: openai.AsyncOpenAI, request: Request, statistics: Statistics) -> Reply:
-    """Returns the reply; counts retries and tokens, also of an answer that is of no use."""
+    """Returns the reply. Counts retries and tokens, also of an unusable answer."""
     response = await client.chat.completions.with_raw_response.create(**request)
     statistics.retries += response.retries_taken
     try:
@@ -268,14 +268,14 @@ async def _ask(client: openai.AsyncOpenAI, request: Request, statistics: Statist
 
 
 def _is_endpoints(error: Exception) -> bool:
-    """Whether a failure says something of the endpoint rather than of the request."""
+    """Whether a failure is the endpoint's and not the request's."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code in (408, 409, 429) or error.status_code >= 500
     return isinstance(error, openai.APIConnectionError)
 
 
 def _reason(error: Exception, timeout: float, api_key: str) -> str:
-    """One line without the API key, whatever the endpoint put into its message."""
+    """The error on one line, without the API key, which an endpoint may repeat in its message."""
     if isinstance(error, openai.APITimeoutError):
         text = f"no answer within {timeout:g} s"
     elif isinstance(error, openai.APIConnectionError):
@@ -289,7 +289,7 @@ def _reason(error: Exception, timeout: float, api_key: str) -> str:
 
 
 def _api_key(base_url: str | None) -> str:
-    """OPENAI_API_KEY; a stand-in for servers that need none."""
+    """OPENAI_API_KEY, or a placeholder for servers without keys."""
     url = check_address(base_url)
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not key and not url:

@@ -1,4 +1,4 @@
-"""The options of commands that ask a chat model: which one, how, and for how much."""
+"""The options of commands that ask a chat model: the model, its endpoint, and the cost."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from data_pipeline.text.chat_client import Statistics, check_address, is_dated
 
 
 def add_endpoint(parser: Parser) -> None:
-    """Adds --model and all that says how it is asked."""
+    """Adds --model and the options of its endpoint."""
     group = parser.add_argument_group("the model that is asked")
     group.add_argument("--model", metavar="NAME", help="its name at the endpoint, with its date")
     group.add_argument("--allow_undated", action="store_true", help="accept a model name without a date")
@@ -44,7 +44,7 @@ def add_endpoint(parser: Parser) -> None:
 
 
 def check_endpoint(flags: argparse.Namespace) -> None:
-    """Raises UserError for options of `add_endpoint` that do not go together, an address that none can be, or a model
+    """Raises UserError for options of `add_endpoint` that contradict each other, an impossible address, or a model
     without a date."""
     if flags.model is not None:
         check_address(flags.base_url)
@@ -55,12 +55,12 @@ def check_endpoint(flags: argparse.Namespace) -> None:
     if flags.model is not None and not flags.allow_undated and not is_dated(flags.model):
         raise UserError(
             f"--model={flags.model}: names no dated version (as gpt-4o-mini-2024-07-18 does), so it may change under "
-            "the same name; choose one that does, or say --allow_undated"
+            "the same name; choose a dated name, or add --allow_undated"
         )
 
 
 def sampling(flags: argparse.Namespace) -> dict[str, Any]:
-    """What a request has beside its messages: "model" and "temperature"."""
+    """The fields of a request beside its messages: "model" and "temperature"."""
     return {"model": flags.model} | ({} if flags.temperature is None else {"temperature": flags.temperature})
 
 
@@ -74,14 +74,14 @@ def announce(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespa
 
 
 def cost_of(prompt_tokens: int, completion_tokens: int, flags: argparse.Namespace) -> float | None:
-    """What so many tokens cost; None without prices."""
+    """The cost of so many tokens, None without prices."""
     if flags.price_in is None:
         return None
     return (prompt_tokens * flags.price_in + completion_tokens * flags.price_out) / 1e6
 
 
 def too_dear(statistics: Statistics, flags: argparse.Namespace) -> str | None:
-    """Why nothing more is to be asked once --max_cost is spent, for `ask_all`."""
+    """A reason to stop asking when --max_cost is spent, else None; for `ask_all`."""
     cost = cost_of(statistics.prompt_tokens, statistics.completion_tokens, flags)
     return None if flags.max_cost is None or cost < flags.max_cost else f"--max_cost={flags.max_cost:g} is spent"
 

@@ -36,7 +36,7 @@ _DECADE = re.compile(rf"(\d+|{_HAN})世[纪紀](\d+|{_HAN})年代")
 
 
 def written(text: str) -> set[Decimal]:
-    """The numbers that a text has in digits: full-width ones, 1,000, 2.50, 3万, 5 million, 20世纪90年代 (1990)."""
+    """The numbers in a text's digits: full-width digits, 1,000, 2.50, 3万, 5 million, 20世纪90年代 (1990)."""
     text = _DECADE.sub(_decade, unicodedata.normalize("NFKC", text))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     numbers = set()
@@ -47,7 +47,7 @@ def written(text: str) -> set[Decimal]:
 
 
 def spelled(text: str) -> set[Decimal]:
-    """The numbers that a text may mean by words: cardinals, ordinals, months, "twice", "a", 两, 半, 二十一."""
+    """The numbers that a text's words may mean: cardinals, ordinals, months, "twice", "a", 两, 半, 二十一."""
     numbers = {Decimal(value) for run in re.findall(_HAN, text) for value in (_han(run), *map(_han, run))}
     run: list[str] = []
     for word in [*re.findall(r"[a-z]+", text.lower()), "."]:
@@ -93,7 +93,7 @@ def _han(run: str) -> int:
 
 
 def _english(words: list[str]) -> int:
-    """The value of number words in a row: two hundred and five, twenty-one thousand."""
+    """The value of consecutive number words: two hundred and five, twenty-one thousand."""
     total = section = 0
     for word in words:
         unit = ENGLISH_UNITS.get(word)

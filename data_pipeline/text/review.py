@@ -2,8 +2,8 @@
 
     {"source", "translation", "reasons", "rows", "ids", "ok": false, "correction": ""}
 
-A correction, or "ok": true for the translation as it stands, is a decision. Decisions are kept for ever; lines without
-one are written anew by every run. Only "source" and the decision are read, so that a line may also be added by hand.
+A decision is a correction, or "ok": true for the translation as it stands. Decisions are kept for ever; every run
+rewrites the other lines. Only "source" and the decision are read, so a person may also add a line.
 """
 
 import json
@@ -18,9 +18,9 @@ Line = dict[str, Any]
 
 
 def read_decisions(path: Path) -> dict[str, Line]:
-    """Returns the decided lines of a review file by source text; none if there is no file.
+    """Returns the decided lines of a review file by source text, {} without a file.
 
-    Raises UserError naming the line, so that what a person wrote is never overwritten unread.
+    Raises UserError naming the line, so that a person's text is never overwritten unread.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -53,13 +53,13 @@ def write_review(
 ) -> None:
     """Writes a line for each suspicious text, then the decided lines as they were read.
 
-    suspicious: reasons by source text. uses: each row's id and its source texts; a line counts its rows and names
-    three of them.
+    suspicious: reasons by source text. uses: the id and the source texts of each instruction; a line counts the
+    instructions with its text and names three of them.
     """
     ids: dict[str, list[str]] = {text: [] for text in suspicious}
-    for row_id, texts in uses:
+    for own_id, texts in uses:
         for text in texts & ids.keys():
-            ids[text].append(row_id)
+            ids[text].append(own_id)
     lines = [
         {
             "source": text,

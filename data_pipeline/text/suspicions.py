@@ -1,4 +1,4 @@
-"""What makes a machine translation suspicious: rules on one text and its translation, English <-> Chinese."""
+"""Rules that find suspicious machine translations between English and Chinese."""
 
 import re
 
@@ -27,13 +27,13 @@ _CONTROL = re.compile(
     r"|</?(?:s|pad|unk|img|image|imgpad|ref|box|quad|video|think|vid_start|vid_end|vid_patch|im_start|im_end|im_patch)>",
     re.IGNORECASE,
 )
-PHRASE_WORDS = 6  # so many words of the prompt in a row are an echo of it
+PHRASE_WORDS = 6  # so many consecutive words of the prompt count as an echo of it
 
 
 def suspicions(source: str, translation: str, target: str, prompt: str) -> list[str]:
-    """Returns why a person should look at a translation: one short text a reason, none when nothing is odd.
+    """Returns the reasons why a person should look at a translation, [] for an inconspicuous one.
 
-    target: "zh" (from English) or "en" (from Chinese). prompt: the instructions that the translator was given.
+    target: "zh" (from English) or "en" (from Chinese). prompt: the instructions to the translator.
     """
     rules = (
         _length(source, translation, target),
@@ -47,7 +47,7 @@ def suspicions(source: str, translation: str, target: str, prompt: str) -> list[
 
 
 def chinese_characters(text: str) -> int:
-    """How many Chinese characters a text has."""
+    """The number of Chinese characters in a text."""
     return len(_CHINESE.findall(text))
 
 

@@ -1,31 +1,36 @@
-"""LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA (facts: the published sources).
+"""LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA.
 
 Module attributes carry the names that transformers 5 writes to disk; `CANONICAL` maps the other published forms.
 """
 
 import dataclasses
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from data_pipeline.common.errors import UserError
+from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
+from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, clip_transform, read_clip, read_transform
 from redvillm_jax.modules.config_fields import (
     COMMON,
+    LAYERS,
     READ,
     REQUIRED,
+    THETA,
+    WIDTH,
     Field,
     Fields,
     count,
+    equal_to,
     flag,
+    head_size,
     is_count,
     mapping,
     nothing,
+    number,
     one_of,
     only,
     read_fields,
@@ -33,44 +38,17 @@ from redvillm_jax.modules.config_fields import (
     shown,
     text,
 )
-from redvillm_jax.modules.layers import (
-    BATCH_AXES,
-    Embedding,
-    LayerNorm,
-    Linear,
-    PatchEmbedding,
-    RMSNorm,
-    Stack,
-    attention,
-    broadcast_rows,
-    gelu,
-    keep,
-    merge_heads,
-    quick_gelu,
-    rotary_angles,
-    rotate,
-    split_heads,
-    update_cache,
-)
-from redvillm_jax.modules.published_tables import (
-    CLIP,
-    KNOWN_CLIPS,
-    LAYERS,
-    LLAMA,
-    MISTRAL,
-    ROPE,
-    WHOLE_CLIP,
-    WIDTH,
-    clip_transform,
-    read_clip,
-    read_decoder,
-    read_llama,
-    read_transform,
-)
+from redvillm_jax.modules.hf_tokenizer import HfTokenizer
+from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu
+from redvillm_jax.modules.llama import LlamaConfig, LlamaDecoder
+from redvillm_jax.modules.llama_fields import LLAMA as ANY_LLAMA
+from redvillm_jax.modules.llama_fields import MISTRAL as ANY_MISTRAL
+from redvillm_jax.modules.llama_fields import model_table, read_llama
 
 PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
 
 MODEL_TYPES = ("llava", "llava_llama")  # what config.json calls it
+VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP, which this names
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -118,6 +96,16 @@ class Config:
         return self.grid[0] * self.grid[1]
 
     @property
+    def feature_size(self) -> int:
+        """Width of a picture's features."""
+        return self.vision_hidden_size
+
+    @property
+    def window(self) -> None:
+        """Every layer of the language model sees all keys before a query."""
+        return None
+
+    @property
     def head_dim(self) -> int:
         """Width of an attention head of the language model."""
         return self.hidden_size // self.num_attention_heads
@@ -126,6 +114,36 @@ class Config:
     def vision_layers_used(self) -> int:
         """How many CLIP layers run: with feature layer -2 the last one never does."""
         return self.vision_num_hidden_layers + 1 + self.vision_feature_layer
+
+    @property
+    def clip(self) -> ClipConfig:
+        """The vision tower."""
+        return ClipConfig(
+            num_patches=self.num_patches,
+            patch_size=self.patch_size,
+            hidden_size=self.vision_hidden_size,
+            intermediate_size=self.vision_intermediate_size,
+            num_hidden_layers=self.vision_num_hidden_layers,
+            num_attention_heads=self.vision_num_attention_heads,
+            layer_norm_eps=self.vision_layer_norm_eps,
+            layers_used=self.vision_layers_used,
+        )
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """The language model."""
+        return LlamaConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rms_norm_eps=self.rms_norm_eps,
+            rope_theta=self.rope_theta,
+        )
 
     @classmethod
     def from_published(
@@ -145,14 +163,14 @@ class Config:
         apart = None if vision_config is None else read_clip(vision_config, vision_where)
         if "text_config" in config:
             own = read_fields(config, TRANSFORMERS, where)
-            llm = read_decoder(own["text_config"], where, "text_config.")
+            llm = read_plain(own["text_config"], where, "text_config.")
             vision = read_clip(own["vision_config"], where, "vision_config.")
             own |= {"mm_projector_type": "mlp2x_gelu", "mm_use_im_start_end": False}
             layer = "vision_feature_layer"
             same = apart is None or apart == vision
             require(same, vision_where, f"not the CLIP that vision_config of {where} describes")
         else:
-            own = llm = read_llama(config, where, fields=ORIGINAL)
+            own = llm = read_plain(config, where, fields=ORIGINAL)
             vision = named_clip(own, where) if apart is None else apart
             check_clip(own, vision, where, vision_where)
             check_fit(own, where)
@@ -183,6 +201,19 @@ class Config:
 
 # ---- the fields of config.json
 
+PLAIN: Fields = {  # a decoder without options, which is what LLaVA 1 and 1.5 have
+    "tie_word_embeddings": only(False),
+    "head_dim": equal_to("hidden_size / num_attention_heads, or null"),
+    "sliding_window": only(None),
+}
+LLAMA: Fields = ANY_LLAMA | PLAIN
+MISTRAL: Fields = ANY_MISTRAL | PLAIN | {"sliding_window": only(None, default=4096)}
+ROPE: Fields = {
+    "rope_type": only("default"),
+    "type": only("default"),
+    "rope_theta": number(None, THETA),
+    "partial_rotary_factor": only(1.0),
+}
 FEATURE_LAYER = Field(READ, "a whole number, one layer", lambda value: is_count(value, -LAYERS, LAYERS), -2)
 OWN: Fields = {"system_prompt": text(SYSTEM_PROMPT)}  # this project's; the published value without it
 
@@ -238,6 +269,15 @@ FIELDS = {  # the tables by the files and objects that they are for
     "config.json, original form": ORIGINAL,
     "preprocessor_config.json, processor_config.json of LLaVA-1.5": clip_transform(336, 14, MEAN, STD, pads=True),
 }
+
+
+def read_plain(config: Any, where: str, path: str = "", fields: Fields | None = None) -> dict[str, Any]:
+    """The values of a decoder without options; fields: its table, by default the one that `model_type` names."""
+    table = fields or model_table(config, {"llama": LLAMA, "mistral": MISTRAL}, where, path)
+    values = read_llama(config, where, path, table, ROPE)
+    said, size = values["head_dim"], head_size(values, where, path)
+    require(said == size, where, f"{path}head_dim is {said}, supported: hidden_size / num_attention_heads = {size}")
+    return values
 
 
 def named_clip(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -323,97 +363,14 @@ def picture_fit(config: Config) -> str:
 # ---- vision tower: names under `vision_tower.`
 
 
-class ClipAttention(nnx.Module):
-    """Full self-attention with separate projections: (B, S, D) -> (B, S, D)."""
-
-    def __init__(self, width: int, num_heads: int, *, rngs: nnx.Rngs):
-        self.q_proj = Linear(width, width, rngs=rngs)
-        self.k_proj = Linear(width, width, rngs=rngs)
-        self.v_proj = Linear(width, width, rngs=rngs)
-        self.out_proj = Linear(width, width, rngs=rngs)
-        self.num_heads = num_heads
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(merge_heads(attention(q, k, v)))
-
-
-class ClipMLP(nnx.Module):
-    """Two layers around a quick GELU: (B, S, D) -> (B, S, D)."""
-
-    def __init__(self, width: int, intermediate_size: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(width, intermediate_size, rngs=rngs)
-        self.fc2 = Linear(intermediate_size, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(quick_gelu(self.fc1(x)))
-
-
-class ClipLayer(nnx.Module):
-    """One pre-norm transformer layer: (B, S, D) -> (B, S, D)."""
+class Encoder(ClipEncoder):
+    """CLIP's vision transformer: pixels (B, H, W, 3), normalised -> (B, N, D) in the dtype of `pixels`."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        width, eps = config.vision_hidden_size, config.vision_layer_norm_eps
-        self.layer_norm1 = LayerNorm(width, eps=eps)
-        self.self_attn = ClipAttention(width, config.vision_num_attention_heads, rngs=rngs)
-        self.layer_norm2 = LayerNorm(width, eps=eps)
-        self.mlp = ClipMLP(width, config.vision_intermediate_size, rngs=rngs)
-
-    def __call__(self, x: jax.Array, cache: None) -> tuple[jax.Array, None]:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x)), None
-
-
-class ClipEmbeddings(nnx.Module):
-    """Patches behind the class token, with their learned positions: (B, H, W, 3) -> (B, 1 + N, D)."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        width = config.vision_hidden_size
-        self.class_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
-        self.patch_embedding = PatchEmbedding(width, config.patch_size, rngs=rngs)
-        self.position_embedding = Embedding(config.num_patches + 1, width, rngs=rngs)
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        patches = self.patch_embedding(pixels)
-        cls = broadcast_rows(self.class_embedding[...][None].astype(patches.dtype), len(patches))
-        return jnp.concatenate([cls, patches], axis=1) + self.position_embedding.weight[...].astype(patches.dtype)
-
-
-class ClipLayers(nnx.Module):
-    """The level that CLIP calls `encoder` in its names."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.layers = Stack(lambda rngs: ClipLayer(config, rngs=rngs), config.vision_layers_used, rngs=rngs)
-
-
-class Encoder(nnx.Module):
-    """CLIP's vision transformer up to the feature layer, without the class token.
-
-    pixels: (B, H, W, 3) normalised -> (B, N, D) in the dtype of `pixels`.
-    """
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embeddings = ClipEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = LayerNorm(config.vision_hidden_size, eps=config.vision_layer_norm_eps)
-        self.encoder = ClipLayers(config, rngs=rngs)
-
-    def hidden(self, pixels: jax.Array) -> jax.Array:
-        """The hidden state after the last layer used, class token first: (B, 1 + N, D)."""
-        return self.encoder.layers(self.pre_layrnorm(self.embeddings(pixels)))[0]
-
-    def __call__(self, pixels: jax.Array) -> jax.Array:
-        return self.hidden(pixels)[:, 1:]
+        super().__init__(config.clip, rngs=rngs)
 
 
 # ---- projector: names under `multi_modal_projector.`
-
-
-PROJECTOR_OPTIONS: dict[str, tuple[str, ...]] = {}  # switches of the projector and their values
-
-
-def frozen_projector() -> tuple[str, ...]:
-    """Leaf paths of the projector that never train: none."""
-    return ()
 
 
 class Projector(nnx.Module):
@@ -440,110 +397,11 @@ class Projector(nnx.Module):
 # ---- language model: names under `language_model.`
 
 
-class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary positions; fewer key-value heads than heads are allowed."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=False, rngs=rngs)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False, rngs=rngs)
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-
-    def __call__(self, x, angles, attention_mask, cache_index, cache):
-        q = rotate(split_heads(self.q_proj(x), self.num_heads), angles)
-        k = rotate(split_heads(self.k_proj(x), self.num_kv_heads), angles)
-        v = split_heads(self.v_proj(x), self.num_kv_heads)
-        if cache is not None:
-            cache, k, v = update_cache(cache, k, v, cache_index, attention_mask.shape[-1])
-        return self.o_proj(merge_heads(attention(q, k, v, attention_mask))), cache
-
-
-class LlamaMLP(nnx.Module):
-    """The gated MLP: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = keep(self.gate_proj(x), "gate"), keep(self.up_proj(x), "up")
-        return self.down_proj(jax.nn.silu(gate) * up)
-
-
-class LlamaLayer(nnx.Module):
-    """One pre-norm decoder layer: (B, S, K) -> (B, S, K) and the updated cache."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config, rngs=rngs)
-
-    def __call__(self, x, angles, attention_mask, cache_index, cache):
-        y, cache = self.self_attn(self.input_layernorm(x), angles, attention_mask, cache_index, cache)
-        x = keep(x + y, "residual")
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
-
-
-class LlamaModel(nnx.Module):
-    """The level that LLaMA calls `model` in its names."""
-
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = Stack(lambda rngs: LlamaLayer(config, rngs=rngs), config.num_hidden_layers, rngs=rngs)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class LLM(nnx.Module):
+class LLM(LlamaDecoder):
     """LLaMA with its output head."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.model = LlamaModel(config, rngs=rngs)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
-        self.config = config
-
-    def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """token_ids: (B, S) int32 -> (B, S, K) in `dtype`."""
-        return self.model.embed_tokens(token_ids).astype(dtype)
-
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values: (num_layers, batch, num_key_value_heads, head_dim, length) each."""
-        c = self.config
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, c.head_dim, length)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-    def context_class(self, context_length: int) -> int:
-        """Prompts of one class share the keys of what they share: all of them."""
-        return 0
-
-    def __call__(
-        self,
-        embeds: jax.Array,
-        position_ids: jax.Array,
-        attention_mask: jax.Array,
-        *,
-        cache: tuple[jax.Array, jax.Array] | None = None,
-        cache_index: int | jax.Array = 0,
-        context_length: jax.Array | None = None,
-        remat: str = "none",
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Decoder body and final norm.
-
-        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
-        cache, how many of its slots are seen; the new keys and values go to slots cache_index … cache_index + S - 1.
-        context_length is of no use here (LLaMA's rotary base does not depend on it). Returns hidden states
-        (B, S, K) and the updated cache.
-        """
-        angles = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        x, cache = self.model.layers(embeds, angles, attention_mask, cache_index, cache=cache, remat=remat)
-        return self.model.norm(x), cache
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden: (..., K) -> (..., vocab_size) fp32."""
-        return self.lm_head(hidden, jnp.float32)
+        super().__init__(config.llama, rngs=rngs)
 
 
 # ---- names
@@ -563,8 +421,6 @@ CANONICAL = (  # published name -> canonical name: original repository, transfor
     (r"^lm_head\.", "language_model.lm_head."),
 )
 
-PROJECTOR_PREFIX = r"^(model\.mm_projector|(model\.)?multi_modal_projector)\."  # a temporal module's names lack it
-
 IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folder, never loaded
     r"\.inv_freq$",
     r"\.position_ids$",
@@ -578,15 +434,7 @@ def unused(config: Config) -> dict[str, tuple[int, ...]]:
 
     Returns canonical names and shapes; a source may lack them.
     """
-    width, intermediate = config.vision_hidden_size, config.vision_intermediate_size
-    layer = {f"layer_norm{i}.{leaf}": (width,) for i in (1, 2) for leaf in ("weight", "bias")}
-    for proj in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        layer |= {f"self_attn.{proj}.weight": (width, width), f"self_attn.{proj}.bias": (width,)}
-    layer |= {"mlp.fc1.weight": (intermediate, width), "mlp.fc1.bias": (intermediate,)}
-    layer |= {"mlp.fc2.weight": (width, intermediate), "mlp.fc2.bias": (width,)}
-    above = range(config.vision_layers_used, config.vision_num_hidden_layers)
-    shapes = {f"vision_tower.encoder.layers.{i}.{leaf}": shape for i in above for leaf, shape in layer.items()}
-    return shapes | {f"vision_tower.post_layernorm.{leaf}": (width,) for leaf in ("weight", "bias")}
+    return unused_shapes(config.clip, PREFIX["encoder"])
 
 
 SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
@@ -600,55 +448,10 @@ SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
     (r"\.bias$", P()),
 )
 
-WIDE = r"^language_model\.lm_head\.weight$"  # what int8 leaves wide, by canonical name: its error goes into the logits
-
 # ---- text
 
 
-class Tokenizer:
-    """The folder's own tokenizer; strings that look like special tokens are plain text."""
-
-    def __init__(self, folder: str | Path):
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which no tokenizer needs
-        from transformers import AutoTokenizer  # seconds to import, and only text needs it
-
-        self.folder = folder
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-            added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-            self.tokenizer.add_tokens(added, special_tokens=True)  # where files add <im_start> as a common word
-            self.decode(self.encode("What happens?"))  # settings of odd types show only in use
-        except Exception as error:  # transformers raises many kinds for files that are missing or broken
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}: no tokenizer that can be read ({reason}); copy the model's own files") from None
-        self.bos_id, self.eos_id = self.special("<s>"), self.special("</s>")
-        self.stop_ids = (self.eos_id,)
-        self.size = len(self.tokenizer)  # ids that text can become, special ones included
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without markers at its ends."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
-
-    def decode(self, token_ids: list[int], keep_special: bool = False) -> str:
-        """The text of ids; special tokens are dropped, or spelled out with `keep_special`."""
-        return self.tokenizer.decode(
-            token_ids, skip_special_tokens=not keep_special, clean_up_tokenization_spaces=False
-        )
-
-    def special(self, token: str) -> int:
-        """The id of a special token such as "<im_start>"; a tokenizer without it is a UserError."""
-        token_id = self.tokenizer.convert_tokens_to_ids(token)
-        if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise UserError(f"{self.folder}: its tokenizer has no {token}; use the files that belong to these weights")
-        return token_id
-
-
-def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
-    """Raises UserError when the tokenizer lacks a marker that this model's prompt needs; `published`: config.json."""
-    prompt(tokenizer, config, "What happens?", None)
-
-
-Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
+Tokenizer = HfTokenizer
 
 
 def prompt(

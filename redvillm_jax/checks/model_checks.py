@@ -1,8 +1,7 @@
-"""Checks of what the devices compute, against one CPU device of the same process, and of saving and restoring it."""
+"""Checks of the devices' results, against one CPU device of the same process, and of saving and restoring."""
 
 import contextlib
 import functools
-import math
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,17 +15,19 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_pipeline.pipeline import batches
+from redvillm_jax.bases.contract import known_families
 from redvillm_jax.checks.machine_checks import ALL_FSDP, meshes
 from redvillm_jax.checks.random_data import RandomStreams, plan_random_rows, random_base
-from redvillm_jax.model.base_folder import Base, known_families
-from redvillm_jax.model.build import load_model, make_video, token_slots
+from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
+from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention
 from redvillm_jax.runtime.cli import read_config
 from redvillm_jax.runtime.consensus import Failed, gather, place, together
 from redvillm_jax.runtime.sharding import batch_sharding, local_rows, make_mesh, num_batch_shards, to_global
 from redvillm_jax.training import checkpoint
-from redvillm_jax.training.recipe import Training, make_encode_step, make_training
+from redvillm_jax.training.recipe import Training, make_encode_step, make_training, recipe_of
 from redvillm_jax.training.rows import RowPlan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.py"
@@ -116,9 +117,11 @@ def check_attention() -> str:
 @contextlib.contextmanager
 def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
     """A tiny base with random weights, and the demo's config for it."""
-    config = read_config(f"{CONFIG}:{family}")
+    config = read_config(f"{CONFIG}:{family}", complete=complete)
     with tempfile.TemporaryDirectory() as folder:
-        yield random_base(family, Path(folder)), config | {"num_frames": NUM_FRAMES}
+        with jax.default_device(cpu()):  # which needs no compiler for each random tensor
+            base = random_base(family, Path(folder))
+        yield base, config | {"num_frames": NUM_FRAMES}
 
 
 def check_encoder() -> str:
@@ -142,24 +145,28 @@ def check_encoder() -> str:
 def encode(base: Base, config, mesh: Mesh, dtype: str, frames: np.ndarray) -> dict[str, jax.Array]:
     """Pooled streams by name of videos: (B, T, H, W, 3) uint8."""
     with jax.set_mesh(mesh):
-        step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
+        step, weights = make_encode_step(
+            load_model(base, model_settings(config), mesh, dtype=dtype, parts=("encoder",)), dtype
+        )
         num_frames = np.full(len(frames), NUM_FRAMES, np.int32)
         return step(weights, *(place(x, batch_sharding(mesh)) for x in (frames, num_frames)))
 
 
 def begin(base: Base, config: Mapping[str, Any], mesh: Mesh) -> tuple[Training, RowPlan]:
     """The training of a tiny base from streams, and its rows."""
-    slots = token_slots(base, config)(NUM_FRAMES)
-    plan = plan_random_rows(slots, batch_questions=6 * jax.device_count(), num_steps=STEPS)
+    settings = model_settings(config)
+    plan = plan_random_rows(
+        VideoPlaces(base, settings).slots(NUM_FRAMES), batch_questions=6 * jax.device_count(), num_steps=STEPS
+    )
     with jax.set_mesh(mesh):
-        model = load_model(base, config, mesh, dtype=jnp.float32, parts=("projector", "llm"))
-        return make_training(config, base, model, mesh, num_steps=STEPS, row_length=plan.slots_per_row), plan
+        model = load_model(base, settings, mesh, dtype=jnp.float32, parts=("projector", "llm"))
+        sizes = {"num_steps": STEPS, "row_length": plan.slots_per_row}
+        return make_training(recipe_of(config), base, settings, model, mesh, **sizes), plan
 
 
 def random_videos(base: Base, config: Mapping[str, Any]) -> RandomStreams:
     """Streams of the shapes that a base's videos have."""
-    layouts = make_video(config).layouts(base.config.grid, NUM_FRAMES)
-    return RandomStreams(NUM_FRAMES, {k: (math.prod(v), base.config.vision_hidden_size) for k, v in layouts.items()})
+    return RandomStreams(NUM_FRAMES, shapes_of_streams(base, model_settings(config)))
 
 
 def train(training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh) -> tuple[list[float], Any]:

@@ -1,4 +1,4 @@
-"""Streams, questions and weights out of a random generator: the same in every process, and nothing to download."""
+"""Random streams, questions and weights, the same in every process, without a download."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from data_pipeline.packing import Question, plan_epoch
-from redvillm_jax.model.base_folder import Base, TensorFolder, expected_tensors, sized_base
+from redvillm_jax.model.base_folder import Base, TensorFolder, sized_base
+from redvillm_jax.model.weights import random_parts, tensors_of
 from redvillm_jax.training.rows import RowPlan, digest, lay_out, make_prefix
 
 ROW_LENGTH = 120
@@ -39,7 +40,7 @@ def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: i
     rng = np.random.default_rng(0)
     count = batch_questions * num_steps
     question_videos = np.arange(count) // QUESTIONS_PER_VIDEO
-    prefix = make_prefix([(1, False), (2, False)], slots)
+    prefix = make_prefix([(1, False), (2, False)], [(0, slot) for slot in slots])
     questions = [
         Question(rng.integers(3, TOKENS, length).astype(np.int32), np.arange(length) >= length // 2)
         for length in rng.integers(4, 12, count)
@@ -61,12 +62,8 @@ def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: i
 
 def random_base(family: str, folder: Path) -> Base:
     """A tiny base with random weights, written to `folder` by each process for itself."""
-    base, rng = sized_base(family, "tiny"), np.random.default_rng(0)
-    tensors = {}
-    for name, leaf in expected_tensors(base.module, base.config).items():
-        value = 0.02 * rng.standard_normal(leaf.shape)
-        norm = len(leaf.shape) == 1 and name.endswith("weight")
-        tensors[name] = (value + norm).astype(np.float32)
+    base = sized_base(family, "tiny")
+    tensors = tensors_of(base.module, base.config, random_parts(base.module, base.config))
     save_file(tensors, folder / "model.safetensors")
     published = dict(zip(tensors, tensors, strict=True))
     return dataclasses.replace(

@@ -2,10 +2,10 @@
 
 python -m redvillm_jax.demo [--base=llava|qwen_vl] [--workdir=demo]
 
-Every command is printed before it runs, so that it can be copied. It makes videos of moving shapes, prepares them,
-converts a tiny image LLM that the project carries, encodes the videos with it, trains its projectors three ways,
-answers questions about videos that were held out, and exports the result. Killed, it continues where it was. The table
-at its end begins with what is answered right without the video, or without its order (docs/demo.md).
+The demo prints every command before it runs it, so that you can copy it. It makes videos of moving shapes, prepares
+them, converts a tiny image LLM that comes with the project, encodes the videos, trains the projectors in three ways,
+answers questions about held-out videos, and exports the result. After a kill it continues. The table at the end begins
+with baselines: how often a reader is right without the video, or without its order (docs/demo.md).
 """
 
 import argparse
@@ -25,18 +25,18 @@ from data_pipeline.common.cli import Parser, local_path, number
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from data_pipeline.common.tables import table_row
-from redvillm_jax.demo.floors import commonest_answer, without_order
+from redvillm_jax.demo.baselines import commonest_answer, without_order
 from redvillm_jax.evaluation.short_answers import exact_match
 
 ROOT = Path(__file__).parents[2]
 BASES = Path(__file__).parent / "bases"
-ROWS = {  # name of the row: (folder, switches)
+TRAININGS = {  # system: (folder, switches)
     "spatial tokens only": ("spatial_only", ["--config.streams=spatial"]),
     "one shared projector": ("shared_projector", ["--config.temporal_module=false"]),
     "RED-VILLM": ("red_villm", []),
 }
 UNTRAINED, TEXT_ONLY = "before training", "text only"
-FLOORS = ("commonest answer", TEXT_ONLY, "what, not when")
+BASELINES = ("commonest answer", TEXT_ONLY, "what, not when")
 SIZES = ("--train=2000", "--dev=300", "--test=500")  # videos
 KINDS = {
     "temporal": ("direction", "first_colour", "last_colour", "first_shape", "last_shape"),
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def demonstrate(flags: argparse.Namespace) -> None:
-    """Runs every command, and prints and draws what came of it."""
+    """Runs every command, then prints and draws the results."""
     start, work = time.time(), flags.workdir / flags.base
     runs = work / f"seed-{flags.seed}"
     config = f"--config={os.path.relpath(ROOT / 'configs' / 'demo.py')}:{flags.base}"
@@ -88,7 +88,7 @@ def demonstrate(flags: argparse.Namespace) -> None:
     untrained = (f"--model={base}", config, *test)
     command("redvillm_jax.evaluate", *untrained, "--text_only", f"--out={work / 'text_only'}")
     command("redvillm_jax.evaluate", *untrained, f"--out={work / 'before_training'}")
-    for name, switches in ROWS.values():
+    for name, switches in TRAININGS.values():
         inputs = (f"--config.base={base}", f"--config.data={work / 'streams' / 'train'}")
         command(
             "redvillm_jax.train", config, f"--workdir={runs / name}", *inputs, f"--config.seed={flags.seed}", *switches
@@ -99,7 +99,7 @@ def demonstrate(flags: argparse.Namespace) -> None:
 
     questions, hits = results(flags.workdir, flags.base, flags.seed)
     picture = runs / "result.png"
-    losses = {row: runs / name / "metrics.jsonl" for row, (name, _) in ROWS.items()}
+    losses = {system: runs / name / "metrics.jsonl" for system, (name, _) in TRAININGS.items()}
     draw(picture, flags.base, questions, hits, losses)
     print(f"\nExact match on {len(questions)} questions about held-out videos, in per cent\n")
     print(table(questions, hits))
@@ -118,27 +118,27 @@ def command(module: str, *arguments: str) -> None:
 def results(workdir: Path, base: str, seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
     """The test questions, and by column of the table which of them are answered right: (questions,), 0 to 1.
 
-    The floors come first. "text only" is the base asked without visual tokens: what is trained makes nothing but visual
-    tokens, so every other column's model would then say the same.
+    The baselines come first. "text only" is the base, asked without visual tokens. Trained projectors make nothing but
+    visual tokens, so without them every model of the table answers as the base does.
     """
     work, videos = workdir / base, workdir / "videos"
     folders = {TEXT_ONLY: work / "text_only", UNTRAINED: work / "before_training"}
-    folders |= {row: work / f"seed-{seed}" / name / "test" for row, (name, _) in ROWS.items()}
-    answers = {row: read_lines(folder / "answers.jsonl", ANSWER) for row, folder in folders.items()}
-    hits = {row: np.array(list(map(hit, rows))) for row, rows in answers.items()}
+    folders |= {system: work / f"seed-{seed}" / name / "test" for system, (name, _) in TRAININGS.items()}
+    answers = {system: read_lines(folder / "answers.jsonl", ANSWER) for system, folder in folders.items()}
+    hits = {system: np.array(list(map(hit, own))) for system, own in answers.items()}
     questions = answers[UNTRAINED]
     train = read_lines(videos / "train" / "instructions.jsonl", QUESTION)
     hits |= {"commonest answer": commonest_answer(train, questions), "what, not when": without_order(questions)}
-    return questions, {row: hits[row] for row in (*FLOORS, UNTRAINED, *ROWS)}
+    return questions, {system: hits[system] for system in (*BASELINES, UNTRAINED, *TRAININGS)}
 
 
-def hit(row: Mapping[str, str]) -> float:
-    """Whether an answer is the reference's, as `redvillm_jax.evaluate` counts it; no answer is a wrong one."""
-    return exact_match(row["prediction"] or "", row["answer"])
+def hit(answer: Mapping[str, str]) -> float:
+    """1 for an exact match with the reference answer, as `redvillm_jax.evaluate` counts it; no prediction counts 0."""
+    return exact_match(answer["prediction"] or "", answer["answer"])
 
 
 def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
-    """Which questions (questions,) are of each kind, of the temporal and spatial kinds, of a language, and all."""
+    """Masks (questions,) of the questions of each kind, of the temporal and spatial kinds, of each language, of all."""
     kinds, languages = (np.array([question[field] for question in questions]) for field in ("kind", "language"))
     groups = {}
     for group, names in KINDS.items():
@@ -148,13 +148,13 @@ def groups_of(questions: Sequence[Mapping]) -> dict[str, np.ndarray]:
 
 
 def label(group: str) -> str:
-    """A group's name as it is shown: a kind in small letters, what holds several in capitals."""
+    """A group's name in the table: a kind in small letters, a group of several kinds in capitals."""
     return group.replace("_", " ") if any(group in kinds for kinds in KINDS.values()) else group.upper()
 
 
 def table(questions: Sequence[Mapping], hits: Mapping[str, np.ndarray]) -> str:
-    """One line per group of questions, one column per row of the comparison, in per cent."""
-    heads = [textwrap.wrap(row, 12) for row in hits]
+    """The accuracies in per cent: a line for each group of questions, a column for each baseline and model."""
+    heads = [textwrap.wrap(system, 12) for system in hits]
     depth = max(map(len, heads))
     heads = [[""] * (depth - len(head)) + head for head in heads]
     rows = [["", *(head[i] for head in heads)] for i in range(depth)]
@@ -170,7 +170,7 @@ def draw(
     hits: Mapping[str, np.ndarray],
     losses: Mapping[str, Path],
 ) -> None:
-    """Bars of the accuracy by kind of question with the floors as lines across them, and the loss curves."""
+    """Bars of the accuracy by kind of question with the baselines as lines across them, and the loss curves."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,24 +178,25 @@ def draw(
 
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 4.5), width_ratios=(2.2, 1), layout="constrained")
     groups = {name: members for name, members in groups_of(questions).items() if name not in LANGUAGES}
-    values = {row: [100 * of[members].mean() for members in groups.values()] for row, of in hits.items()}
+    values = {system: [100 * of[members].mean() for members in groups.values()] for system, of in hits.items()}
     places = np.arange(len(groups))
-    colours = dict(zip((UNTRAINED, *ROWS), ("#bbbbbb", "#6baed6", "#fdae6b", "#d62728"), strict=True))
-    for i, (row, colour) in enumerate(colours.items()):
-        bars.bar(places + 0.2 * (i - 1.5), values[row], 0.2, label=row, color=colour)
-    for row, style in zip(FLOORS, ("-", ":", "--"), strict=True):
-        bars.hlines(values[row], places - 0.45, places + 0.45, label=row, color="black", linestyle=style, linewidth=1.2)
+    colours = dict(zip((UNTRAINED, *TRAININGS), ("#bbbbbb", "#6baed6", "#fdae6b", "#d62728"), strict=True))
+    for i, (system, colour) in enumerate(colours.items()):
+        bars.bar(places + 0.2 * (i - 1.5), values[system], 0.2, label=system, color=colour)
+    for system, style in zip(BASELINES, ("-", ":", "--"), strict=True):
+        line = {"color": "black", "linestyle": style, "linewidth": 1.2}
+        bars.hlines(values[system], places - 0.45, places + 0.45, label=system, **line)
     bars.set_xticks(places, [label(name).replace(" ", "\n") for name in groups], fontsize=8)
     bars.set(ylabel="exact match, %", ylim=(0, 122), title=f"{base}: questions about held-out videos")
     bars.set_yticks(range(0, 101, 20))
     bars.legend(ncols=4, loc="upper center", fontsize=8, frameon=False)
-    for row, file in losses.items():
+    for system, file in losses.items():
         lines = read_lines(file, METRICS)
         steps, values = (np.array([line[key] for line in lines]) for key in ("step", "loss"))
-        curves.plot(steps, values, color=colours[row], alpha=0.25)
+        curves.plot(steps, values, color=colours[system], alpha=0.25)
         window = np.minimum(np.arange(len(values)), 4)  # a mean over the last five logged steps
         means = [values[i - n : i + 1].mean() for i, n in enumerate(window)]
-        curves.plot(steps, means, label=row, color=colours[row])
+        curves.plot(steps, means, label=system, color=colours[system])
     curves.set(xlabel="step", ylabel="loss", yscale="log", title="training")
     curves.legend(frameon=False)
     for axes in (bars, curves):

@@ -186,7 +186,7 @@ def video_scene(rng: np.random.Generator) -> Scene:
 
 
 def cover(shape: int, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """How much of each pixel a shape covers, 0 to 1, from the pixel's offset to its centre in scene units."""
+    """The share of each pixel that a shape covers, 0 to 1, from the pixel's offset to its centre in scene units."""
     ax, ay = np.abs(dx), np.abs(dy)
     if shape == 0:  # circle
         inside = radius - np.sqrt(dx * dx + dy * dy)
@@ -218,7 +218,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_mp4(frames: np.ndarray, path: Path) -> None:
-    """Encodes frames (T, H, W, 3) uint8 with H.264; the file appears under its name only when it is whole.
+    """Encodes frames (T, H, W, 3) uint8 with H.264, atomically.
 
     One thread, so that the bits do not depend on the number of cores.
     """
@@ -282,7 +282,7 @@ def phrase(fact: Fact, language: str, rng: np.random.Generator) -> dict[str, str
 
 
 def ask(scene: Scene, rng: np.random.Generator, count: int, languages: Sequence[str]) -> list[dict[str, str]]:
-    """`count` different questions about a video's scene, half of them temporal where there are as many."""
+    """`count` different questions about a video's scene; half of them are temporal if there are enough."""
     possible = [(fact, language) for fact in facts(scene) for language in languages]
     possible = [possible[i] for i in rng.permutation(len(possible))]
     temporal = [pair for pair in possible if pair[0][0] in TEMPORAL][: count // 2]
@@ -312,7 +312,7 @@ def make_video(index: int, *, folder: Path, split: str, seed: int, languages: Se
 
 
 def make_split(out: Path, split: str, count: int, seed: int, languages: Sequence[str], map_: Callable) -> None:
-    """Writes one set, `map_` over its indices; instructions.jsonl comes last and says that the set is whole."""
+    """Writes one set with `map_` over its indices. instructions.jsonl is written last and marks the set as whole."""
     folder = out / split
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     make = partial(make_video, folder=folder, split=split, seed=seed, languages=languages)
@@ -347,7 +347,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_sets(args: argparse.Namespace) -> None:
-    """Writes the sets that are missing."""
+    """Writes the missing sets."""
     languages = LANGUAGES if args.language == "both" else (args.language,)
     settings = {key: getattr(args, key) for key in (*SPLITS, "language", "seed")} | {"x264": X264}
     record = args.out / "settings.json"

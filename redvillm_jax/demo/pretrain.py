@@ -15,7 +15,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -31,10 +30,11 @@ from data_pipeline.common.errors import run
 from data_pipeline.common.files import written_whole
 from data_pipeline.media.decode import RESIZE
 from data_pipeline.packing import Prefix, Question, fill_row
+from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.demo.moving_shapes import Scene, picture_scene, render
 from redvillm_jax.demo.shape_stories import KINDS, Document, cell_labels, document
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer, write_qwen_tokenizer
-from redvillm_jax.model.base_folder import load_base_module, name_table
+from redvillm_jax.model.weights import fill, name_table, random_parts, tensors_of
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import Linear, normalize
 from redvillm_jax.training.optim import warmup_cosine
@@ -193,26 +193,10 @@ def write_text_files(family: str, folder: Path, dtype: str = "float32") -> dict[
     return config
 
 
-def published_tensors(base: ModuleType, config: Any, parts: Mapping[str, nnx.Module]) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint under their published names, those that never run included (untrained)."""
-    tensors = {}
-    for part, module in parts.items():
-        weights = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-        for name, leaf in name_table(module, base.PREFIX[part]).items():
-            value = np.asarray(weights[leaf.path][...])
-            tensors[name] = value if leaf.layer is None else value[leaf.layer]
-    rng = np.random.default_rng(0)
-    for name, shape in base.unused(config).items():
-        norm = "norm" in name.split(".")[-2]
-        value = rng.normal(0, 0.02, shape) if len(shape) > 1 else np.full(shape, norm and name.endswith("weight"))
-        tensors[name] = value.astype(np.float32)
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-
-
 # Batches
 
 
-def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: ModuleType, config: Any) -> Batch:
+def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Family, config: Any) -> Batch:
     """Scenes of one tick as the base sees them, and what each of their cells shows.
 
     pictures: (B, S, S, 3) uint8; cells: (B, N, 4) int32.
@@ -224,7 +208,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Modul
     }
 
 
-def picture_batches(seed: int, phase: str, base: ModuleType, config: Any) -> Iterator[Batch]:
+def picture_batches(seed: int, phase: str, base: Family, config: Any) -> Iterator[Batch]:
     """Endless batches of 64 pictures of one to three things."""
     rng = phase_rng(seed, phase)
     while True:
@@ -243,7 +227,7 @@ class Rows:
     Where a video will stand there is the story and behind it the pictures.
     """
 
-    def __init__(self, base: ModuleType, config: Any, tokenizer: Any, row_length: int):
+    def __init__(self, base: Family, config: Any, tokenizer: Any, row_length: int):
         self.base, self.config, self.row_length = base, config, row_length
         self.prompt = functools.cache(lambda question, answer: base.prompt(tokenizer, config, question, answer))
         self.encode = functools.cache(tokenizer.encode)
@@ -311,15 +295,14 @@ def bag_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, jnp.concatenate(held, axis=-1)).mean()
 
 
-def encode(encoder: nnx.Module, pictures: jax.Array, base: ModuleType) -> jax.Array:
+def encode(encoder: nnx.Module, pictures: jax.Array, base: Family) -> jax.Array:
     """pictures: (B, S, S, 3) uint8 -> features (B, N, D)."""
     return encoder(normalize(pictures, base.MEAN, base.STD, jnp.float32))
 
 
-def project(projector: nnx.Module, features: jax.Array) -> jax.Array:
-    """Features (B, N, D) of pictures -> visual tokens (B, N, K)."""
-    side = round(features.shape[1] ** 0.5)
-    return projector(features, jnp.ones(features.shape[:2], bool), (side, side))
+def project(projector: nnx.Module, features: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Features (B, N, D) of pictures with a grid of features -> visual tokens (B, N, K)."""
+    return projector(features, jnp.ones(features.shape[:2], bool), grid)
 
 
 def predict(llm: nnx.Module, tokens: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -344,22 +327,19 @@ def initialised(module: nnx.Module, rng: np.random.Generator) -> nnx.Module:
     """Draws every matrix again, normal with variance 1 / fan-in, which suits these widths."""
     table = name_table(module, "")
     wide = {leaf.path: leaf.shape for leaf in table.values() if len(leaf.shape) > 1 and leaf.path[-1] not in FIXED}
-    graphdef, state = nnx.split(module)
-    flat = nnx.to_flat_state(state)
-    leaves = []
-    for path, leaf in flat:
-        if path in wide:
-            fan_in = np.prod(wide[path][1:])
-            leaf = leaf.replace(jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32))
-        leaves.append((path, leaf))
-    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+    def draw(path: tuple, leaf: nnx.Variable) -> jax.Array:
+        if path not in wide:
+            return leaf[...]
+        return jnp.asarray(rng.normal(0, np.prod(wide[path][1:]) ** -0.5, leaf.shape), jnp.float32)
+
+    return fill(module, draw)
 
 
-def new_parts(base: ModuleType, config: Any, seed: int) -> dict[str, nnx.Module]:
+def new_parts(base: Family, config: Any, seed: int) -> dict[str, nnx.Module]:
     """The untrained encoder, projector and llm."""
-    rng, rngs = phase_rng(seed, "weights"), nnx.Rngs(seed)
-    makers = {"encoder": base.Encoder, "projector": base.Projector, "llm": base.LLM}
-    return {part: initialised(make(config, rngs=rngs), rng) for part, make in makers.items()}
+    rng = phase_rng(seed, "weights")
+    return {part: initialised(module, rng) for part, module in random_parts(base, config, seed).items()}
 
 
 def fit(
@@ -394,7 +374,7 @@ def fit(
     return dict(nnx.merge(graphdef, weights))
 
 
-def train_encoder(encoder: nnx.Module, base: ModuleType, config: Any, seed: int, steps: int) -> nnx.Module:
+def train_encoder(encoder: nnx.Module, base: Family, config: Any, seed: int, steps: int) -> nnx.Module:
     """Stage one: supervised by what every cell shows, and by what the whole picture holds."""
     rngs = nnx.Rngs(seed)
     heads = {
@@ -412,7 +392,7 @@ def train_encoder(encoder: nnx.Module, base: ModuleType, config: Any, seed: int,
 
 
 def train_language(
-    parts: dict[str, nnx.Module], base: ModuleType, rows: Rows, seed: int, phases: Sequence[Phase]
+    parts: dict[str, nnx.Module], base: Family, rows: Rows, seed: int, phases: Sequence[Phase]
 ) -> dict[str, nnx.Module]:
     """Stage two: projector and language model on documents, the encoder frozen."""
     encoder = nnx.split(parts["encoder"])
@@ -422,7 +402,7 @@ def train_language(
 
         def loss(modules: dict[str, nnx.Module], batch: Batch, phase: Phase = phase) -> jax.Array:
             features = encode(nnx.merge(*encoder), batch["pictures"], base)
-            tokens = project(modules["projector"], features)
+            tokens = project(modules["projector"], features, rows.config.grid)
             total = phase.cell_weight * cell_loss(modules["cells"](tokens), batch["cells"])
             return total + answer_loss(predict(modules["llm"], tokens, batch), batch) if phase.mix else total
 
@@ -436,7 +416,7 @@ def train_language(
 
 
 def accuracy(
-    parts: dict[str, nnx.Module], base: ModuleType, rows: Rows, rng: np.random.Generator, num_batches: int
+    parts: dict[str, nnx.Module], base: Family, rows: Rows, rng: np.random.Generator, num_batches: int
 ) -> dict[tuple[str, str], float]:
     """Exact-match accuracy on fresh documents, by kind of document and kind of question.
 
@@ -448,7 +428,7 @@ def accuracy(
     @jax.jit
     def guess(weights: Weights, batch: Batch) -> jax.Array:
         model = nnx.merge(graphdef, weights)
-        tokens = project(model["projector"], encode(model["encoder"], batch["pictures"], base))
+        tokens = project(model["projector"], encode(model["encoder"], batch["pictures"], base), rows.config.grid)
         return predict(model["llm"], tokens, batch).argmax(-1)
 
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
@@ -464,8 +444,8 @@ def accuracy(
 
 def make_base(family: str, folder: Path, seed: int = 0) -> None:
     """Writes the tiny base of a family; `folder` must exist."""
-    base = load_base_module(family)
-    config = base.Config.from_published(write_text_files(family, folder, DTYPE[family]), None)
+    base = load_family(family)
+    config = base.Config.from_published(write_text_files(family, folder, DTYPE[family]))
     rows = Rows(base, config, base.Tokenizer(folder), ROW_LENGTH[family])
     parts = new_parts(base, config, seed)
     parts["encoder"] = train_encoder(parts["encoder"], base, config, seed, ENCODER_STEPS)
@@ -473,7 +453,7 @@ def make_base(family: str, folder: Path, seed: int = 0) -> None:
     for (kind, question), value in accuracy(parts, base, rows, phase_rng(seed, "check"), 8).items():
         print(f"{kind:18} {question:14} {value:.3f}")
     dtype = jnp.dtype(DTYPE[family])
-    tensors = {name: value.astype(dtype) for name, value in published_tensors(base, config, parts).items()}
+    tensors = {name: value.astype(dtype) for name, value in tensors_of(base, config, parts).items()}
     with written_whole(folder / "model.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""What the tiny image LLMs of the demo are pretrained on: pictures, pairs of pictures and told sequences of shapes.
+"""The pre-training documents of the demo's tiny image LLMs: pictures, pairs of pictures, and told sequences of shapes.
 
 A document has visual slots, which hold pictures, words that tell a sequence step by step ("nothing red red blue"),
 or both, and questions about them from the templates of `moving_shapes`. No document ever holds a video.
@@ -49,7 +49,7 @@ def choose(possible: list[Fact], rng: np.random.Generator, count: int) -> list[d
 
 
 def at_tick(scene: Scene, tick: int) -> Scene:
-    """One tick of a scene as a picture; what is not visible then is left out."""
+    """One tick of a scene as a picture, without the things that are invisible then."""
     now = slice(tick, tick + 1)
     shown = (thing for thing in scene if thing.visible[tick])
     return tuple(
@@ -66,11 +66,11 @@ def pair_scene(rng: np.random.Generator) -> Scene:
 
 
 def tell(scene: Scene, rng: np.random.Generator, language: str, max_words: int) -> tuple[str, list[Fact]]:
-    """Tells a video's scene in words, and returns what the story answers.
+    """Tells a video's scene in words. Returns the words and the facts that they answer.
 
-    Things that appear are told by colour, by shape or by both, "nothing" where there is none; a mover by the place
-    it passes, maybe after its colour or shape, and then maybe next to a thing that stands still. Seven steps at
-    least, so that no appearance falls between two.
+    A thing that appears is told by colour, by shape or by both, and a gap by "nothing". A mover is told by the place
+    that it passes, maybe after its colour or shape, and maybe next to a thing that stands still. A story has at least
+    seven steps, so that no appearance falls between two of them.
     """
     temporal = [fact for fact in facts(scene) if fact[0] in TEMPORAL]
     mover = next((thing for kind, thing, *_ in temporal if kind == "direction"), None)
@@ -119,10 +119,10 @@ def document(kind: str, rng: np.random.Generator, num_questions: int, max_words:
 
 
 def cell_labels(scene: Scene, cells: int) -> np.ndarray:
-    """What covers each cell of a picture, for `cells` x `cells` of them in reading order.
+    """The labels of a picture's cells, `cells` x `cells` of them in reading order.
 
-    Returns (cells * cells, 4) int32: colour, shape, horizontal and vertical third of the thing that covers most of
-    the cell; where none covers 9 % of it, the number of classes (6, 4, 3, 3).
+    Returns (cells * cells, 4) int32: colour, shape, horizontal and vertical third of the thing that covers most of the
+    cell, or the numbers of classes (6, 4, 3, 3) when no thing covers 9 % of it.
     """
     grid = (np.arange(PIXELS, dtype=np.float32) + 0.5) * (32 / PIXELS)
     side = PIXELS // cells

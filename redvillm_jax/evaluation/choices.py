@@ -1,4 +1,4 @@
-"""Which option a free-text prediction chooses, by rules that never guess: what they cannot tell is None."""
+"""Reads the option that a free-text prediction chooses, by rules. An unclear prediction gives None, never a guess."""
 
 import re
 import unicodedata
@@ -11,7 +11,7 @@ YES_NO = {"yes": ("yes", "是", "对", "有", "会"), "no": ("no", "不", "否",
 
 _SHORT = ("none", *YES_NO["yes"], *YES_NO["no"])  # options that are no part of a longer text
 
-# In a text that is read, a character stands for each label and for each option's text: see `_mark`.
+# While a text is read, one character replaces each label and each option's text: see `_mark`.
 _LABELS, _TEXTS = 0xA000, 0xA200  # Yi syllables, which are letters to a pattern and in no prediction
 _L, _T, _M = "[\ua000-\ua1ff]", "[\ua200-\ua3ff]", "[\ua000-\ua3ff]"
 _MARKS = ".,;:!?。；：！？"
@@ -87,7 +87,7 @@ class Option(NamedTuple):
 
 
 def option(choice: str) -> Option:
-    """Reads one of a row's "choices": "A. cat", "(A) cat", "Sentence B: …"; one without a label is its own."""
+    """Reads one of an answer's "choices": "A. cat", "(A) cat", "Sentence B: …". A text without a label is its own."""
     found = re.fullmatch(r"\(?([^.:)]{1,20})[.:)](?:\s+(.*))?", choice.strip(), re.DOTALL)
     if found is None:
         return Option(choice, "", choice)
@@ -96,14 +96,14 @@ def option(choice: str) -> Option:
 
 
 def chosen(prediction: str, choices: Sequence[str]) -> str | None:
-    """Returns the label of the option that a prediction chooses, None if it names none or more than one.
+    """Returns the label of the option that a prediction chooses, None when it names no option or several.
 
     Thoughts before the answer are skipped; a marked answer (\\boxed{B}, <answer>B</answer>) stands for the whole. The
-    text is read clause by clause, an option's text counting as its label does. What a clause with a negation names is
-    denied. Of the rest the first of these that names something decides: options that are announced ("The answer is
-    B", 答案是B), stated or alone ("I think it is B", "B is right", "B. …"), named ("option B", "(B)"), and texts within
-    a sentence. Nothing is chosen if these are several options, one that another clause denies, or a label that stands
-    with another option's text.
+    text is read clause by clause, and an option's text counts as its label does. Options in a clause with a negation
+    are denied. Among the other clauses, the first of these rules that finds an option decides: options that are
+    announced ("The answer is B", 答案是B), stated or alone ("I think it is B", "B is right", "B. …"), named
+    ("option B", "(B)"), and texts within a sentence. Nothing is chosen when the rule finds several options, an option
+    that another clause denies, or a label beside another option's text.
     """
     options = [option(choice) for choice in choices]
     text = _answer(prediction)
@@ -123,9 +123,9 @@ def chosen(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 def yes_or_no(text: str) -> str | None:
-    """Returns "yes" or "no", as the text begins, or if it says one of them only; None otherwise.
+    """Returns "yes" or "no" when the text begins with it, or has only one of the two; None otherwise.
 
-    A "no" before another word ("there is no way to tell") is not said.
+    A "no" before another word ("there is no way to tell") does not count.
     """
     said = words(text)
     for answer, forms in YES_NO.items():
@@ -136,7 +136,7 @@ def yes_or_no(text: str) -> str | None:
 
 
 def _answer(prediction: str) -> str:
-    """What a prediction says after its thoughts, or in its marks if it marks one answer."""
+    """A prediction without its thoughts, or the marked answer alone when there is one."""
     text = re.split(r"</think(?:ing)?>", prediction)[-1]
     text = re.sub(r"<think(?:ing)?>.*", "", text, flags=re.DOTALL)  # thoughts that do not end
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm) *\{([^{}]*)\}", r"\1", text)
@@ -154,9 +154,9 @@ def _plain(text: str) -> str:
 
 
 def _mark(text: str, options: Sequence[Option]) -> str:
-    """The text with a character for every option's text and label: `_TEXTS` and `_LABELS` plus the option's number.
+    """The text with one character for every option's text and label: `_TEXTS` or `_LABELS` plus the option's number.
 
-    Options in a row ("A, B or C") stand beside each other then, and a label with its own text is the label.
+    Listed options ("A, B or C") then stand beside each other, and a label with its own text becomes the label.
     """
     names = [o.name.upper() for o in options]
     if not any(name.isdigit() for name in names):
@@ -178,7 +178,7 @@ def _mark(text: str, options: Sequence[Option]) -> str:
 
 
 def _mark_label(text: str, name: str, mark: str) -> str:
-    """Marks a label's name: a capital or number by itself, a small letter where nothing else can be meant."""
+    """Marks a label's name: a capital or number by itself, a small letter only when nothing else can be meant."""
     if name.isalpha():
         small, end = name.lower(), r"(?=\s*(?:[.,;!)\]}\n]|$))"
         for pattern in (
@@ -197,7 +197,7 @@ def _mark_label(text: str, name: str, mark: str) -> str:
 
 
 def _text_pattern(text: str) -> str | None:
-    """A pattern of an option's text, whatever its punctuation and first article; None if it has no word."""
+    """A pattern for an option's text with any punctuation and first article; None for a text without a word."""
     own = re.sub(r"^(?:an?|the) +", "", _plain(text), flags=re.IGNORECASE)
     parts = [re.escape(part) for part in re.findall(r"\w+(?:[.:]\d+)*", own)]
     if not parts:
@@ -211,7 +211,7 @@ def _text_pattern(text: str) -> str | None:
 
 
 def _contradicts(text: str) -> bool:
-    """Whether a label stands with another option's text. (One with its own text is marked as the label alone.)"""
+    """Whether a label stands beside another option's text. (A label with its own text is marked as the label.)"""
     end = r"(?=\s*(?:[.,;!)]|\n|$))"
     return bool(
         re.search(rf"{_L}(?:[.:,)\]-]+ *| +){_T}{end}", text) or re.search(rf"{_T} *[(,] *(?:{_KIND})?{_L}{end}", text)
@@ -219,7 +219,7 @@ def _contradicts(text: str) -> bool:
 
 
 def _read(text: str) -> tuple[list[set[int]], set[int]]:
-    """The options that a marked text announces, states, names and has the text of; and those that it denies."""
+    """The options that a marked text announces, states, names and contains as text; and the options that it denies."""
     announced, stated, named, texts, denied = set(), set(), set(), set(), set()
     clauses = [clause for clause in _SPLIT.split(text) if clause.strip()]
     for clause in clauses:

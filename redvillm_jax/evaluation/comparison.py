@@ -1,4 +1,4 @@
-"""Two judged answer files: the paired difference on the questions that both have."""
+"""Compares two judged answer files by the paired difference on their common questions."""
 
 import json
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ REFERENCE = ("question", "question_2", "answer")
 def compare(first: Path, second: Path) -> dict[str, Any]:
     """Returns {benchmark: {"common", "only_first", "only_second", "metrics"}}: means of second minus first.
 
-    Both are folders of `redvillm_jax.judge`. Raises UserError if another judge, prompt or setting judged them, or if a
-    question of both has another wording or reference answer.
+    Both are folders of `redvillm_jax.judge`. Raises UserError when their judge, prompts or settings differ, or when a
+    common question has another wording or reference answer.
     """
     judges, results = zip(*(read_judged(folder) for folder in (first, second)), strict=True)
     _check_judges(*judges, f"{first} and {second}")
@@ -45,7 +45,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 
 def _by_question(results: list[Result], folder: Path) -> dict[tuple, Result]:
-    """Results by the question's id before translations and aspect, or by their own ids if those are not unique."""
+    """Results by aspect and the question's id before translations, or by their own ids when those repeat."""
     for field in ("question_id", "id"):
         found = {(result.get(field, result["id"]), result.get("aspect")): result for result in results}
         if len(found) == len(results):
@@ -54,7 +54,7 @@ def _by_question(results: list[Result], folder: Path) -> dict[tuple, Result]:
 
 
 def _check_judges(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, where: str) -> None:
-    """Raises UserError unless one judge, asked in one way, judged both (or none did)."""
+    """Raises UserError unless both were judged by one judge in one way, or both without a judge."""
     one, other = ours or {}, theirs or {}
     if one and other:
         both = one["prompts"].keys() & other["prompts"].keys()
@@ -70,7 +70,7 @@ def _check_same(ours: Result, theirs: Result) -> None:
     for field in REFERENCE:
         if ours.get(field) != theirs.get(field):
             found = " and ".join(json.dumps(side.get(field), ensure_ascii=False) for side in (ours, theirs))
-            raise UserError(f"row with id {ours['id']!r}: the {field} differs: {found[:300]}: not comparable")
+            raise UserError(f"question with id {ours['id']!r}: the {field} differs: {found[:300]}: not comparable")
 
 
 def _difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Means with 95 % bootstrap intervals in which whole videos are resampled: questions about one video go together.
+"""Means with 95 % bootstrap intervals, which resample whole videos together with all of their questions.
 
 scipy.stats.bootstrap computes one statistic from drawn values; here one matrix product gives those of all groups.
 """
@@ -26,15 +26,15 @@ def means(
 ) -> dict[str, dict[str, Interval]]:
     """Returns, by metric and by group of questions, {"mean", "low", "high", "questions", "videos"}.
 
-    videos: one a question. groups: the groups that a question counts in. values: by metric, one a question.
-    mean_of: groups whose means are averaged, each counting alike, to another entry `MEAN`. Percentile intervals; None
-    where a group has fewer than two videos. The order of the questions does not matter.
+    videos: the video of each question. groups: the groups in which each question counts. values: by metric, one for
+    each question. mean_of: groups whose means are averaged with equal weights into the entry `MEAN`. Intervals are
+    percentile intervals; "low" and "high" are None for fewer than two videos. The order of questions does not matter.
     """
     columns: dict[str, int] = {}
     for group in sorted({group for names in groups for group in names}):
         columns[group] = len(columns)
     names, cluster = np.unique(np.asarray(videos, dtype=str), return_inverse=True)
-    # A column of sums over each video's questions for the counts and for every metric, a row of each for every group.
+    # Sums over each video's questions, (1 + metrics, groups, videos); the first entry counts questions.
     sums = np.zeros((1 + len(values), len(columns), len(names)))
     question = np.repeat(np.arange(len(groups)), [len(members) for members in groups])
     column = np.array([columns[group] for members in groups for group in members], dtype=int)
@@ -60,7 +60,7 @@ def means(
 
 
 def _resampled(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """(columns, videos) -> (resamples, columns): the sums over as many videos, drawn with replacement."""
+    """(columns, videos) -> (resamples, columns): sums over equally many videos, drawn with replacement."""
     random, videos = np.random.default_rng(seed), sums.shape[1]
     drawn = []
     for start in range(0, resamples, rows := max(1, CHUNK // max(videos, 1))):

@@ -1,6 +1,7 @@
-"""What the judge is asked. The wording is this project's; what it asks for is what Video-ChatGPT's scripts ask for.
+"""The judge's prompts. They ask for the same things as Video-ChatGPT's scripts, in this project's words.
 
-Their example reply, {''score': 4.8}, is no Python and no integer, though both are demanded; ours is what is asked for.
+The scripts' example reply, {''score': 4.8}, is neither valid Python nor an integer, though they demand both; the
+example here is valid. Source: quantitative_evaluation/ in https://github.com/mbzuai-oryx/Video-ChatGPT.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ and the predicted answer, not the video. Decide {criterion}
 Rules:
 {rules}"""
 
-# By aspect: what is graded, the criterion, and the rules after which it is graded.
+# By aspect: its name, the criterion, and the rules of grading.
 _ASPECTS = {
     "correctness": (
         "factual accuracy",
@@ -111,7 +112,7 @@ _AGAIN = "\n\nReply number {attempt} to this could not be read. Reply with that 
 
 
 def templates(aspect: str) -> tuple[str, str]:
-    """The system and user message of an aspect ("qa" or one of VCGBench's), the latter with names in braces."""
+    """The system and user message of "qa" or an aspect of VCGBench; the user message has names in braces."""
     graded, criterion, rules = _ASPECTS[aspect]
     system = _SYSTEM.format(aspect=graded, criterion=criterion, rules="\n".join(f"- {rule}" for rule in rules))
     texts = _TWO if aspect == "consistency" else _PAIR
@@ -121,12 +122,12 @@ def templates(aspect: str) -> tuple[str, str]:
 
 
 def messages(aspect: str, texts: Mapping[str, str], attempt: int) -> list[dict[str, str]]:
-    """The messages of attempt 1, 2, …; each differs from those before, whose replies could not be read."""
+    """The messages of attempt 1, 2, …; each differs from the messages before, whose replies could not be read."""
     system, user = templates(aspect)
     content = user.format(**texts) + (_AGAIN.format(attempt=attempt - 1) if attempt > 1 else "")
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
 def prompt_hash(aspect: str) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of all that is asked for an aspect."""
+    """The first 12 hexadecimal digits of the SHA-256 of an aspect's prompts."""
     return hashlib.sha256(json.dumps([*templates(aspect), _AGAIN]).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The folder of redvillm_jax.judge: verdicts.jsonl and summary.json, always those of one command."""
+"""The output folder of redvillm_jax.judge: verdicts.jsonl and summary.json, always from one command."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def check_folder(out: Path) -> None:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder. Raises UserError if that is not possible."""
+    """Makes the folder. Raises UserError when that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,7 +35,7 @@ def make_folder(out: Path) -> None:
 
 
 def remove_others(out: Path, made_with: Mapping[str, Any]) -> None:
-    """Takes away what other answers, another model or other settings gave."""
+    """Removes verdicts and summary that came from other answers, another model or other settings."""
     if _summary(out).get("made_with") != made_with:
         for name in ("summary.json", "verdicts.jsonl"):
             (out / name).unlink(missing_ok=True)
@@ -44,10 +44,10 @@ def remove_others(out: Path, made_with: Mapping[str, Any]) -> None:
 def write_judged(
     out: Path, results: Sequence[Result], made_with: Mapping[str, Any], tokens: tuple[int, int]
 ) -> dict[str, Any]:
-    """Writes verdicts.jsonl, then summary.json, which tells the former's hash; returns the summary.
+    """Writes verdicts.jsonl, then summary.json with its hash. Returns the summary.
 
-    made_with: all that decides what the results are; its "judge" is None where none was asked. tokens: (in, out) of all
-    replies, cached ones too.
+    made_with: everything on which the results depend; its "judge" is None when no judge was asked. tokens: (in, out) of
+    all replies, also the cached ones.
     """
     lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
     models = Counter(result["model"] for result in results if result.get("model"))
@@ -65,9 +65,9 @@ def write_judged(
 
 
 def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
-    """Returns the judge of a folder, None if its answers needed none, and its results. Raises UserError.
+    """Returns the judge of a folder (None when its answers needed no judge) and the results. Raises UserError.
 
-    The judge is as in "made_with", and "reported" are the names that the endpoint gave it.
+    The judge is the one in "made_with", with the names that the endpoint reported as "reported".
     """
     if not all((out / name).is_file() for name in ("verdicts.jsonl", "summary.json")):
         raise UserError(f"{out}: expected a folder with verdicts.jsonl and summary.json of redvillm_jax.judge")
@@ -88,7 +88,7 @@ def read_judged(out: Path) -> tuple[dict[str, Any] | None, list[Result]]:
 
 
 def _is_result(found: Any) -> bool:
-    """Whether this may be one of `scoring.score`'s, as far as means and comparisons look at it."""
+    """Whether an object has the fields of a result that means and comparisons use."""
     if not isinstance(found, dict) or not isinstance(found.get("values"), dict):
         return False
     if not all(isinstance(found.get(name), str) for name in ("id", "video", "language", "benchmark", "status")):
@@ -99,7 +99,7 @@ def _is_result(found: Any) -> bool:
 
 
 def _verdicts(out: Path) -> list[dict[str, Any]]:
-    """The lines of verdicts.jsonl, {} for what is none of this project's."""
+    """The lines of verdicts.jsonl, with {} for a line that is no object and [{}] for an unreadable file."""
     try:
         lines = [json.loads(line) for line in (out / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError):

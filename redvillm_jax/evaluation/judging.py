@@ -1,4 +1,4 @@
-"""From rows with predictions to what a judge is asked, and from its replies to verdicts."""
+"""Makes tasks for a judge from answers, and verdicts from its replies."""
 
 import math
 import re
@@ -10,23 +10,23 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.text.chat_client import Failure, Reply, ReplyCache, Request, Statistics
 from data_pipeline.text.suspicions import chinese_characters
 from redvillm_jax.evaluation.judge_prompts import messages, prompt_hash
-from redvillm_jax.evaluation.scoring import Result, Row, protocol
+from redvillm_jax.evaluation.scoring import Answer, Result, protocol
 from redvillm_jax.evaluation.verdicts import Verdict, read_verdict
 
-GENERIC = ("correctness", "detail", "context")  # what VCGBench's generic predictions are judged for
+GENERIC = ("correctness", "detail", "context")  # the aspects of VCGBench's generic answers
 REPLY_TOKENS = 12  # {'pred': 'yes', 'score': 4}
 RULE = f"a token: 4 letters or 1 Chinese character; {REPLY_TOKENS} a reply"
 
 
-class Question(NamedTuple):
-    """What a judge is asked, once for all rows with the same texts; texts: (name, text) as the prompt has them."""
+class JudgeTask(NamedTuple):
+    """A task for a judge, shared by all answers with the same texts. texts: (name in the prompt, text)."""
 
     aspect: str
     texts: tuple[tuple[str, str], ...]
 
 
 class Judged(NamedTuple):
-    """What came of a question: a verdict or the reason why there is none, "unparsed" or "failed"."""
+    """The outcome of a task: a verdict, or the reason why there is none ("unparsed" or "failed")."""
 
     status: str
     verdict: Verdict | None = None
@@ -37,77 +37,79 @@ class Judged(NamedTuple):
     tokens: tuple[int, int] = (0, 0)  # (in, out) of all replies so far
 
 
-def questions(rows: Sequence[Row], results: Sequence[Result]) -> list[tuple[Result, Question | None]]:
-    """Returns the results with what a judge is asked for each, None where nothing.
+def judge_tasks(answers: Sequence[Answer], results: Sequence[Result]) -> list[tuple[Result, JudgeTask | None]]:
+    """Returns (result, task) pairs; a result that needs no judge has the task None.
 
-    rows, results: as `scoring.score` takes and gives them. A generic row of VCGBench becomes a result for each aspect,
-    a pair of consistency one, whose id is the group's. Raises UserError for rows that are none of VCGBench's.
+    answers, results: arguments and results of `scoring.score`. A generic answer of VCGBench becomes a result for each
+    aspect; a consistency pair becomes one result, whose id is the group's. Raises UserError for a kind that VCGBench
+    does not have.
     """
-    asked: list[tuple[Result, Question | None]] = []
-    pairs: dict[str, list[tuple[Row, Result]]] = defaultdict(list)
-    for row, scored in zip(rows, results, strict=True):
-        form, result = protocol(row), {**scored, **_shown(row)}
+    asked: list[tuple[Result, JudgeTask | None]] = []
+    pairs: dict[str, list[tuple[Answer, Result]]] = defaultdict(list)
+    for answer, scored in zip(answers, results, strict=True):
+        form, result = protocol(answer), {**scored, **_shown(answer)}
         if form not in ("qa", "vcgbench"):
             asked.append((result, None))
         elif form == "qa":
-            asked.append(_ask(row, result, "qa"))
-        elif row.get("kind") == "consistency":
-            pairs[row["group"]].append((row, result))
+            asked.append(_ask(answer, result, "qa"))
+        elif answer.get("kind") == "consistency":
+            pairs[answer["group"]].append((answer, result))
         else:
-            if row.get("kind") not in ("generic", "temporal"):
-                raise UserError(f"row with id {row['id']!r}: kind {row.get('kind')!r} is none of VCGBench's")
-            aspects = GENERIC if row["kind"] == "generic" else ("temporal",)
-            asked += [_ask(row, result, aspect) for aspect in aspects]
+            if answer.get("kind") not in ("generic", "temporal"):
+                raise UserError(f"answer with id {answer['id']!r}: kind {answer.get('kind')!r} is none of VCGBench's")
+            aspects = GENERIC if answer["kind"] == "generic" else ("temporal",)
+            asked += [_ask(answer, result, aspect) for aspect in aspects]
     for group, pair in pairs.items():
         asked.append(_ask_pair(group, pair))
     return asked
 
 
 def ask_judge(
-    asked: Iterable[Question],
+    asked: Iterable[JudgeTask],
     sampling: Mapping[str, Any],
     attempts: int,
-    ask: Callable[[list[Question], Callable[[Question], Request], Statistics], tuple[dict, Statistics]],
-) -> tuple[dict[Question, Judged], Statistics]:
-    """Asks each question until its reply can be read, at most `attempts` times, in rounds.
+    ask: Callable[[list[JudgeTask], Callable[[JudgeTask], Request], Statistics], tuple[dict, Statistics]],
+) -> tuple[dict[JudgeTask, Judged], Statistics]:
+    """Asks each task until its reply can be read, at most `attempts` times, in rounds.
 
-    Every attempt is a request of its own, so that a cache has the useless replies as well and a second run sends
-    nothing. sampling: what else is in a request. ask: `ask_all` but for its options; it gets what was spent before.
+    Every attempt is a different request, so that the cache also keeps unreadable replies and a second run sends
+    nothing. sampling: the other fields of a request. ask: `ask_all` with its options; its last argument is the
+    statistics of the rounds before.
     """
-    judged: dict[Question, Judged] = {}
+    judged: dict[JudgeTask, Judged] = {}
     spent = Statistics()
     left = list(dict.fromkeys(asked))
     for attempt in range(1, attempts + 1):
         if not left:
             break
-        replies, statistics = ask(left, lambda question, n=attempt: request(question, n, sampling), spent)
+        replies, statistics = ask(left, lambda task, n=attempt: request(task, n, sampling), spent)
         spent.add(statistics)
-        for question in left:
-            before = judged[question].tokens if attempt > 1 else (0, 0)
-            judged[question] = _judged(question, replies.get(question), attempt, before, spent.stopped)
-        left = [question for question in left if judged[question].status == "unparsed"]
+        for task in left:
+            before = judged[task].tokens if attempt > 1 else (0, 0)
+            judged[task] = _judged(task, replies.get(task), attempt, before, spent.stopped)
+        left = [task for task in left if judged[task].status == "unparsed"]
         if spent.stopped:
             break
     return judged, spent
 
 
-def unsent(asked: Iterable[Question], sampling: Mapping[str, Any], attempts: int, cache: ReplyCache) -> list[Request]:
-    """The requests that have to be sent at least; more if replies to them cannot be read."""
+def unsent(asked: Iterable[JudgeTask], sampling: Mapping[str, Any], attempts: int, cache: ReplyCache) -> list[Request]:
+    """The requests that must be sent at least. Unreadable replies lead to more."""
     missing = []
-    for question in dict.fromkeys(asked):
+    for task in dict.fromkeys(asked):
         for attempt in range(1, attempts + 1):
-            one = request(question, attempt, sampling)
+            one = request(task, attempt, sampling)
             if (reply := cache.get(one)) is None:
                 missing.append(one)
                 break
-            if isinstance(read_verdict(reply.text, yes_no=question.aspect == "qa"), Verdict):
+            if isinstance(read_verdict(reply.text, yes_no=task.aspect == "qa"), Verdict):
                 break
     return missing
 
 
-def request(question: Question, attempt: int, sampling: Mapping[str, Any]) -> Request:
-    """The request of an attempt, from 1."""
-    return {"messages": messages(question.aspect, dict(question.texts), attempt), **sampling}
+def request(task: JudgeTask, attempt: int, sampling: Mapping[str, Any]) -> Request:
+    """The request of an attempt, counted from 1."""
+    return {"messages": messages(task.aspect, dict(task.texts), attempt), **sampling}
 
 
 def estimate(requests: Iterable[Request]) -> tuple[int, int]:
@@ -120,8 +122,8 @@ def estimate(requests: Iterable[Request]) -> tuple[int, int]:
     return math.ceil(tokens_in), REPLY_TOKENS * count
 
 
-def with_verdict(result: Result, question: Question, judged: Judged, *, truncate: bool) -> Result:
-    """The result with what the judge said; truncate: 4.8 counts 4, as in the published scripts."""
+def with_verdict(result: Result, task: JudgeTask, judged: Judged, *, truncate: bool) -> Result:
+    """The result with the judge's verdict. truncate: 4.8 counts 4, as in the published scripts."""
     found: Result = {"status": judged.status, "values": {}}
     if judged.verdict is None:
         found["reason"] = judged.reason
@@ -131,27 +133,27 @@ def with_verdict(result: Result, question: Question, judged: Judged, *, truncate
         found["values"]["score"] = float(int(judged.verdict.score)) if truncate else judged.verdict.score
     found["values"] |= result["values"]
     said = {"reply": judged.reply, "model": judged.model, "attempts": judged.attempts}
-    return {**result, **found, **dict(question.texts), **said, "prompt": prompt_hash(question.aspect)}
+    return {**result, **found, **dict(task.texts), **said, "prompt": prompt_hash(task.aspect)}
 
 
 def _judged(
-    question: Question, reply: Reply | Failure | None, attempt: int, before: tuple[int, int], stopped: str | None
+    task: JudgeTask, reply: Reply | Failure | None, attempt: int, before: tuple[int, int], stopped: str | None
 ) -> Judged:
     if not isinstance(reply, Reply):
         return Judged("failed", reason=reply.reason if reply else f"not sent: {stopped}", tokens=before)
     tokens = (before[0] + reply.prompt_tokens, before[1] + reply.completion_tokens)
     said = {"reply": reply.text, "model": reply.model, "attempts": attempt, "tokens": tokens}
-    verdict = read_verdict(reply.text, yes_no=question.aspect == "qa")
+    verdict = read_verdict(reply.text, yes_no=task.aspect == "qa")
     if isinstance(verdict, Verdict):
         return Judged("scored", verdict, **said)
     return Judged("unparsed", reason=f"{verdict}: {' '.join(reply.text.split())[:100]}", **said)
 
 
-def _shown(row: Row) -> Result:
-    """A row's texts; "question_id" is that of the question before translations, where there were some."""
-    shown = {field: row[field] for field in ("question", "answer", "prediction")}
-    if any(field.startswith("source_") for field in row):
-        shown["question_id"] = _before_translations(row["id"])
+def _shown(answer: Answer) -> Result:
+    """An answer's texts, and after translations the original question's id as "question_id"."""
+    shown = {field: answer[field] for field in ("question", "answer", "prediction")}
+    if any(field.startswith("source_") for field in answer):
+        shown["question_id"] = _before_translations(answer["id"])
     return shown
 
 
@@ -159,17 +161,17 @@ def _before_translations(id: str) -> str:
     return re.sub(r"(?:-(?:en|zh))+$", "", id)
 
 
-def _ask(row: Row, result: Result, aspect: str) -> tuple[Result, Question | None]:
+def _ask(answer: Answer, result: Result, aspect: str) -> tuple[Result, JudgeTask | None]:
     if aspect != "qa":
         result = {**result, "aspect": aspect}
-    if row["prediction"] is None:
+    if answer["prediction"] is None:
         return result, None
-    texts = {field: row[field] for field in ("question", "answer", "prediction")}
-    return result, Question(aspect, tuple(texts.items()))
+    texts = {field: answer[field] for field in ("question", "answer", "prediction")}
+    return result, JudgeTask(aspect, tuple(texts.items()))
 
 
-def _ask_pair(group: str, pair: Sequence[tuple[Row, Result]]) -> tuple[Result, Question | None]:
-    (row, result), *others = pair
+def _ask_pair(group: str, pair: Sequence[tuple[Answer, Result]]) -> tuple[Result, JudgeTask | None]:
+    (answer, result), *others = pair
     question_id = _before_translations(group) if "question_id" in result else group
     result = {**result, "id": group, "question_id": question_id, "aspect": "consistency"}
     unanswered = next((one for _, one in pair if one["status"] == "unanswered"), None)
@@ -179,8 +181,10 @@ def _ask_pair(group: str, pair: Sequence[tuple[Row, Result]]) -> tuple[Result, Q
         reason = f"a pair has two questions, this one has {len(pair)}"
         return {**result, "status": "incomplete", "reason": reason}, None
     other = others[0][0]
-    if (row["language"], row["answer"]) != (other["language"], other["answer"]):
-        raise UserError(f"rows with ids {row['id']!r} and {other['id']!r}: a pair has one answer, in one language")
-    texts = {"question": row["question"], "question_2": other["question"], "answer": row["answer"]}
-    texts |= {"prediction": row["prediction"], "prediction_2": other["prediction"]}
-    return result, Question("consistency", tuple(texts.items()))
+    if (answer["language"], answer["answer"]) != (other["language"], other["answer"]):
+        raise UserError(
+            f"answers with ids {answer['id']!r} and {other['id']!r}: a pair has one answer, in one language"
+        )
+    texts = {"question": answer["question"], "question_2": other["question"], "answer": answer["answer"]}
+    texts |= {"prediction": answer["prediction"], "prediction_2": other["prediction"]}
+    return result, JudgeTask("consistency", tuple(texts.items()))

@@ -1,7 +1,8 @@
-"""Published numbers of the sets that a judge grades, as data: each with where it is from and who judged it.
+"""Published numbers of the sets that a judge grades, each with its source and its judge.
 
-Judge versions move accuracy by 8 to 10 points on the same predictions, so that none of these may be put beside another
-judge's without saying so. Accuracy is in per cent.
+Judge versions move accuracy by 8 to 10 points on the same predictions
+(https://github.com/mbzuai-oryx/Video-ChatGPT/issues/28), so a table that has numbers of two judges must say so.
+Accuracy is in per cent.
 """
 
 from typing import NamedTuple
@@ -13,10 +14,10 @@ QA = ("msvd_qa", "msrvtt_qa", "tgif_frameqa", "activitynet_qa")
 
 
 class Published(NamedTuple):
-    """A system's numbers. judge: None where it is not stated; inferred: by others, from when it was.
+    """A system's numbers. judge: None when it is not stated. inferred: whether others concluded it from the date.
 
-    qa: (accuracy, score) for each set of `QA`, None where there is none. vcgbench: by aspect, as
-    `scoring.ASPECTS` are, and their mean if that is published, too.
+    qa: (accuracy, score) for each set of `QA`, None for a missing set. vcgbench: by aspect in the order of
+    `scoring.ASPECTS`, and their mean if it is published.
     """
 
     system: str
@@ -120,7 +121,7 @@ PUBLISHED = (
 )
 
 
-def published_rows(benchmark: str) -> list[tuple[Published, tuple[float | None, ...]]]:
+def published_systems(benchmark: str) -> list[tuple[Published, tuple[float | None, ...]]]:
     """The systems with numbers on a set: (accuracy, score), or VCGBench's five aspects and their mean."""
     if benchmark == "vcgbench":
         found = [(one, one.vcgbench[:5], one.vcgbench[5:]) for one in PUBLISHED if one.vcgbench]
@@ -131,7 +132,7 @@ def published_rows(benchmark: str) -> list[tuple[Published, tuple[float | None, 
 
 
 def mark(published: Published, judge: str) -> str:
-    """What stands on each published row: whether it may be compared with what `judge` said, and why not."""
+    """A remark on a published line: whether it compares with numbers of `judge`, and the reason when it does not."""
     if published.judge is None:
         return "not comparable: judge not stated"
     if published.judge != judge:

@@ -1,14 +1,14 @@
-"""What an answer file says without a judge: a result for every question, and means with intervals over them.
+"""Scores answers by rule, one result for each, and averages results with intervals.
 
-A result is {"id", "video", "language", "benchmark", "status", "values": {metric: number}}, and "kind", "group",
-"reason", "chosen" where there are such. Statuses:
+A result is {"id", "video", "language", "benchmark", "status", "values": {metric: number}}, with the optional fields
+"kind", "group", "reason" and "chosen". Statuses:
 
-    "scored"        "values" are right or wrong, or what a judge gave
+    "scored"        "values" are right or wrong, or a judge's numbers
     "no_choice"     the prediction names no option, or several: wrong, and counted
-    "unanswered"    the model was not asked: left out
-    "incomplete"    others of its group are missing or unanswered: left out
-    "not_judged"    needs a judge, or more than the row has: left out
-    "unparsed", "failed"   the judge's reply was of no use, or there was none: left out
+    "unanswered"    there is no prediction: left out
+    "incomplete"    another answer of its group is missing or has no prediction: left out
+    "not_judged"    the answer needs a judge, or a field that it does not have: left out
+    "unparsed", "failed"   the judge's reply was unusable, or there was none: left out
 """
 
 from collections import Counter, defaultdict
@@ -20,56 +20,63 @@ from redvillm_jax.evaluation.choices import chosen, option, yes_or_no
 from redvillm_jax.evaluation.intervals import Interval, means
 from redvillm_jax.evaluation.short_answers import exact_match, token_f1
 
-OWN = "own questions"  # the "benchmark" of rows without one
+OWN = "own questions"  # the "benchmark" of answers without that field
 ASPECTS = ("correctness", "detail", "context", "temporal", "consistency")
 CAPTION = "TempCompass asks the judge a question about the caption that the row does not have"
 
-Row = Mapping[str, Any]
+Answer = Mapping[str, Any]  # a line of answers.jsonl
 Result = dict[str, Any]
 
 
-def score(rows: Iterable[Row]) -> list[Result]:
-    """Scores every row of an answer file by rule, in its order.
+def score(answers: Iterable[Answer]) -> list[Result]:
+    """Scores every answer by rule, in the order given.
 
     "values" are {"accuracy": 0 or 1} for choices and yes/no, and {"exact_match", "f1"} for short answers. Raises
-    UserError naming a row whose answer is none of its choices.
+    UserError naming an instruction whose reference answer is none of its choices.
     """
-    rows = list(rows)
-    sizes = Counter((_benchmark(row), row["group"]) for row in rows if "group" in row)
+    answers = list(answers)
+    sizes = Counter((_benchmark(answer), answer["group"]) for answer in answers if "group" in answer)
     whole = {name: max(size for (of, _), size in sizes.items() if of == name) for name, _ in sizes}
     answered = Counter(
-        (_benchmark(row), row["group"]) for row in rows if "group" in row and row["prediction"] is not None
+        (_benchmark(answer), answer["group"])
+        for answer in answers
+        if "group" in answer and answer["prediction"] is not None
     )
     results = []
-    for row in rows:
-        result = {"id": row["id"], "video": row["video"], "language": row["language"], "benchmark": _benchmark(row)}
-        result |= {field: row[field] for field in ("kind", "group") if field in row}
-        group = (result["benchmark"], row.get("group"))
-        if row["prediction"] is None:
-            found = {"status": "unanswered", "reason": row.get("error", "without prediction"), "values": {}}
-        elif "group" in row and answered[group] < whole[group[0]]:
+    for answer in answers:
+        result = {
+            "id": answer["id"],
+            "video": answer["video"],
+            "language": answer["language"],
+            "benchmark": _benchmark(answer),
+        }
+        result |= {field: answer[field] for field in ("kind", "group") if field in answer}
+        group = (result["benchmark"], answer.get("group"))
+        if answer["prediction"] is None:
+            found = {"status": "unanswered", "reason": answer.get("error", "without prediction"), "values": {}}
+        elif "group" in answer and answered[group] < whole[group[0]]:
             missing = f"{answered[group]} of the {whole[group[0]]} questions of its group are answered"
             found = {"status": "incomplete", "reason": missing, "values": {}}
         else:
-            found = SCORERS[protocol(row)](row)
+            found = SCORERS[protocol(answer)](answer)
         results.append(result | found)
     return results
 
 
-def protocol(row: Row) -> str:
-    """How a row is scored: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
-    if row.get("choices"):
+def protocol(answer: Answer) -> str:
+    """The protocol that scores an answer: "choice", "yes_no", "caption", "vcgbench" or "qa"."""
+    if answer.get("choices"):
         return "choice"
-    if row.get("benchmark") == "tempcompass":
-        return "caption" if row.get("kind", "").startswith("captioning") else "yes_no"
-    return "vcgbench" if row.get("benchmark") == "vcgbench" else "qa"
+    if answer.get("benchmark") == "tempcompass":
+        return "caption" if answer.get("kind", "").startswith("captioning") else "yes_no"
+    return "vcgbench" if answer.get("benchmark") == "vcgbench" else "qa"
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
     """Returns {benchmark: {"questions", "videos", "statuses", "metrics": {metric: {group: interval}}}}.
 
-    Groups are "all", "kind:…" for every level of a kind, and "language:…" where there are several. VCGBench has
-    "aspect:…" and their "mean", MVBench the "mean" of its tasks. VNBench's questions are its groups of four.
+    Groups are "all", "kind:…" for every level of a kind, and "language:…" when there are several languages. VCGBench
+    has "aspect:…" and their "mean", MVBench the "mean" of its tasks. A question of VNBench is a group of four tries.
     """
     summary = {}
     for name in sorted({result["benchmark"] for result in results}):
@@ -84,7 +91,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def observations(results: Sequence[Result]) -> dict[tuple, dict[str, Any]]:
-    """What is averaged, of one benchmark: {key: {"video", "groups", "values"}}, VNBench's tries as one."""
+    """The averaged units of one benchmark: {key: {"video", "groups", "values"}}, with VNBench's tries as one."""
     languages = {result["language"] for result in results}
     found: dict[tuple, list[Result]] = defaultdict(list)
     for result in results:
@@ -94,7 +101,7 @@ def observations(results: Sequence[Result]) -> dict[tuple, dict[str, Any]]:
 
 
 def estimates(benchmark: str, observed: Mapping[tuple, Mapping[str, Any]]) -> dict[str, dict[str, Interval]]:
-    """Means with intervals by metric and group; a metric's are over those that have it."""
+    """Means with intervals by metric and group. A metric's mean is over the units that have the metric."""
     result = {}
     for metric in dict.fromkeys(metric for one in observed.values() for metric in one["values"]):
         own = [one for one in observed.values() if metric in one["values"]]
@@ -126,25 +133,27 @@ def _observation(several: Sequence[Result], languages: set[str]) -> dict[str, An
 
 
 def _levels(result: Result) -> list[str]:
-    """A kind's levels; only these sets have some: "yes/no" is one of ActivityNet-QA's kinds."""
+    """The levels of a kind. Only two sets have levels; "yes/no" is a single kind of ActivityNet-QA."""
     if "kind" not in result:
         return []
     return result["kind"].split("/") if result["benchmark"] in ("videomme", "tempcompass") else [result["kind"]]
 
 
-def _choice(row: Row) -> Result:
+def _choice(answer: Answer) -> Result:
     right = [
-        o.label for o, choice in ((option(c), c) for c in row["choices"]) if row["answer"] in (o.label, o.text, choice)
+        o.label
+        for o, choice in ((option(c), c) for c in answer["choices"])
+        if answer["answer"] in (o.label, o.text, choice)
     ]
     if not right:
-        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is none of its choices")
-    return _wrong_or_right(chosen(row["prediction"], row["choices"]), right[0])
+        raise UserError(f"answer with id {answer['id']!r}: the reference {answer['answer']!r} is none of the choices")
+    return _wrong_or_right(chosen(answer["prediction"], answer["choices"]), right[0])
 
 
-def _yes_no(row: Row) -> Result:
-    if (right := yes_or_no(row["answer"])) is None:
-        raise UserError(f"row with id {row['id']!r}: its answer {row['answer']!r} is neither yes nor no")
-    return _wrong_or_right(yes_or_no(row["prediction"]), right)
+def _yes_no(answer: Answer) -> Result:
+    if (right := yes_or_no(answer["answer"])) is None:
+        raise UserError(f"answer with id {answer['id']!r}: the reference {answer['answer']!r} is neither yes nor no")
+    return _wrong_or_right(yes_or_no(answer["prediction"]), right)
 
 
 def _wrong_or_right(label: str | None, right: str) -> Result:
@@ -152,8 +161,8 @@ def _wrong_or_right(label: str | None, right: str) -> Result:
     return {"status": status, "chosen": label, "values": {"accuracy": float(label == right)}}
 
 
-def _short_answer(row: Row) -> Result:
-    pair = (row["prediction"], row["answer"])
+def _short_answer(answer: Answer) -> Result:
+    pair = (answer["prediction"], answer["answer"])
     return {"status": "scored", "values": {"exact_match": exact_match(*pair), "f1": token_f1(*pair)}}
 
 
@@ -161,10 +170,10 @@ SCORERS = {
     "choice": _choice,
     "yes_no": _yes_no,
     "qa": _short_answer,
-    "caption": lambda row: {"status": "not_judged", "reason": CAPTION, "values": {}},
-    "vcgbench": lambda row: {"status": "not_judged", "reason": "needs a judge", "values": {}},
+    "caption": lambda answer: {"status": "not_judged", "reason": CAPTION, "values": {}},
+    "vcgbench": lambda answer: {"status": "not_judged", "reason": "needs a judge", "values": {}},
 }
 
 
-def _benchmark(row: Row) -> str:
-    return row.get("benchmark", OWN)
+def _benchmark(answer: Answer) -> str:
+    return answer.get("benchmark", OWN)

@@ -15,18 +15,18 @@ def words(text: str) -> list[str]:
 
 
 def tokens(text: str) -> list[str]:
-    """The words without English articles; a text of nothing else is one token as it is."""
+    """The words without English articles. A text without other words is one token."""
     kept = [word for word in words(text) if word not in ARTICLES]
     return kept or [text.strip().lower()] * bool(text.strip())
 
 
 def exact_match(prediction: str, answer: str) -> float:
-    """1 if the tokens are the same in the same order, else 0."""
+    """1 when the tokens are the same in the same order, else 0."""
     return float(tokens(prediction) == tokens(answer))
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of the shares of common tokens in both, a token counted as often as it stands in both."""
+    """Harmonic mean of the shares of common tokens, with repetitions, in both texts."""
     ours, theirs = Counter(tokens(prediction)), Counter(tokens(answer))
     common = (ours & theirs).total()
     return 2 * common / (ours.total() + theirs.total()) if common else 0.0

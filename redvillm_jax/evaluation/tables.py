@@ -1,11 +1,11 @@
-"""Summaries and comparisons of judged answers as text."""
+"""Prints summaries and comparisons of judged answers as tables."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.common.tables import text_table
 from redvillm_jax.evaluation.intervals import MEAN, Interval
-from redvillm_jax.evaluation.published import mark, published_rows
+from redvillm_jax.evaluation.published import mark, published_systems
 from redvillm_jax.evaluation.scoring import ASPECTS
 
 BY_RULE = ("exact_match", "f1")
@@ -21,7 +21,7 @@ STATUSES = {
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """The summary of `redvillm_jax.judge`: every set's metrics, and the published numbers beside a judge's."""
+    """The summary of `redvillm_jax.judge` as text: the metrics of every set, and published numbers beside a judge's."""
     lines = []
     for name, found in summary["benchmarks"].items():
         lines.append(f"{name}: {found['questions']} questions about {found['videos']} videos")
@@ -41,7 +41,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_table(first: str, second: str, compared: Mapping[str, Any]) -> str:
-    """What `comparison.compare` found."""
+    """The result of `comparison.compare` as text."""
     lines = []
     for name, found in compared.items():
         only = f"{found['only_first']} only in {first}, {found['only_second']} only in {second}"
@@ -54,13 +54,13 @@ def comparison_table(first: str, second: str, compared: Mapping[str, Any]) -> st
 
 
 def blocks(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metrics in two: those of choices or a judge, and exact match and F1, which are over other questions."""
+    """Splits metrics into (choices and judge, exact match and F1), because the two cover different questions."""
     by_rule = {metric: means for metric, means in metrics.items() if metric in BY_RULE}
     return {metric: means for metric, means in metrics.items() if metric not in BY_RULE}, by_rule
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, Interval]], *, signed: bool = False) -> list[str]:
-    """A line for each group: its means with intervals (rates in per cent), how many they are over, and their videos."""
+    """A line for each group: means with intervals (rates in per cent), number of questions, number of videos."""
     groups = list(dict.fromkeys(group for means in metrics.values() for group in means))
     first = [*("all", MEAN), *(f"aspect:{aspect}" for aspect in ASPECTS)]
     groups.sort(key=lambda group: (group not in first, first.index(group) if group in first else 0, group))
@@ -88,7 +88,7 @@ def _cell(metric: str, one: Interval | None, signed: bool) -> str:
 
 
 def _judge(judge: Mapping[str, Any], replies: Mapping[str, Any], benchmark: str) -> str:
-    """Who judged, as named and as the endpoint says, and how."""
+    """The judge by its given name and by the endpoint's, and its settings."""
     own = [aspect for aspect in judge["prompts"] if (aspect in ASPECTS) == (benchmark == "vcgbench")]
     prompts = ", ".join(f"{aspect} {judge['prompts'][aspect]}" for aspect in own)
     temperature = "the endpoint's" if judge["temperature"] is None else f"{judge['temperature']:g}"
@@ -98,12 +98,12 @@ def _judge(judge: Mapping[str, Any], replies: Mapping[str, Any], benchmark: str)
 
 
 def _published_table(name: str, judge: str) -> list[str]:
-    if not (rows := published_rows(name)):
+    if not (systems := published_systems(name)):
         return []
     titles = (*ASPECTS, "mean") if name == "vcgbench" else ("accuracy %", "score")
     precision = 2 if name == "vcgbench" else 1
     columns = ["  <32", *[">12"] * len(titles), "  <0"]
-    cells = [["–" if value is None else f"{value:.{precision}f}" for value in values] for _, values in rows]
-    ends = [f"{mark(one, judge)} [{one.source}]" for one, _ in rows]
-    lines = [[one.system, *shown, end] for (one, _), shown, end in zip(rows, cells, ends, strict=True)]
+    cells = [["–" if value is None else f"{value:.{precision}f}" for value in values] for _, values in systems]
+    ends = [f"{mark(one, judge)} [{one.source}]" for one, _ in systems]
+    lines = [[one.system, *shown, end] for (one, _), shown, end in zip(systems, cells, ends, strict=True)]
     return text_table(["published", *titles], lines, columns)

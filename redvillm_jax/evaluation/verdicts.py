@@ -1,4 +1,4 @@
-"""A judge's reply read as a verdict: tolerant of form, but what it does not say clearly is never guessed."""
+"""Reads a judge's reply as a verdict. Many forms are accepted, but an unclear reply is never guessed."""
 
 import ast
 import json
@@ -14,17 +14,17 @@ _PRED = re.compile(_FIELD.format(name="pred(?:iction)?") + r"['\"‘’“”]*(
 
 
 class Verdict(NamedTuple):
-    """A score from 0 to 5, fractions as given; `correct` is None where only a score was asked for."""
+    """A score from 0 to 5, with its fraction. correct: None when the prompt asked only for a score."""
 
     score: float
     correct: bool | None
 
 
 def read_verdict(reply: str, *, yes_no: bool) -> Verdict | str:
-    """Returns the verdict of a reply, or one line that says why it has none.
+    """Returns the verdict of a reply, or one line with the reason why it has none.
 
     A reply may be a Python or JSON dictionary, or nearly one ({''score': 4.8}), with text or a code fence around it, or
-    lines such as "Score: 4". yes_no: "pred" is asked for, too, which is yes or no and nothing else.
+    lines such as "Score: 4". yes_no: the prompt also asked for "pred", which must be yes or no and nothing else.
     """
     text = reply.rpartition("</think>")[2].replace("*", "")
     if "<think>" in text:
@@ -58,9 +58,9 @@ def _verdict(fields: dict[str, Any], yes_no: bool) -> Verdict | str:
 
 
 def _fields(dictionary: str) -> dict[str, Any] | None:
-    """The fields of a dictionary as text; of one that is nearly one, those that can be made out.
+    """The fields of a dictionary given as text, also of a malformed one as far as they can be read.
 
-    Of a field that stands in it twice all values, where a parser would take the last.
+    A field that occurs twice has the list of its values, where a parser would take the last.
     """
     lines = _lines(dictionary)
     if any(isinstance(value, list) for value in lines.values()):
@@ -76,6 +76,6 @@ def _fields(dictionary: str) -> dict[str, Any] | None:
 
 
 def _lines(text: str) -> dict[str, Any]:
-    """ "Score: 4" and "pred: yes" anywhere in a text; a list of values where it says different ones."""
+    """The values of "Score: 4" and "pred: yes" anywhere in a text, as a list when they differ."""
     said = {"score": set(_SCORE.findall(text)), "pred": {value.lower() for value in _PRED.findall(text)}}
     return {name: min(values) if len(values) == 1 else sorted(values) for name, values in said.items() if values}

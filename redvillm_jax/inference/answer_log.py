@@ -1,4 +1,4 @@
-"""answers.jsonl: written by several processes as answers come, continued after a kill, in the questions' order."""
+"""Writes answers.jsonl: several processes append answers as they come, and a killed run continues."""
 
 import glob
 import hashlib
@@ -14,14 +14,14 @@ from data_pipeline.common.files import as_path, make_folder, write_text
 from redvillm_jax.runtime.distributed import is_first, wait_for_all
 from redvillm_jax.runtime.jsonl import LineFile, LineObject, as_text, open_lines
 
-Answer = dict[str, Any]
+Answer = dict[str, Any]  # a line of answers.jsonl: an instruction with "prediction" and its settings
 
 
 class AnswerLog:
-    """The unfinished answers of a file: each process appends its own to FILE.part0, FILE.part1, …
+    """The unfinished answers of a file. Each process appends its own answers to FILE.part0, FILE.part1, …
 
-    `done`: answers by number of the question, `known` ones and those of all parts that are there, of whatever number of
-    processes. Raises UserError when they were made with other settings than `made_with`.
+    done: answers by number of the question, from `known` and from all existing parts, of any number of processes.
+    Raises UserError when a part was made with other settings than `made_with`.
     """
 
     def __init__(self, path: str | Path, made_with: Mapping[str, Any], known: Mapping[int, Answer]):
@@ -39,14 +39,14 @@ class AnswerLog:
         self.file: LineFile | LineObject = open_lines(own, [{"made_with": made_with}, *kept])
 
     def write(self, answers: Mapping[int, Answer]) -> None:
-        """Keeps answers by number of the question."""
+        """Writes answers, given by number of the question, to this process's part."""
         self.file.write(*as_lines(answers))
 
     def finish(self, count: int) -> list[Answer]:
-        """Puts all `count` answers into the file; every process must come here.
+        """Writes all `count` answers to the file in the questions' order, and returns them. Every process must call it.
 
-        Returns them, and `sha256` is then the file's hash; `forget` the parts when nothing is left to do with them.
-        Raises UserError when some are missing: not every process has written into the same folder.
+        `sha256` is then the file's hash. Call `forget` to remove the parts. Raises UserError when answers are missing
+        because not every process has written into the same folder.
         """
         self.file.close()
         wait_for_all("answers are written")
@@ -65,36 +65,36 @@ class AnswerLog:
         return answers
 
     def forget(self) -> None:
-        """Removes the parts; for one process, when all have finished."""
+        """Removes the parts. One process calls it when all have finished."""
         for part in parts_of(self.path):
             part.unlink()
 
 
-BEGIN = '{"made_with"'  # of each part
+BEGIN = '{"made_with"'  # the beginning of each part
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The parts of a file that are there."""
+    """The existing parts of a file."""
     found = path.parent.glob(f"{glob.escape(path.name)}.part*")
     return sorted(part for part in found if part.name.removeprefix(f"{path.name}.part").isdecimal())
 
 
 def check_own(path: Path, finished: bool) -> None:
-    """Raises UserError for a file that no run of this command has written: it is neither `finished` nor begun."""
+    """Raises UserError for a file that is neither `finished` nor begun by a run of this command."""
     if path.exists() and not finished and not any(map(read_part, parts_of(path))):
         raise UserError(f"{path}: was not written by this command; choose another name, or move it away")
 
 
 def read_made(path: Path, form: Form) -> dict[str, Any] | None:
-    """What a report of this command says, None if there is none. Raises UserError for a file that is something else."""
+    """This command's report at `path`, None without a file. Raises UserError for a file that is something else."""
     return read_object(path, form) if path.exists() else None
 
 
 def read_part(part: Path) -> list[dict[str, Any]]:
-    """A part's first line, which says what its answers are made with, and those of its answers."""
+    """The lines of a part: first {"made_with"}, the settings of its answers, then the answers."""
     lines = read_lines(part, NUMBERED_ANSWER, first=ANSWERS_BEGUN, growing=True)
     if not lines and not part.read_text(errors="replace").startswith(BEGIN[: part.stat().st_size]):
-        raise UserError(f"{part}: is no part of {part.stem}: move it away, or choose another name for that")
+        raise UserError(f"{part}: is no part of {part.stem}: move it away, or choose another output")
     return lines
 
 

@@ -1,4 +1,7 @@
-"""From question rows to rows of answers.jsonl, for the commands `answer` and `evaluate`."""
+"""From instructions to the lines of answers.jsonl, for the commands `answer` and `evaluate`.
+
+An instruction is a store's, or a line of `answer --input`; an answer is the instruction with the fields `WRITTEN`.
+"""
 
 import argparse
 import collections
@@ -17,13 +20,13 @@ from tqdm import tqdm
 from data_pipeline.common.artefacts import ANSWER, parse_lines, read_bytes
 from data_pipeline.common.cli import Parser, number, whole
 from data_pipeline.common.errors import UserError
-from redvillm_jax.inference.answer_log import AnswerLog
+from data_pipeline.questions.formats import Instruction
+from redvillm_jax.inference.answer_log import Answer, AnswerLog
 from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.engine import Arrays, Asked, Generation
 from redvillm_jax.inference.prompts import Prompt, check_length, prompt_text
 
 T = TypeVar("T")
-Row = dict[str, Any]
 GENERATION = {  # what --help says of each setting
     "max_new_tokens": "longest answer in tokens",
     "temperature": "0: take the most likely token; above 0: draw at random",
@@ -70,67 +73,69 @@ def generation_of(flags: argparse.Namespace) -> Generation:
         raise UserError(f"--{error}") from None
 
 
-def made_with(assistant: Assistant, rows: Sequence[Row], generation: Generation) -> dict[str, Any]:
-    """All that decides the answers."""
-    questions = hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+def made_with(assistant: Assistant, instructions: Sequence[Instruction], generation: Generation) -> dict[str, Any]:
+    """Everything on which the answers depend."""
+    questions = hashlib.sha256(json.dumps(instructions, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
     settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
     return {"model": assistant.identity, "generation": settings, "questions": questions}
 
 
-def known_answers(path: Path, rows: Sequence[Row], report: Mapping[str, Any]) -> dict[int, Row]:
-    """The answers of a file by number of the question, but for what failed and what is not about these rows.
+def known_answers(path: Path, instructions: Sequence[Instruction], report: Mapping[str, Any]) -> dict[int, Answer]:
+    """The answers of a finished file, by number of the question, without failed ones and those to other instructions.
 
-    None where the file is not the one that `report` was written with.
+    {} when the file is not the one with which `report` was written.
     """
     content = read_bytes(path, ANSWER)
     if report.get("answers_sha256") not in (None, hashlib.sha256(content).hexdigest()):
-        print(f"note: {path}: was changed after it was written; all is answered anew", file=sys.stderr)
+        print(f"note: {path}: was changed after it was written; all questions are answered again", file=sys.stderr)
         return {}
-    pairs = enumerate(zip(parse_lines(path, content, ANSWER), rows, strict=False))
-    same = {i: answer for i, (answer, row) in pairs if answer | row == answer}
+    pairs = enumerate(zip(parse_lines(path, content, ANSWER), instructions, strict=False))
+    same = {i: answer for i, (answer, instruction) in pairs if answer | instruction == answer}
     return {i: answer for i, answer in same.items() if answer.get("prediction") is not None}
 
 
-def failures(answers: Sequence[Row]) -> list[dict[str, Any]]:
-    """The questions without an answer, counted from 1, each with its "error"."""
-    return [{"question": i, "error": row["error"]} for i, row in enumerate(answers, 1) if row["prediction"] is None]
+def failures(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The numbers of the questions without an answer, counted from 1, with their errors."""
+    return [
+        {"question": i, "error": answer["error"]} for i, answer in enumerate(answers, 1) if answer["prediction"] is None
+    ]
 
 
 def tell(failed: Sequence[Mapping[str, Any]], where: Path) -> None:
-    """Prints the first of the questions that failed; where: the file that has them all."""
+    """Prints the first failed questions. where: the file that lists all of them."""
     for failure in failed[:5]:
         print(f"  question {failure['question']}: {failure['error']}")
     if failed:
-        print(f"  all {len(failed)} that failed are in {where}; the same command tries them again")
+        print(f"  all {len(failed)} failed questions are in {where}; the same command tries them again")
 
 
 def write_answers(
     log: AnswerLog,
     assistant: Assistant,
-    rows: Sequence[Row],
-    source: Callable[[Row], Hashable],
+    instructions: Sequence[Instruction],
+    source: Callable[[Instruction], Hashable],
     read: Callable[[list[Any]], Iterator[Arrays | UserError]],
-    make_prompt: Callable[[Row, Arrays], Prompt],
+    make_prompt: Callable[[Instruction, Arrays], Prompt],
     generation: Generation,
     *,
     batch_size: int,
     video_batch_size: int,
 ) -> None:
-    """Answers the rows that are not in the log: of this process's share of the videos.
+    """Answers the instructions that are not in the log, for this process's share of the videos.
 
-    source(row): which video a row is about; read: for a list of those their arrays, or why there are none, in order.
-    A question that has no answer gets a row with "prediction" null and an "error".
+    source(instruction): its video. read(videos): the arrays of each video in order, or the error why there are none. A
+    question without an answer gets "prediction" null and an "error".
     """
-    open_questions = [i for i in range(len(rows)) if i not in log.done]
+    open_questions = [i for i in range(len(instructions)) if i not in log.done]
     by_video: dict[Hashable, list[int]] = {}
     for i in open_questions:
-        by_video.setdefault(source(rows[i]), []).append(i)
+        by_video.setdefault(source(instructions[i]), []).append(i)
     kinds = sorted(by_video, key=lambda video: type(video).__name__)  # videos and pictures have other shapes
     mine = kinds[jax.process_index() :: jax.process_count()]
     settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
 
-    def failed(row: Row, error: str) -> Row:
-        return row | {"prediction": None, "error": error, "model": assistant.identity}
+    def failed(instruction: Instruction, error: str) -> Answer:
+        return instruction | {"prediction": None, "error": error, "model": assistant.identity}
 
     def asked() -> Iterator[Asked]:
         for video, arrays in zip(mine, ahead(read(mine), video_batch_size), strict=True):
@@ -138,25 +143,29 @@ def write_answers(
                 try:
                     if isinstance(arrays, UserError):
                         raise arrays
-                    prompt = make_prompt(rows[i], arrays)
+                    prompt = make_prompt(instructions[i], arrays)
                     check_length(prompt, generation.max_new_tokens, assistant.base)
                 except UserError as error:
-                    log.write({i: failed(rows[i], str(error))})
+                    log.write({i: failed(instructions[i], str(error))})
                     progress.update()
                 else:
                     yield Asked(prompt, video, arrays, i)
 
     with tqdm(
-        total=len(rows), initial=len(rows) - len(open_questions), unit="question", disable=None, dynamic_ncols=True
+        total=len(instructions),
+        initial=len(instructions) - len(open_questions),
+        unit="question",
+        disable=None,
+        dynamic_ncols=True,
     ) as progress:
         sizes = {"batch_size": batch_size, "video_batch_size": video_batch_size}
         for batch in assistant.inference.answers(asked(), generation, **sizes):
             answers = {}
             for one, answer in batch:
                 if not answer.finite:
-                    answers[one.number] = failed(rows[one.number], assistant.not_finite)
+                    answers[one.number] = failed(instructions[one.number], assistant.not_finite)
                     continue
-                answers[one.number] = rows[one.number] | {
+                answers[one.number] = instructions[one.number] | {
                     "prediction": assistant.text(answer.ids),
                     "finish": "stop" if answer.stopped else "length",
                     "prompt": prompt_text(assistant.tokenizer, one.prompt),
@@ -169,12 +178,12 @@ def write_answers(
 
 
 def frames_seen(one: Asked) -> dict[str, int]:
-    """{"num_frames"} of a question that is asked with a video."""
-    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.slots and "num_frames" in one.arrays else {}
+    """{"num_frames": …} for a question that is asked with a video, else {}."""
+    return {"num_frames": int(one.arrays["num_frames"])} if one.prompt.num_visual and "num_frames" in one.arrays else {}
 
 
 def ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, taken by a thread that runs `count` ahead; who stops early waits for one of them at most."""
+    """Yields the same items, read by a thread that runs `count` ahead. Stopping early waits for one item at most."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         try:

@@ -1,7 +1,7 @@
-"""A model that is asked about videos and pictures, from Python: `redvillm_jax.load`."""
+"""Asks a model about videos and pictures from Python: `redvillm_jax.load`."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixe
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
 from redvillm_jax.inference.streaming import pieces
-from redvillm_jax.model.base_folder import PARTS
-from redvillm_jax.model.build import load_model, num_picture_tokens, put_trained, token_slots
-from redvillm_jax.model.config_bounds import whole
+from redvillm_jax.model.build import VideoPlaces, load_model, num_picture_tokens, put_trained
+from redvillm_jax.model.settings import plain_config
+from redvillm_jax.model.weights import PARTS
+from redvillm_jax.modules.bounds import whole
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
+from redvillm_jax.video.contract import image_projector
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = whole(1, 2**20)
+LONGEST_SECONDS = 36000.0  # of a video, for the longest text between its tokens; a longer one compiles anew
 TOKENS_AT_ONCE = 4  # while streaming: each call costs some milliseconds beside its tokens
 REMEMBERED = 4  # videos whose keys and values are kept for further questions
 
@@ -43,7 +46,7 @@ def load(
     """
     quiet_without_tpu()
     if config is not None:
-        config = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+        config = plain_config(config if isinstance(config, ConfigDict) else ConfigDict(config))
     return Assistant(open_model(model, config, base), dtype=dtype, tensor=tensor)
 
 
@@ -56,28 +59,30 @@ class Assistant:
     def __init__(
         self, opened: OpenedModel, *, dtype: str | None = None, tensor: int = 1, parts: tuple[str, ...] = PARTS
     ):
-        self.base, self.config = opened.base, opened.config
-        self.dtype = dtype or self.config["dtype"]
+        self.base, self.settings = opened.base, opened.settings
+        self.dtype = dtype or self.settings.dtype
         if self.dtype not in DTYPES:
             raise UserError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if expected := DEVICES(tensor):
             raise UserError(f"tensor is {tensor!r}, expected {expected}")
         mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": tensor}, jax.local_devices())
         with jax.set_mesh(mesh):
-            model = load_model(self.base, self.config, mesh, dtype=jnp.dtype(self.dtype), parts=parts)
+            model = load_model(self.base, self.settings, mesh, dtype=jnp.dtype(self.dtype), parts=parts)
             if opened.trained is not None:
                 put_trained(model, opened.trained)
         self.identity = {"name": opened.name, "fingerprint": opened.fingerprint}
         self.tokenizer = self.base.module.Tokenizer(self.base.path)
         self.inference = Inference(model, mesh, jnp.dtype(self.dtype), self.tokenizer.stop_ids)
-        self.video_slots = token_slots(self.base, self.config)
-        self.picture_tokens = num_picture_tokens(self.base, self.config)
-        self.takes_pictures = "spatial" in model.projectors
+        self.places = VideoPlaces(self.base, self.settings)
+        num_frames = self.settings.video.num_frames
+        self._most_placed = len(self._place(num_frames, [LONGEST_SECONDS] * num_frames))
+        self.picture_tokens = num_picture_tokens(self.base, self.settings)
+        self.takes_pictures = image_projector(self.settings.video) in model.projectors
         self.reading = Reading(
-            self.config["num_frames"],
+            num_frames,
             self.base.config.image_size,
             self.base.module.RESIZE,
-            self.config["sampling"],
+            self.settings.sampling,
             self.base.module.picture_fit(self.base.config),
         )
         self._known: dict[tuple, Arrays] = {}
@@ -121,6 +126,9 @@ class Assistant:
 
         return pieces(self.tokenizer.decode, tokens())
 
+    def _place(self, num_frames: int, seconds: Sequence[float] | None) -> list[tuple[int, int]]:
+        return self.places.place(num_frames, seconds, self.tokenizer.encode)
+
     @property
     def not_finite(self) -> str:
         """What to say of an answer whose logits are not finite."""
@@ -134,17 +142,19 @@ class Assistant:
         """What an answer's ids say."""
         return self.tokenizer.decode(ids).strip()
 
-    def video_prompt(self, question: str, num_frames: int) -> Prompt:
-        """The prompt of a question about a video of so many frames."""
-        most = len(self.video_slots(self.config["num_frames"]))
-        return make_prompt(self.base, self.tokenizer, question, self.video_slots(num_frames), most)
+    def video_prompt(self, question: str, arrays: Arrays) -> Prompt:
+        """The prompt of a question about a video: its num_frames and, where text stands between its tokens, seconds."""
+        placed = self._place(int(arrays["num_frames"]), arrays.get("seconds"))
+        return make_prompt(self.base, self.tokenizer, question, placed, self._most_placed)
 
     def picture_prompt(self, question: str) -> Prompt:
         """The prompt of a question about a picture. Raises UserError where no projector is for pictures."""
         if not self.takes_pictures:
-            raise UserError("a model with streams=temporal has no projector for pictures: ask it about videos")
-        slots = list(range(self.picture_tokens))
-        return make_prompt(self.base, self.tokenizer, question, slots, len(slots), picture=True)
+            raise UserError(
+                "this model has no projector for pictures (its video tokens all go through copies): ask it about videos"
+            )
+        placed = [(0, slot) for slot in range(self.picture_tokens)]
+        return make_prompt(self.base, self.tokenizer, question, placed, len(placed), picture=True)
 
     def text_prompt(self, question: str) -> Prompt:
         """The prompt of a question about a video, without any visual token."""
@@ -158,7 +168,7 @@ class Assistant:
         if isinstance(media, Picture):
             prompts = [self.picture_prompt(question) for question in questions]
         else:
-            prompts = [self.video_prompt(question, int(arrays["num_frames"])) for question in questions]
+            prompts = [self.video_prompt(question, arrays) for question in questions]
         for prompt in prompts:
             check_length(prompt, settings.max_new_tokens, self.base)
         keys = [(where, self.inference.context_class(prompt.length)) for prompt in prompts]

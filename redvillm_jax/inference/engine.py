@@ -75,7 +75,7 @@ class Prefixes(NamedTuple):
     rows: dict[Hashable, int]
 
 
-class Answer(NamedTuple):
+class Decoded(NamedTuple):
     """Token ids without the stop token; whether there was one; whether all logits were finite: else ids say nothing."""
 
     ids: list[int]
@@ -113,10 +113,10 @@ class Inference:
             tokens = model.video_tokens(videos, self.dtype)
         return generate.prefill(model, tokens, prefixes)
 
-    def _start_program(self, weights: Any, *arguments: Any, max_new_tokens: int) -> generate.Rows:
+    def _start_program(self, weights: Any, *arguments: Any, max_new_tokens: int) -> generate.Decoding:
         return generate.start(nnx.merge(self.graphdef, weights), *arguments, max_new_tokens=max_new_tokens)
 
-    def _decode_program(self, weights: Any, *arguments: Any) -> generate.Rows:
+    def _decode_program(self, weights: Any, *arguments: Any) -> generate.Decoding:
         return generate.decode(nnx.merge(self.graphdef, weights), *arguments)
 
     def prefill(self, videos: Videos, rows: int) -> Prefixes:
@@ -126,11 +126,12 @@ class Inference:
         any prompt about it (of its context class).
         """
         arrays, prompts = zip(*videos.values(), strict=True)
-        stacked = {name: pad_rows([video[name] for video in arrays], rows) for name in arrays[0]}
+        names = [name for name in arrays[0] if name != "seconds"]  # times stand in the prompts
+        stacked = {name: pad_rows([video[name] for video in arrays], rows) for name in names}
         width = prompts[0].width
         prefixes = {
-            "token_ids": pad([[*p.before, *[0] * len(p.slots)] for p in prompts], rows, width, 0),
-            "video_slots": pad([[-1] * len(p.before) + p.slots for p in prompts], rows, width, -1),
+            "token_ids": pad([[token for token, _ in p.prefix] for p in prompts], rows, width, 0),
+            "video_slots": pad([[slot for _, slot in p.prefix] for p in prompts], rows, width, -1),
             "length": column([p.prefix_length for p in prompts], rows),
             "context_length": column([p.length for p in prompts], rows),
         }
@@ -146,14 +147,15 @@ class Inference:
         generation: Generation,
         numbers: Sequence[int],
         rows: int,
-    ) -> generate.Rows:
+    ) -> generate.Decoding:
         """Begins the answers, at most `rows`; rows that are left have stopped already.
 
         keys: of the prompts' videos in `prefixes`, each of which is forgotten before the next is taken. numbers: one
         for each prompt, which together with the seed decides what is drawn for it.
         """
         width = bucket(max(len(p.question) for p in prompts), LEAST_QUESTION)
-        before = max(len(p.before) for p in prompts)
+        texts = [p.text_ids for p in prompts]
+        before = max(len(text) - len(p.question) for text, p in zip(texts, prompts, strict=True))
         new = bucket(generation.max_new_tokens, LEAST_ANSWER)
         with jax.set_mesh(self.mesh):
             cache = None
@@ -168,20 +170,20 @@ class Inference:
                 "token_ids": pad([p.question for p in prompts], rows, width, 0),
                 "length": column([len(p.question) for p in prompts], rows),
                 "prefix_length": column([p.prefix_length for p in prompts], rows),
-                "text_ids": pad([[*p.before, *p.question] for p in prompts], rows, before + width, self.vocab_size),
+                "text_ids": pad(texts, rows, before + width, self.vocab_size),
             }
             random = self._keys(np.uint32(generation.seed), column(numbers, rows))
             arguments = (generation.sampling, random, self.stop_ids)
             return self._start(self.weights, cache, to_global(questions, self.mesh), *arguments, max_new_tokens=new)
 
-    def decode(self, state: generate.Rows, generation: Generation, until: int) -> generate.Rows:
+    def decode(self, state: generate.Decoding, generation: Generation, until: int) -> generate.Decoding:
         """Goes on until `until` tokens are chosen in every row that has not stopped; uses up `state`."""
         with jax.set_mesh(self.mesh):
             return self._decode(self.weights, state, generation.sampling, self.stop_ids, np.int32(until))
 
     def answers(
         self, asked: Iterable[Asked], generation: Generation, *, batch_size: int, video_batch_size: int
-    ) -> Iterator[list[tuple[Asked, Answer]]]:
+    ) -> Iterator[list[tuple[Asked, Decoded]]]:
         """Yields batches of answers in the order of the questions; those about one video stand side by side.
 
         `batch_size` questions are decoded and `video_batch_size` videos encoded at once.
@@ -225,13 +227,13 @@ class Inference:
             part.append((one, key))
         yield from ((*question, videos) for question in part)
 
-    def finished(self, state: generate.Rows, rows: int, first: int = 0) -> list[Answer]:
+    def finished(self, state: generate.Decoding, rows: int, first: int = 0) -> list[Decoded]:
         """The answers of the first `rows` rows from token `first` on, each up to its stop token."""
         ids, finite, step = jax.device_get((state.ids, state.finite, state.step))
         answers = []
         for row, sound in zip(ids[:rows, first:step].tolist(), finite.tolist(), strict=False):
             end = next((i for i, token in enumerate(row) if token in self.stop_ids), len(row))
-            answers.append(Answer(row[:end], end < len(row), sound))
+            answers.append(Decoded(row[:end], end < len(row), sound))
         return answers
 
 

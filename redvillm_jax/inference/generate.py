@@ -1,8 +1,8 @@
 """Decoding with a key-value cache, in static shapes.
 
-The cache of a row has three ranges of slots: [what stands up to the end of the video | the question | the answer].
-The first is computed once per video (`prefill`) and laid into the rows of its questions (`lay_out`, `place`); `start`
-reads the questions and chooses the first tokens, `decode` the following ones.
+The cache of an answer has three ranges of slots: [prompt up to the end of the video | question | answer]. `prefill`
+computes the first range once for each video, `lay_out` and `place` copy it to the video's questions, `start` reads the
+questions and chooses the first tokens, and `decode` chooses the following tokens.
 """
 
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from redvillm_jax.modules.layers import BATCH_AXES, pin_batch
 Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
 
 
-class Rows(NamedTuple):
-    """R answers while they are written, N tokens at most.
+class Decoding(NamedTuple):
+    """The state of R answers while they are written, with at most N tokens.
 
     prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
     bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last ids, which are not in the cache yet;
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
 
 def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array]) -> Cache:
-    """Keys and values of what stands up to the end of each video.
+    """Keys and values of each prompt up to the end of its video.
 
     tokens: visual tokens (B, V, K); prefixes: token_ids, video_slots: (B, P) int32, padded on the right, -1 in
     video_slots for text; length: (B,) int32; context_length: (B,) int32, of the whole prompts (see the bases' `LLM`).
@@ -87,7 +87,7 @@ def start(
     stop_ids: jax.Array,
     *,
     max_new_tokens: int,
-) -> Rows:
+) -> Decoding:
     """Reads the questions behind their prefixes, and chooses the first token of each answer.
 
     questions: token_ids: (R, Q) int32, padded on the right; length: (R,) int32, 0 for a row that is not used, which has
@@ -115,23 +115,25 @@ def start(
     finite = jnp.isfinite(logits).all(-1)
     current = jnp.where((length > 0) & finite, chosen, stop_ids[0])
     ids = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(current)
-    return Rows(cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1))
+    return Decoding(
+        cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1)
+    )
 
 
-def decode(model: VideoLLM, state: Rows, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Rows:
+def decode(model: VideoLLM, state: Decoding, sampling: Sampling, stop_ids: jax.Array, until: jax.Array) -> Decoding:
     """Goes on until `until` ids are chosen or every row has met a stop token.
 
-    After a row's first stop token its ids repeat that token, up to the step that was reached. Logits that are not
-    finite say nothing: their row stops.
+    After its first stop token, a row's ids repeat that token up to the last step. A row whose logits are not finite
+    stops.
     """
     num_slots, max_new_tokens = state.prompt.shape[1], state.ids.shape[1]
     slots, first = jnp.arange(num_slots), num_slots - max_new_tokens
     every_row = jnp.arange(len(state.ids))
 
-    def unfinished(state: Rows) -> jax.Array:
+    def unfinished(state: Decoding) -> jax.Array:
         return (state.step < until) & ~jnp.isin(state.current, stop_ids).all()
 
-    def one_token(state: Rows) -> Rows:
+    def one_token(state: Decoding) -> Decoding:
         index = first + state.step - 1  # the slot of `current`, behind all prompts
         mask = state.prompt | ((slots >= first) & (slots <= index))
         hidden, cache = model.llm(

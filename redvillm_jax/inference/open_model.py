@@ -1,9 +1,9 @@
 """Opens a model that can answer: a run, a base folder or an export."""
 
-import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,31 +25,33 @@ from redvillm_jax.model.base_folder import (
     PROJECTORS,
     Base,
     TensorFolder,
-    name_table,
+    head_name,
     open_base,
     projector_names,
     published_base,
     read_export,
 )
-from redvillm_jax.model.build import config_fields, make_video
 from redvillm_jax.model.config_bounds import FIELDS, check_fields
 from redvillm_jax.model.run_config import ADDED_TO_EXPORTS, as_trained
-from redvillm_jax.model.settings import check_base, check_config
-from redvillm_jax.model.video_llm import ExtraMLP
+from redvillm_jax.model.settings import ModelSettings, check_base, check_config, config_fields, model_settings
+from redvillm_jax.model.weights import name_table
 from redvillm_jax.modules.quantize import SCHEME
 from redvillm_jax.training.checkpoint import load_trainables
+from redvillm_jax.video.contract import export_name, fields_with, has_random_start
 
-ANSWERING = ("video", "num_frames", "sampling", "temporal_init", "extra_mlp", "dtype", "int8", "seed")
+ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # and the representation's and the base's
 
 
 class OpenedModel(NamedTuple):
     """A model that can answer, in whatever form it was given; no frozen weight is read yet.
 
-    config: its switches. trained: its projectors as nested dicts of fp32 numpy arrays, None for an untrained video LLM,
-    as `load_model` makes it. name: its folder's. fingerprint: see `model_fingerprint`.
+    config: its switches. settings: what of them decides the model. trained: its projectors as nested dicts of fp32
+    numpy arrays, None for an untrained video LLM, as `load_model` makes it. name: its folder's. fingerprint: see
+    `model_fingerprint`.
     """
 
     config: Mapping[str, Any]
+    settings: ModelSettings
     base: Base
     trained: dict[str, Any] | None
     name: str
@@ -86,20 +88,23 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         said, trained = config if untrained else as_trained(method, folder / EXPORT_MARK, ADDED_TO_EXPORTS), None
     if untrained:
         check_config(said)
-        check_base(opened, said)
+        check_base(opened, model_settings(said))
     else:
         check_answering(said, model)
+    settings = model_settings(said)
     if not (untrained or is_run):
-        trained = read_trained(folder, opened, said)
-    digest = model_fingerprint(opened, said, trained)
-    return OpenedModel(said, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
+        trained = read_trained(folder, opened, settings)
+    digest = model_fingerprint(opened, settings, trained)
+    return OpenedModel(said, settings, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
 
 
 def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
     """Raises UserError unless the config of what is trained says rightly all that its answers depend on."""
     try:
         fields = config_fields(config["family"], config["video"])
-        names = [name for name in fields if name in ANSWERING or name not in FIELDS]
+        names = [
+            name for name in fields if name in ANSWERING or name not in (*FIELDS, "learning_rate_scale", "weight_decay")
+        ]
         check_fields({name: config[name] for name in names}, {name: fields[name] for name in names})
     except KeyError as error:
         raise UserError(f"{model}: its config does not say {error.args[0]}; is it damaged?") from None
@@ -145,14 +150,15 @@ def open_base_of_folder(folder: Path, export: Mapping[str, Any] | None, base: st
     return published_base(folder, export["family"], export["base_fingerprint"])
 
 
-def read_trained(folder: Path, base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
+def read_trained(folder: Path, base: Base, settings: ModelSettings) -> dict[str, Any]:
     """The projectors of an export in fp32, as `load_trainables` gives those of a run."""
     tensors, tables = TensorFolder(folder), {}
-    for stream, projector in make_video(config).order():
-        tables[projector] = projector_names(base, projector)
-        if config["extra_mlp"]:
-            extra = f"{EXTRA_PREFIX}{stream}"
-            module = nnx.eval_shape(lambda: ExtraMLP(base.config.hidden_size, rngs=nnx.Rngs(0)))
+    video = settings.video
+    for stream in video.order(base.config.grid, video.num_frames):
+        tables[stream.projector] = projector_names(base, export_name(video, stream.projector))
+        if make := video.extra(stream.name):
+            extra = f"{EXTRA_PREFIX}{stream.name}"
+            module = nnx.eval_shape(lambda make=make: make(base.config.hidden_size, rngs=nnx.Rngs(0)))
             tables[extra] = name_table(module, f"{extra}.")
     wanted = {name: leaf.shape for table in tables.values() for name, leaf in table.items()}
     if missing := sorted(wanted.keys() - set(tensors.names())):
@@ -166,19 +172,20 @@ def read_trained(folder: Path, base: Base, config: Mapping[str, Any]) -> dict[st
     }
 
 
-def model_fingerprint(base: Base, config: Mapping[str, Any], trained: Mapping[str, Any] | None) -> str:
+def model_fingerprint(base: Base, settings: ModelSettings, trained: Mapping[str, Any] | None) -> str:
     """64 hexadecimal digits of a model: its base, the switches that shape its answers, its trained weights.
 
     The same model has the same in every form in which its trained weights are fp32; `dtype` is not part of it.
     """
-    video = [field.name for field in dataclasses.fields(make_video(config))]
-    names = ["video", "num_frames", "sampling", "extra_mlp", "int8", *video, *base.module.PROJECTOR_OPTIONS]
+    name, video = settings.representation, settings.video
+    switches = {"video": name, "num_frames": video.num_frames, "sampling": settings.sampling, "int8": settings.int8}
+    switches |= fields_with(name, video, "streams", "tokens") | dict(settings.projector_options)
     if trained is None:
-        random = config["extra_mlp"] or config["temporal_init"] == "random"
-        names += ["temporal_init", "seed"] if random else ["temporal_init"]
-    switches = {name: config[name] for name in names}
-    if config["int8"]:
-        switches["int8"] = [SCHEME, base.module.WIDE]
+        switches |= fields_with(name, video, "start")
+        if has_random_start(video, base.config.grid):
+            switches["seed"] = settings.seed
+    if settings.int8:
+        switches["int8"] = [SCHEME, f"^{re.escape(head_name(base))}$"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
     for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

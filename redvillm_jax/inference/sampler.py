@@ -1,4 +1,4 @@
-"""Which token comes next: the most likely one, or one drawn at random."""
+"""Chooses the next token: the most likely one, or one drawn at random."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen; numbers that a compiled program takes as arguments, so that changing them is free.
+    """The settings of sampling. A compiled program takes them as arguments, so changing them compiles nothing.
 
-    temperature: 0 = the most likely token. top_k: only the k most likely ones, 0 = all. top_p: only the most likely
-    ones whose probabilities reach p together. repetition_penalty: divides the positive logits of tokens that were
-    there before, in the prompt's text too, and multiplies the negative ones (CTRL, section 4.1).
+    temperature: 0 = the most likely token. top_k: only the k most likely tokens, 0 = all. top_p: only the most likely
+    tokens whose probabilities together reach p. repetition_penalty: for tokens that occurred before, also in the
+    prompt's text, divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858, section 4.1).
     """
 
     temperature: float = 0.0
@@ -21,9 +21,9 @@ class Sampling(NamedTuple):
 
 
 def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """The next tokens (R,) int32 of logits: (R, vocab_size) fp32.
+    """The next tokens (R,) int32 from logits (R, vocab_size) fp32.
 
-    seen: (R, vocab_size) bool, tokens that were there before; keys: (R,) PRNG keys. The penalty, the temperature, top_k
+    seen: (R, vocab_size) bool, tokens that occurred before; keys: (R,) PRNG keys. The penalty, the temperature, top_k
     and top_p act in this order, as in transformers.
     """
     penalty = sampling.repetition_penalty
@@ -39,7 +39,7 @@ def choose(logits: jax.Array, seen: jax.Array, sampling: Sampling, keys: jax.Arr
 
 
 def keep_likely(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits by the temperature, -inf where top_k or top_p leave a token out: (R, vocab_size), in descending order."""
+    """Logits (R, vocab_size), in descending order, over the temperature; -inf for tokens outside top_k or top_p."""
     ranks = jnp.arange(logits.shape[-1])
     logits = logits / jnp.maximum(sampling.temperature, 1e-6)
     logits = jnp.where((ranks < sampling.top_k) | (sampling.top_k == 0), logits, -jnp.inf)

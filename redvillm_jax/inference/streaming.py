@@ -1,13 +1,14 @@
-"""Text while it is written."""
+"""Turns tokens into text while they are generated."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 
 def pieces(decode: Callable[[list[int]], str], token_ids: Iterable[int]) -> Iterator[str]:
-    """Yields text as tokens come; together the pieces are `decode` of all tokens without white space at its ends.
+    """Yields text as tokens come. Joined, the pieces are `decode` of all tokens without white space at its ends.
 
-    A character may span tokens, and white space may turn out to be the end: both are kept back until it is known. Where
-    the tokens end inside a character, `decode` of all may show the whole bytes before it as it shows that half.
+    An incomplete character, and white space that may be the end, are kept back until the next tokens. One exception:
+    when the tokens end inside a character, `decode` of all tokens may also replace complete bytes before it, which are
+    yielded already.
     """
     ids: list[int] = []
     shown = text = ""

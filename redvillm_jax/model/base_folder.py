@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import importlib
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,69 +17,26 @@ from data_pipeline.common.artefacts import BASE, EXPORT, Form, read_object
 from data_pipeline.common.buckets import local_copy
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.file_hashes import check_files
-from redvillm_jax.modules.layers import Stack
+from redvillm_jax.bases.contract import Family, load_family
+from redvillm_jax.model.weights import Leaf, abstract_part, fill, name_table
 from redvillm_jax.modules.quantize import quantize, quantized_shapes
 
-PARTS = ("encoder", "projector", "llm")
 BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
-TEMPORAL_PREFIX = "temporal_module."  # of names in exports
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
-EXTRA_PREFIX = "extra_mlp_"  # followed by the stream
+EXTRA_PREFIX = "extra_mlp_"  # followed by the stream: a module behind its projector, in checkpoints and exports
+ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # how names begin that exports add to the published ones
 REMEDY = BASE.remedy
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Where a published tensor lives in a module: its path, its index in a stacked leaf, its torch shape."""
-
-    path: tuple
-    layer: int | None
-    shape: tuple[int, ...]
+def head_name(base: "Base") -> str:
+    """The canonical name of the weight that makes the logits."""
+    llm = abstract_part(base.module, "llm", base.config)
+    path = next(path for path, module in nnx.iter_modules(llm) if module is llm.head)
+    return base.module.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
 
 
-def known_families() -> list[str]:
-    """The image LLMs there are: the files of `redvillm_jax.bases`."""
-    return sorted(p.stem for p in (Path(__file__).parents[1] / "bases").glob("*.py") if p.stem != "__init__")
-
-
-def load_base_module(family: str) -> ModuleType:
-    """Imports `redvillm_jax.bases.<family>`; an unknown family is a UserError that lists the known ones."""
-    known = known_families()
-    if family not in known:
-        raise UserError(f"unknown base family {family!r}: expected one of {', '.join(known)}")
-    return importlib.import_module(f"redvillm_jax.bases.{family}")
-
-
-def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
-    """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
-    modules = dict(nnx.iter_modules(module))
-    table = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        shape = tuple(leaf.shape)
-        at = next((i for i in range(len(path)) if isinstance(modules.get(path[:i]), Stack)), None)
-        if at is None:
-            table[prefix + ".".join(map(str, path))] = Leaf(path, None, shape)
-            continue
-        for i in range(shape[0]):  # path[at] is the Stack's `block`, on disk the layer's number
-            name = ".".join(map(str, (*path[:at], i, *path[at + 1 :])))
-            table[prefix + name] = Leaf(path, i, shape[1:])
-    return table
-
-
-def abstract_part(base: ModuleType, part: str, config: Any, **options: Any) -> nnx.Module:
-    """The encoder, projector or llm of a base with shapes instead of arrays."""
-    make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
-    return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
-
-
-def expected_tensors(base: ModuleType, config: Any) -> dict[str, Leaf]:
-    """Canonical name -> leaf for everything that the base loads, all parts."""
-    tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
-    return {name: leaf for table in tables for name, leaf in table.items()}
-
-
-def canonical_name(base: ModuleType, published: str) -> str:
+def canonical_name(base: Family, published: str) -> str:
     """The canonical name of a published tensor: the first rule of `base.CANONICAL` that matches applies."""
     for pattern, replacement in base.CANONICAL:
         name, count = re.subn(pattern, replacement, published, count=1)
@@ -130,7 +86,7 @@ class Base:
 
     path: Path | None
     family: str
-    module: ModuleType
+    module: Family
     config: Any
     fingerprint: str
     tensors: TensorFolder | None
@@ -157,7 +113,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     path = local_copy(path)
     description = path / BASE_MARK
     if not description.is_file():
-        hint = "python -m conversion.from_torch --family=llava|qwen_vl --source=FOLDER --out=BASE makes one"
+        hint = "python -m conversion.from_torch --family=FAMILY --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
     meta = read_object(description, BASE)
     if fingerprint is not None and meta["fingerprint"] != fingerprint:
@@ -170,29 +126,32 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
 
 def published_base(path: Path, family: str, fingerprint: str) -> Base:
     """The base that a local folder of published files is, by the word of whoever calls."""
-    module, tensors = load_base_module(family), TensorFolder(path)
+    module, tensors = load_family(family), TensorFolder(path)
     published = {canonical_name(module, name): name for name in tensors.names()}
     return Base(path, family, module, read_config(module, path), fingerprint, tensors, published)
 
 
 def sized_base(family: str, size: str) -> Base:
     """A base of one of the family's named sizes, without weights; an unknown size is a UserError."""
-    module = load_base_module(family)
+    module = load_family(family)
     if size not in module.SIZES:
         raise UserError(f"unknown size {size!r} of {family}: expected one of {', '.join(module.SIZES)}")
     return Base(None, family, module, module.SIZES[size], "", None, {})
 
 
-def read_config(base: ModuleType, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
+def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
     """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
 
     remedy: what to do about a file that cannot be read. Raises UserError for a field, there or in the image
     processors' files, that the base does not compute.
     """
     vision = vision or folder / "vision"
-    files = folder / "config.json", vision / "config.json"
-    vision_config = read_json(files[1], remedy) if files[1].is_file() else None
-    config = base.Config.from_published(read_json(files[0], remedy), vision_config, *map(str, files))
+    file, apart = folder / "config.json", {}
+    if base.VISION_FIELD is not None:
+        vision_file = vision / "config.json"
+        apart["vision_config"] = read_json(vision_file, remedy) if vision_file.is_file() else None
+        apart["vision_where"] = str(vision_file)
+    config = base.Config.from_published(read_json(file, remedy), where=str(file), **apart)
     for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
         if file.is_file():
             base.check_image_processor(config, read_json(file, remedy), str(file))
@@ -210,14 +169,13 @@ def load_part(
 ) -> nnx.Module:
     """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of `Linear` layers, except those of
-    the base's `WIDE`, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
+    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of the llm's `Linear` layers,
+    but for its head, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
     and shardings instead of arrays. Raises UserError that lists missing or wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
-    wide = {leaf.path for name, leaf in table.items() if re.search(base.module.WIDE, name)}
-    scales = quantized_shapes(module, wide) if int8 else {}
+    scales = quantized_shapes(module, wide=module.head) if int8 else {}
     if base.path is not None:
         check_tensors(base, table)
     layers_of: dict[tuple, list[str]] = {}
@@ -242,30 +200,33 @@ def load_part(
             return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
         return jax.make_array_from_callback(shape, at, callback)
 
-    graphdef, state = nnx.split(module)
-    flat = dict(nnx.to_flat_state(state))
-    for path in layers_of:
-        if path in scales:
-            arrays = functools.cache(functools.partial(quantized, path))
-            for number, name in enumerate((path, *scales[path])):
-                leaf = flat[name]
-                array = place(path, leaf.shape, leaf.dtype, lambda i, number=number, arrays=arrays: arrays()[number][i])
-                flat[name] = leaf.replace(array)
-        else:
-            leaf = flat[path]
-            array = place(path, leaf.shape, dtype, lambda i, path=path: read(path, i).astype(dtype))
-            flat[path] = leaf.replace(array)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    numbers = {name: (path, i) for path, names in scales.items() for i, name in enumerate((path, *names))}
+    in_8_bits = {path: functools.cache(functools.partial(quantized, path)) for path in scales}
+
+    def value(path: tuple, leaf: nnx.Variable) -> jax.Array | jax.ShapeDtypeStruct:
+        if path not in numbers:
+            return place(path, leaf.shape, dtype, lambda index: read(path, index).astype(dtype))
+        matrix, number = numbers[path]
+        return place(matrix, leaf.shape, leaf.dtype, lambda index: in_8_bits[matrix]()[number][index])
+
+    return fill(module, value)
 
 
-def projector_names(base: Base, projector: str) -> dict[str, Leaf]:
-    """A projector's leaves by their names in exports: the published ones, the temporal module's under a prefix."""
+def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:
+    """A projector's leaves by their names in exports: the published ones, those of a copy below `<copy>_module.`."""
     table = name_table(abstract_part(base.module, "projector", base.config), base.module.PREFIX["projector"])
     check_tensors(base, table)
     published = {base.published[name]: leaf for name, leaf in table.items()}
-    if projector == "spatial":
+    if copy is None:
         return published
-    return {TEMPORAL_PREFIX + re.sub(base.module.PROJECTOR_PREFIX, "", name): leaf for name, leaf in published.items()}
+    shared = common_prefix(published)
+    return {f"{copy}_module.{name.removeprefix(shared)}": leaf for name, leaf in published.items()}
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """The dotted path that all names begin with, its last dot included: "a.b." of "a.b.c" and "a.b.d.e"."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}." for level in itertools.takewhile(lambda level: len(set(level)) == 1, parts))
 
 
 def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:

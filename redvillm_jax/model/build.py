@@ -1,11 +1,8 @@
-"""From a base folder and a run's switches to a video LLM on the devices."""
+"""From a base folder and the settings of a model to a video LLM on the devices."""
 
 import functools
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,78 +10,50 @@ import jax.numpy as jnp
 from flax import nnx
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import PARTS, Base, abstract_part, load_base_module, load_part
-from redvillm_jax.model.config_bounds import FIELDS, Fields, one_of
-from redvillm_jax.model.video_llm import ExtraMLP, VideoLLM
+from redvillm_jax.model.base_folder import EXTRA_PREFIX, Base, load_part
+from redvillm_jax.model.settings import ModelSettings
+from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.model.weights import PARTS, abstract_part, fill
 from redvillm_jax.runtime.sharding import weight_sharding
-
-
-def known_videos() -> list[str]:
-    """The video representations there are: the files of `redvillm_jax.video`."""
-    return sorted(p.stem for p in (Path(__file__).parents[1] / "video").glob("*.py") if p.stem != "__init__")
-
-
-def load_video_module(name: str) -> ModuleType:
-    """Imports `redvillm_jax.video.<name>`; an unknown one is a UserError that lists the known ones."""
-    known = known_videos()
-    if name not in known:
-        raise UserError(f"config.video is {name!r}, expected one of {', '.join(known)}")
-    return importlib.import_module(f"redvillm_jax.video.{name}")
-
-
-def make_video(config: Mapping[str, Any]) -> Any:
-    """The video representation `config["video"]` of redvillm_jax.video with the config's switches."""
-    module = load_video_module(config["video"])
-    return module.Video(**{name: config[name] for name in module.OPTIONS})
-
-
-def config_fields(family: str, video: str) -> Fields:
-    """All fields of a config with their bounds: the common ones, its representation's and its base's."""
-    options = load_video_module(video).OPTIONS | load_base_module(family).PROJECTOR_OPTIONS
-    return FIELDS | {name: one_of(*values) for name, values in options.items()}
-
-
-def projector_options(base: ModuleType, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches that this base's projector takes (Qwen-VL: qwen_align, temporal_positions)."""
-    return {name: config[name] for name in base.PROJECTOR_OPTIONS}
+from redvillm_jax.video.contract import blocks, has_text, num_slots, place_blocks, stream_shapes, what_does_not_fit
 
 
 def load_model(
     base: Base,
-    config: Mapping[str, Any],
+    settings: ModelSettings,
     mesh: jax.sharding.Mesh,
     *,
     dtype: jax.typing.DTypeLike,
     parts: Sequence[str] = PARTS,
 ) -> VideoLLM:
-    """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, the temporal module a copy.
+    """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, each as the representation lets it start.
 
-    config: the video switches, temporal_init ("copy" | "random", Table 4 and its ablation), extra_mlp (Table 5),
-    seed (of what is random), int8 (matrices of its layers in 8 bits), and the base's projector options. Each
-    host reads only its own slices. parts: what is needed; the others' weights are not read (with stored streams the
-    encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
+    Each host reads only its own slices. parts: what is needed; the others' weights are not read (with stored streams
+    the encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
     """
-    video = make_video(config)
-    options = projector_options(base.module, config)
+    video, options = settings.video, settings.projector_options
+    if problem := what_does_not_fit(video, base.config.grid, shapes_of_streams(base, settings)):
+        raise UserError(f"config.video={settings.representation}: {problem} (redvillm_jax/video/contract.py)")
     place = weight_sharding(mesh, base.module.SHARDING)
-    rngs = None if base.path is None else nnx.Rngs(config["seed"])
-    projectors = {}
-    for stream, projector in video.order() if "projector" in parts else ():
-        if projector == "temporal" and config["temporal_init"] == "random":
-            projectors[projector] = random_module(
+    rngs = None if base.path is None else nnx.Rngs(settings.seed)
+    starts, projectors = video.projectors(), {}
+    for stream in video.order(base.config.grid, video.num_frames) if "projector" in parts else ():
+        name = stream.projector
+        if name not in projectors and starts[name] == "random":
+            projectors[name] = random_module(
                 functools.partial(base.module.Projector, base.config, **options),
                 functools.partial(place_prefixed, place, base.module.PREFIX["projector"]),
                 rngs,
             )
-        elif projector not in projectors:
-            projectors[projector] = load_part(base, "projector", dtype=jnp.float32, sharding=place, **options)
-        if config["extra_mlp"]:
-            projectors[f"extra_mlp_{stream}"] = random_module(
-                functools.partial(ExtraMLP, base.config.hidden_size),
-                functools.partial(place_prefixed, weight_sharding(mesh, ExtraMLP.SHARDING), ""),
+        elif name not in projectors:
+            projectors[name] = load_part(base, "projector", dtype=jnp.float32, sharding=place, **options)
+        if extra := video.extra(stream.name):
+            projectors[f"{EXTRA_PREFIX}{stream.name}"] = random_module(
+                functools.partial(extra, base.config.hidden_size),
+                functools.partial(place_prefixed, weight_sharding(mesh, extra.SHARDING), ""),
                 rngs,
             )
-    llm = {"dtype": dtype, "sharding": place, "int8": config["int8"]}
+    llm = {"dtype": dtype, "sharding": place, "int8": settings.int8}
     return VideoLLM(
         base.module,
         base.config,
@@ -106,30 +75,55 @@ def random_module(
     rngs: nnx.Rngs | None,
 ) -> nnx.Module:
     """A module with its own random weights where `place(path, shape)` says, or without `rngs` their shapes alone."""
-    abstract = rngs is None
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))) if abstract else make(rngs=rngs))
-    flat = {}
-    for path, leaf in nnx.to_flat_state(state):
-        at = place(path, leaf.shape)
-        array = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at) if abstract else jax.device_put(leaf[...], at)
-        flat[path] = leaf.replace(array)
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    if rngs is not None:
+        return fill(make(rngs=rngs), lambda path, leaf: jax.device_put(leaf[...], place(path, leaf.shape)))
+
+    def shape(path: tuple, leaf: nnx.Variable) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path, leaf.shape))
+
+    return fill(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), shape)
 
 
-def token_slots(base: Base, config: Mapping[str, Any]) -> Callable[[int], list[int]]:
-    """For a number of frames, which of a video's static token slots hold tokens."""
-    projector = abstract_projector(base, config)
-    return functools.partial(make_video(config).token_slots, projector, base.config.grid, config["num_frames"])
+class VideoPlaces:
+    """Where the visual tokens of videos stand in prompts, by their numbers of frames.
+
+    most: how many static slots a video has, those of one with all frames.
+    """
+
+    def __init__(self, base: Base, settings: ModelSettings):
+        self.video, self.has_text = settings.video, has_text(settings.video)
+        projector = abstract_projector(base, settings)
+        self.blocks = functools.cache(functools.partial(blocks, self.video, projector, base.config.grid))
+        self.most = num_slots(self.blocks(self.video.num_frames))
+
+    def slots(self, num_frames: int) -> list[int]:
+        """Which static slots of a video hold its visual tokens, in token order."""
+        return [slot for block in self.blocks(num_frames) for slot in block.slots]
+
+    def place(self, num_frames: int, seconds: Sequence[float] | None, encode: Callable) -> list[tuple[int, int]]:
+        """What stands where the video stands: (token id, -1) for text, (0, slot) for a visual token.
+
+        seconds: the times of the video's frames, which a representation with text needs. encode: text -> token ids.
+        """
+        if not self.has_text:
+            return [(0, slot) for slot in self.slots(num_frames)]
+        return place_blocks(self.video, self.blocks(num_frames), num_frames, seconds, encode)
 
 
-def num_picture_tokens(base: Base, config: Mapping[str, Any]) -> int:
+def shapes_of_streams(base: Base, settings: ModelSettings) -> dict[str, tuple[int, int]]:
+    """The shape (M, D) of each pooled stream of a video."""
+    c = base.config
+    return stream_shapes(settings.video, c.grid, c.feature_size, c.image_size)
+
+
+def num_picture_tokens(base: Base, settings: ModelSettings) -> int:
     """How many visual tokens a picture has."""
-    return math.prod(abstract_projector(base, config).token_layout(base.config.grid))
+    return math.prod(abstract_projector(base, settings).token_layout(base.config.grid))
 
 
-def abstract_projector(base: Base, config: Mapping[str, Any]) -> nnx.Module:
+def abstract_projector(base: Base, settings: ModelSettings) -> nnx.Module:
     """A projector without weights."""
-    return abstract_part(base.module, "projector", base.config, **projector_options(base.module, config))
+    return abstract_part(base.module, "projector", base.config, **settings.projector_options)
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

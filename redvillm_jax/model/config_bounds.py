@@ -1,46 +1,18 @@
-"""What every field of a config may be: its type and its bounds.
+"""The type and the bounds of every config field.
 
-A base and a video representation state the values of their own fields (`build.config_fields`).
+A base and a video representation state the values of their own fields (`settings.config_fields`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipeline.common.errors import UserError, did_you_mean
 from data_pipeline.media.sampling import sampling_name
 from redvillm_jax.modules.attention import KERNELS
+from redvillm_jax.modules.bounds import Bound, number, one_of, text, whole
 from redvillm_jax.modules.layers import KEPT
 
-Bound = Callable[[Any], str]  # what is expected instead of a value, "" where the value is right
 Fields = Mapping[str, "Bound | Fields"]
-
-
-def whole(least: int, most: int) -> Bound:
-    """An integer, both bounds included."""
-    expected = f"a whole number from {least} to {most}"
-    return lambda value: "" if type(value) is int and least <= value <= most else expected
-
-
-def number(least: float, most: float, *, above: bool = False) -> Bound:
-    """A number, both bounds included, or more than the lower one."""
-    expected = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
-
-    def bound(value: Any) -> str:
-        fits = type(value) in (int, float) and least <= value <= most  # nan is not
-        return "" if fits and not (above and value == least) else expected
-
-    return bound
-
-
-def one_of(*values: Any) -> Bound:
-    """One of a few values, of their type."""
-    expected = f"one of {', '.join(map(str, values))}"
-    return lambda value: "" if any(type(value) is type(one) and value == one for one in values) else expected
-
-
-def text(value: Any) -> str:
-    """Any string."""
-    return "" if isinstance(value, str) else "a text"
 
 
 def sampling(value: Any) -> str:
@@ -65,8 +37,7 @@ def axis(value: Any) -> str:
 
 
 SWITCH = one_of(True, False)
-RATE = {group: number(0, 1e4) for group in ("spatial", "temporal", "extra_mlp")}
-DECAY = {group: number(0, 10) for group in ("spatial", "temporal", "extra_mlp")}
+RATE, DECAY = number(0, 1e4), number(0, 10)  # of each optimizer group
 
 FIELDS: Fields = {
     "family": text,
@@ -76,9 +47,6 @@ FIELDS: Fields = {
     "video": text,
     "num_frames": whole(1, 10_000),
     "sampling": sampling,
-    "temporal_init": one_of("copy", "random"),
-    "train_spatial": SWITCH,
-    "extra_mlp": SWITCH,
     "language": text,
     "labels": one_of("answer", "finetune"),
     "pack": SWITCH,
@@ -86,8 +54,6 @@ FIELDS: Fields = {
     "num_epochs": whole(1, 10_000),
     "batch_questions": whole(1, 2**20),
     "learning_rate": number(0, 1, above=True),
-    "learning_rate_scale": RATE,
-    "weight_decay": DECAY,
     "warmup_ratio": number(0, 1),
     "clip_norm": number(0, 1e9, above=True),
     "dtype": one_of("bfloat16", "float32"),

@@ -1,4 +1,4 @@
-"""The config of a run or an export: what one lacks that is older than a field, and what of a run's may change.
+"""The config of a run or an export: values for fields that are newer than it, and the fields that may change.
 
 A new field of `configs/` needs a line in ADDED; `tests/run_configs/` holds configs that lack it.
 """
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.model.base_folder import known_families
-from redvillm_jax.model.build import config_fields, known_videos
+from redvillm_jax.bases.contract import known_families
 from redvillm_jax.model.config_bounds import FIELDS
+from redvillm_jax.model.settings import config_fields
+from redvillm_jax.video.contract import known_videos
 
 ADDED = {  # fields that the first runs did not have -> what the code computed with when there was none
     "sampling": "uniform",
@@ -41,7 +42,8 @@ def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, A
 
     Raises UserError for a field that only a newer version can know: what it changes is not known here.
     """
-    options = [config_fields(family, video) for family in known_families() for video in known_videos()]
+    families, videos = {*known_families(), said.get("family")}, {*known_videos(), said.get("video")}
+    options = [config_fields(family, video) for family in families - {None} for video in videos - {None}]
     known = set(FIELDS).union(BESIDE, *options)
     if unknown := sorted(said.keys() - known):
         raise UserError(

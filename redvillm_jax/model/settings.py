@@ -1,14 +1,90 @@
 """A config, the base it names and the store it trains on, checked against each other before anything is loaded."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from data_pipeline.common.errors import UserError
-from data_pipeline.media.sampling import UNIFORM
 from data_pipeline.store import VideoStore
-from redvillm_jax.model.base_folder import EXPORT_MARK, PARTS, Base, load_base_module, open_base, read_export
-from redvillm_jax.model.build import config_fields
-from redvillm_jax.model.config_bounds import check_fields
+from redvillm_jax.bases.contract import load_family
+from redvillm_jax.model.base_folder import EXPORT_MARK, Base, open_base, read_export
+from redvillm_jax.model.config_bounds import DECAY, FIELDS, RATE, Fields, check_fields
+from redvillm_jax.model.weights import PARTS
+from redvillm_jax.modules.bounds import one_of
+from redvillm_jax.video.contract import Representation, load_video, make_video, pooling_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """What of a config decides the video LLM.
+
+    representation: the name of `video`. sampling: which frames a video has. dtype: of frozen weights and activations.
+    int8: whether the matrices of the language model's layers have 8 bits. seed: of what starts random.
+    projector_options: of the base's projector.
+    """
+
+    family: str
+    representation: str
+    video: Representation
+    sampling: str
+    dtype: str
+    int8: bool
+    seed: int
+    projector_options: Mapping[str, Any]
+
+
+def model_settings(config: Mapping[str, Any]) -> ModelSettings:
+    """Reads the settings of a model from a config that `check_config` or `check_answering` has passed."""
+    options = load_family(config["family"]).PROJECTOR_OPTIONS
+    return ModelSettings(
+        family=config["family"],
+        representation=config["video"],
+        video=make_video(config["video"], config),
+        sampling=config["sampling"],
+        dtype=config["dtype"],
+        int8=config["int8"],
+        seed=config["seed"],
+        projector_options=MappingProxyType({name: config[name] for name in options}),
+    )
+
+
+def config_fields(family: str, video: str) -> Fields:
+    """All fields of a config with their bounds: the common ones, its representation's and its base's."""
+    module = load_video(video)
+    fields = {name: field.bound for name, field in module.FIELDS.items()}
+    rates = {
+        name: dict.fromkeys(module.GROUPS, bound)
+        for name, bound in (("learning_rate_scale", RATE), ("weight_decay", DECAY))
+    }
+    options = {name: one_of(*values) for name, values in load_family(family).PROJECTOR_OPTIONS.items()}
+    return FIELDS | fields | rates | options
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Adds the fields that the config's representation and base have, with their defaults, where they are not set."""
+    if not all(isinstance(config.get(name), str) and config[name] for name in ("family", "video")):
+        return config
+    video, base = load_video(config.video), load_family(config.family)
+    defaults = {name: field.default for name, field in video.FIELDS.items()}
+    defaults |= {name: values[0] for name, values in base.PROJECTOR_OPTIONS.items()}
+    rates = {"learning_rate_scale": dict.fromkeys(video.GROUPS, 1.0), "weight_decay": dict.fromkeys(video.GROUPS, 0.0)}
+    with config.unlocked():
+        for name, value in defaults.items():
+            if name not in config:
+                config[name] = value
+        for name, groups in rates.items():
+            said = dict(config.get(name, {}))
+            config[name] = ConfigDict(groups | said)
+    return config
+
+
+def plain_config(config: ConfigDict) -> dict[str, Any]:
+    """A config with all its fields as nested dicts of numbers and texts; the one given stays as it is."""
+    return json.loads(complete(ConfigDict(config.to_dict())).to_json())
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -18,9 +94,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise UserError(f"config.{name} is missing: start from a file of configs/")
     family = config["family"]
     check_fields(config, config_fields(family, config["video"]), f"a config of the family {family}")
-    temporal_trains = config["temporal_module"] and config["streams"] != "spatial"
-    if not (config["train_spatial"] or temporal_trains or config["extra_mlp"]):
-        raise UserError("config.train_spatial=False leaves nothing to train without a temporal module; leave it out")
+    if problem := make_video(config["video"], config).problem(config["sampling"], None):
+        raise UserError(problem)
 
 
 def open_config_base(config: Mapping[str, Any]) -> Base:
@@ -29,27 +104,24 @@ def open_config_base(config: Mapping[str, Any]) -> Base:
     family = config["family"]
     if not config["base"]:
         raise UserError(
-            f"config.base is not set: download {load_base_module(family).PUBLISHED} (docs/real_weights.md), run python "
+            f"config.base is not set: download {load_family(family).PUBLISHED} (docs/real_weights.md), run python "
             f"-m conversion.from_torch --family={family} --source=FOLDER --out=BASE, then pass --config.base=BASE"
         )
     base = open_base(config["base"])
     if (base.path / EXPORT_MARK).is_file() and read_export(base.path / EXPORT_MARK)["trained"]:
         raise UserError(f"{base.path} is a trained export; give the base that it was trained on")
-    return check_base(base, config)
+    return check_base(base, model_settings(config))
 
 
-def check_base(base: Base, config: Mapping[str, Any]) -> Base:
-    """The base itself; raises UserError unless the config is for its family and fits its picture grid."""
-    if base.family != config["family"]:
+def check_base(base: Base, settings: ModelSettings) -> Base:
+    """The base itself; raises UserError unless the settings are for its family and its grid."""
+    if base.family != settings.family:
         raise UserError(
-            f"{base.path} is a {base.family} base, this config is for {config['family']}: "
+            f"{base.path} is a {base.family} base, this config is for {settings.family}: "
             "use the other config file or another base"
         )
-    rows, cols = base.config.grid
-    if any(side % config["spatial_pool"] for side in (rows, cols)):
-        raise UserError(
-            f"config.spatial_pool is {config['spatial_pool']}, the base's {rows}×{cols} grid needs a divisor"
-        )
+    if problem := settings.video.problem(settings.sampling, base.config.grid):
+        raise UserError(problem)
     return base
 
 
@@ -58,28 +130,24 @@ def needed_parts(store: VideoStore) -> tuple[str, ...]:
     return PARTS if store.meta["kind"] == "frames" else ("projector", "llm")
 
 
-def stream_settings(base: Base, config: Mapping[str, Any]) -> dict[str, Any]:
+def stream_settings(base: Base, settings: ModelSettings) -> dict[str, Any]:
     """What stored streams depend on beyond their frames: the base's weights and the pooling."""
-    return {"base": base.fingerprint, "video": config["video"], "spatial_pool": config["spatial_pool"]}
+    return {"base": base.fingerprint, **pooling_fields(settings.representation, settings.video)}
 
 
-def check_store(store: VideoStore, base: Base, config: Mapping[str, Any]) -> None:
+def check_store(store: VideoStore, base: Base, settings: ModelSettings) -> None:
     """Raises UserError unless a store was made for this base, these frames and, if it holds streams, this pooling."""
     if not store.instructions:
         raise UserError(f"{store.path}: has no questions; prepare it with --instructions=FILE")
-    wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": config["num_frames"]}
-    wanted["sampling"] = config["sampling"]
-    if wanted["sampling"] != UNIFORM and config["short_video"] != "mask":
-        raise UserError(
-            f"config.sampling={wanted['sampling']} gives videos of different lengths, config.short_video="
-            f"{config['short_video']} would fill them up with zeros: use short_video=mask, or sampling=uniform"
-        )
-    again = f"prepare it again with --base={base.path} --num_frames={config['num_frames']}"
+    num_frames = settings.video.num_frames
+    wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": num_frames}
+    wanted["sampling"] = settings.sampling
+    again = f"prepare it again with --base={base.path} --num_frames={num_frames}"
     if wanted["sampling"] != store.meta["sampling"]:
         again += f" --sampling={wanted['sampling']}, or set config.sampling"
     if store.meta["kind"] == "streams":
-        wanted |= stream_settings(base, config)
+        wanted |= stream_settings(base, settings)
         again = "encode the frames again with this base and config (python -m redvillm_jax.encode --help)"
     for key, value in wanted.items():
-        if store.meta[key] != value:
-            raise UserError(f"{store.path} was made with {key}={store.meta[key]}, this model needs {value}: {again}")
+        if (made := store.meta.get(key)) != value:
+            raise UserError(f"{store.path} was made with {key}={made}, this model needs {value}: {again}")

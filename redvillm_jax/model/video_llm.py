@@ -1,7 +1,6 @@
 """A video LLM: a base's encoder and language model around the projectors of a video representation."""
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -9,39 +8,29 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
+from redvillm_jax.bases.contract import Family
+from redvillm_jax.model.base_folder import EXTRA_PREFIX
 from redvillm_jax.modules.attention import row_attention
-from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu, normalize, num_batch_parts, pin_batch
+from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
+from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features, token_layout
 
 IMAGES_PER_DEVICE = 10  # encoded at once: bounds activations, and more of them are not faster (docs/performance.md)
-
-
-class ExtraMLP(nnx.Module):
-    """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
-
-    SHARDING = ((r"weight$", P(BATCH_AXES, None)), (r"\bbias$", P()))
-
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(features, features, rngs=rngs)
-        self.fc2 = Linear(features, features, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(gelu(self.fc1(x)))
 
 
 class VideoLLM(nnx.Module):
     """The parts, and how frames and text go through them.
 
-    `projectors` holds all that can be trained: "spatial" and "temporal" projectors, and "extra_mlp_<stream>".
-    `base` is a module of `redvillm_jax.bases`, `video` a `Video` of `redvillm_jax.video`.
+    `projectors` holds all that can be trained: the representation's projectors by their names, and the extra modules as
+    "extra_mlp_<stream>".
+    `base` is a module of `redvillm_jax.bases`, `video` a `redvillm_jax.video.contract.Representation`.
     """
 
     def __init__(
         self,
-        base: ModuleType,
+        base: Family,
         config: Any,
-        video: Any,
+        video: Representation,
         *,
         encoder: nnx.Module | None,
         projectors: Mapping[str, nnx.Module],
@@ -51,6 +40,11 @@ class VideoLLM(nnx.Module):
         self.projectors = nnx.Dict(projectors)
         self.llm = llm
         self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
+
+    @property
+    def order(self) -> tuple[Stream, ...]:
+        """The streams in token order, for a video with all frames."""
+        return self.video.order(self.config.grid, self.video.num_frames)
 
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
@@ -66,46 +60,72 @@ class VideoLLM(nnx.Module):
         features = jax.lax.map(encode_chunk, rearrange(frames, "b (k c) ... -> k c b ...", c=chunk))
         return pin_batch(rearrange(features, "k c b n d -> b (k c) n d")[:, :t])
 
-    def project(self, streams: Mapping[str, tuple]) -> jax.Array:
-        """Pooled streams -> visual tokens (B, V, K) in the representation's token order.
+    def pool(self, frames: jax.Array, num_frames: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """Frames (B, T, H, W, 3) uint8 of videos with num_frames: (B,) int32 -> pooled streams, (B, M, D) by name."""
+        features = self.encode(self.video.arrange(frames, num_frames), dtype)
+        rows, _ = self.config.grid
+        return self.video.pool(rearrange(features, "b p (r c) d -> b p r c d", r=rows), num_frames)
+
+    def project(self, streams: Mapping[str, jax.Array], num_frames: jax.Array) -> jax.Array:
+        """Pooled streams (B, M, D) -> visual tokens (B, V, K) in the representation's token order.
 
         Computed in fp32, as the projectors' weights are: their gradients then sum in fp32, at little cost beside
         the language model's.
         """
         tokens = []
-        for stream, projector in self.video.order():
-            tokens.append(self.project_stream(stream, projector, *streams[stream]))
+        for index, stream in enumerate(self.order):
+            features = streams[stream.name]
+            real = self.real_features(index, features.shape[:2], num_frames)
+            tokens.append(self.project_stream(stream, features, real))
         return jnp.concatenate(tokens, axis=1)
 
-    def project_stream(
-        self, stream: str, projector: str, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]
-    ) -> jax.Array:
-        """One stream through its projector, and its extra MLP if there is one: (B, M, D) -> (B, tokens, K)."""
-        x = self.projectors[projector](features.astype(jnp.float32), mask, layout)
-        if (extra := f"extra_mlp_{stream}") in self.projectors:
+    def real_features(self, index: int, shape: tuple[int, int], num_frames: jax.Array) -> jax.Array:
+        """Which features of a stream are of real frames: (B, M) bool."""
+        counts = num_features(self.video, self.config.grid, index)
+        if len(set(counts)) == 1:
+            return jnp.ones(shape, bool)
+        return jnp.arange(shape[1]) < jnp.asarray(counts)[num_frames][:, None]
+
+    def project_stream(self, stream: Stream, features: jax.Array, real: jax.Array) -> jax.Array:
+        """A stream through its projector, its extra module and `merge`: (B, M, D) -> (B, tokens, K).
+
+        real: (B, M) bool. A projector that is applied to each frame alone sees all of its features.
+        """
+        projector, layout = self.projectors[stream.projector], stream.layout
+        x = features.astype(jnp.float32)
+        if len(layout) == 3:
+            frames = rearrange(x, "b (t n) d -> (b t) n d", t=layout[0])
+            x = projector(frames, jnp.ones(frames.shape[:2], bool), layout[1:])
+            x = rearrange(x, "(b t) n k -> b (t n) k", t=layout[0])
+        else:
+            x = projector(x, real, layout)
+        if (extra := f"{EXTRA_PREFIX}{stream.name}") in self.projectors:
             x = self.projectors[extra](x)
-        return x.astype(features.dtype)
+        return self.video.merge(stream.name, x, token_layout(projector, layout)).astype(features.dtype)
 
     def picture_tokens(self, pictures: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Visual tokens (B, V, K) of pictures (B, H, W, 3) uint8, the image LLM's own way.
 
-        Their features go through its projector as they are, with no pooling and no temporal stream.
+        Their features go through its projector as they are, and through the extra module of the stream of that name.
         """
         features = self.encode(pictures[:, None], dtype)[:, 0]
-        real = jnp.ones(features.shape[:2], bool)
-        return self.project_stream("spatial", "spatial", features, real, self.config.grid)
+        name, real = image_projector(self.video), jnp.ones(features.shape[:2], bool)
+        tokens = self.projectors[name](features.astype(jnp.float32), real, self.config.grid)
+        if (extra := f"{EXTRA_PREFIX}{name}") in self.projectors:
+            tokens = self.projectors[extra](tokens)
+        return tokens.astype(dtype)
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.
 
-        Streams are what `self.video.pool` makes of the frames' features, (B, M, D) each by its name.
+        Streams are what `pool` makes of the frames, (B, M, D) each by its name.
         """
         num_frames = videos["num_frames"]
         if "frames" in videos:
-            pooled = self.video.pool(self.encode(videos["frames"], dtype), num_frames)
+            pooled = self.pool(videos["frames"], num_frames, dtype)
         else:
-            pooled = {name: videos[name].astype(dtype) for name in self.video.POOLED}
-        return self.project(self.video.describe(pooled, num_frames))
+            pooled = {stream.name: videos[stream.name].astype(dtype) for stream in self.order}
+        return self.project(pooled, num_frames)
 
     def embed(self, token_ids: jax.Array, video_slots: jax.Array, tokens: jax.Array) -> jax.Array:
         """Text embeddings with visual tokens put in their places.
@@ -126,7 +146,7 @@ class VideoLLM(nnx.Module):
         int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams (R, G, M, D). remat: see
         `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at these positions only.
         """
-        names = [name for name in ("num_frames", "frames", *self.video.POOLED) if name in batch]
+        names = [name for name in ("num_frames", "frames", *(stream.name for stream in self.order)) if name in batch]
         videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
         rows = len(batch["token_ids"])
         tokens = rearrange(self.video_tokens(videos, dtype), "(r g) v k -> r (g v) k", r=rows)

@@ -37,15 +37,24 @@ def backend_of(device: Any) -> Backend:
     return Backend(device.platform, device.client.platform_version, tuple(map(int, capability)))
 
 
-def choose_kernel(wanted: str, backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
+def choose_kernel(
+    wanted: str,
+    backend: Backend,
+    dtype: jax.typing.DTypeLike,
+    row_length: int,
+    head_dim: int,
+    window: int | None = None,
+) -> str:
     """The kernel for the language model's attention over rows of `row_length` slots.
 
-    "splash": Pallas, on TPUs. "cudnn": on NVIDIA GPUs. "xla": everywhere. wanted: one of them, or "auto" for the first
-    that can do it. Raises UserError for one that cannot.
+    "splash": Pallas, on TPUs. "cudnn": on NVIDIA GPUs. "xla": everywhere, and alone where a layer sees a `window` of
+    fewer keys than a row has. wanted: one of them, or "auto" for the first that can do it. Raises UserError for one
+    that cannot.
     """
+    narrow = "" if window is None or row_length <= window else f"layers see {window} of a row's {row_length} keys"
     obstacles = {
-        "splash": splash_obstacle(backend, dtype, row_length, head_dim),
-        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim),
+        "splash": splash_obstacle(backend, dtype, row_length, head_dim) or narrow,
+        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim) or narrow,
         "xla": "",
     }
     if wanted == "auto":
@@ -110,6 +119,16 @@ def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
     same_group = group_ids[:, :, None] == group_ids[:, None, :]
     reachable = (question_ids[:, None, :] == 0) | (question_ids[:, :, None] == question_ids[:, None, :])
     return causal & same_group & reachable
+
+
+def within_window(mask: jax.Array, window: int) -> jax.Array:
+    """A mask (B, S, S_kv) bool whose queries see the last `window` of their keys alone, their own included.
+
+    A query sees its own text, in order and with no position left out, wherever the slots lie: in packed rows, and in
+    caches with empty slots. So the distance between two positions is the number of keys that are seen behind a key.
+    """
+    from_here = jnp.cumsum(mask[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1]
+    return mask & (from_here <= window)
 
 
 def cudnn_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""What a base does with each field of a published config.json, as tables: reads it, insists on it, or leaves it.
+"""Tables of the fields of a published config.json: a base reads a field, insists on its value, or ignores it.
 
-A table is a dict from a field's name to its `Field`. `read_fields` goes through a file with it: a value that the
-base cannot compute with, and a field that no table knows, end in one line. Whoever adds a field says here or in
-the base's own table what becomes of it.
+A table is a dict from a field's name to its `Field`. `read_fields` checks a file against it. A value that the base
+cannot compute with, and a field that no table has, raise a UserError. A new field needs an entry here or in the table
+of its base.
 """
 
 import dataclasses
@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+
+# Bounds far above any model there is: what lies beyond is a damaged file, refused before anything is built.
+LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS, PIXELS, EPS, THETA = 1024, 4096, 2**20, 2**24, 2**31 - 1, 2**14, 1.0, 1e12
 
 REQUIRED = object()  # the default of a field that every file must have
 
@@ -147,6 +150,22 @@ def require(holds: bool, where: str, problem: str) -> None:
     """Raises UserError with `problem` unless it holds: for what concerns several fields at once."""
     if not holds:
         raise UserError(f"{where}: {problem}")
+
+
+def check_multiple(values: dict[str, Any], name: str, of: str, where: str, path: str) -> None:
+    """Raises UserError unless one field is a multiple of another."""
+    fits = values[name] % values[of] == 0
+    require(fits, where, f"{path}{name} is {values[name]}, supported: a multiple of {path}{of} = {values[of]}")
+
+
+def head_size(values: dict[str, Any], where: str, path: str) -> int:
+    """hidden_size / num_attention_heads; raises UserError where rotary positions cannot turn such heads."""
+    check_multiple(values, "hidden_size", "num_attention_heads", where, path)
+    heads = values["num_attention_heads"]
+    size = values["hidden_size"] // heads
+    fits = size % 2 == 0 and size > 2
+    require(fits, where, f"{path}num_attention_heads is {heads}, supported: heads of an even size above 2, not {size}")
+    return size
 
 
 # ---- what transformers writes into every config.json

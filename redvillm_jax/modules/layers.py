@@ -135,17 +135,18 @@ class RMSNorm(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel, without bias; weight: (width, 3, patch_size, patch_size).
+    """A convolution whose stride is its kernel, without bias; weight: (width, 3, height, width of a patch).
 
     images: (B, H, W, 3) -> (B, N, width), patches in row-major order.
     """
 
-    def __init__(self, width: int, patch_size: int, *, rngs: nnx.Rngs):
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, patch_size, patch_size)))
+    def __init__(self, width: int, patch_size: int | tuple[int, int], *, rngs: nnx.Rngs):
+        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, *sides)))
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        p = self.weight.shape[-1]
-        patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=p, p2=p)
+        high, wide = self.weight.shape[-2:]
+        patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=high, p2=wide)
         weight = rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
         return product("...i,io->...o", patches, weight)
 
@@ -153,16 +154,17 @@ class PatchEmbedding(nnx.Module):
 class Stack(nnx.Module):
     """Equal blocks whose weights carry a leading layer axis; one block is traced and scanned over.
 
-    `make_block(rngs)` builds one block; `block(x, *args, cache)` returns `(x, cache)` (see `update_cache`).
+    `make_block(rngs)` builds one block; `block(x, *args, *of_layer, cache)` returns `(x, cache)` (see `update_cache`).
     """
 
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, *, rngs: nnx.Rngs):
         self.block = nnx.split_rngs(splits=num_layers)(nnx.vmap(make_block))(rngs)
         self.num_layers = num_layers
 
-    def __call__(self, x: jax.Array, *args, cache=None, remat: str = "none"):
+    def __call__(self, x: jax.Array, *args, of_layer: tuple = (), cache=None, remat: str = "none"):
         """Runs all blocks; `args` are shared by them, `cache` has a leading layer axis and comes back updated.
 
+        of_layer: arrays with a leading layer axis (or None), of which each block gets its own part.
         remat: what the backward pass finds stored; "none": all it needs, "full": each block's input alone, else
         that and the activations of `KEPT` that are named, separated by commas. The rest is computed again.
         """
@@ -170,9 +172,9 @@ class Stack(nnx.Module):
         numbers = None if cache is None else jnp.arange(self.num_layers)
 
         def body(carry, layer):
-            (x, cache), (weights, number) = carry, layer
-            of_layer = None if cache is None else (*cache, number)
-            x, cache = nnx.merge(graphdef, gather_weights(weights))(pin_batch(x), *args, of_layer)
+            (x, cache), (weights, own, number) = carry, layer
+            arrays = None if cache is None else (*cache, number)
+            x, cache = nnx.merge(graphdef, gather_weights(weights))(pin_batch(x), *args, *own, arrays)
             return (pin_batch(x), cache), None
 
         if remat != "none":
@@ -180,7 +182,7 @@ class Stack(nnx.Module):
             # A scan's iterations are apart already: no barrier has to keep XLA from merging what is recomputed.
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
         # The cache is carried, not scanned over: written where it lies, where a scan's output would be a copy of it.
-        return jax.lax.scan(body, (x, cache), (weights, numbers))[0]
+        return jax.lax.scan(body, (x, cache), (weights, of_layer, numbers))[0]
 
 
 def attention(
@@ -246,10 +248,17 @@ def update_cache(
     return updated, keys, values
 
 
-def rotary_angles(position_ids: jax.Array, head_dim: int, base: float | jax.Array) -> jax.Array:
-    """Angles of rotary position embeddings: (B, S) -> (B, S, head_dim / 2) fp32; base may be (B, 1, 1)."""
+def rotary_angles(
+    position_ids: jax.Array, head_dim: int, base: float | jax.Array, scale: np.ndarray | None = None
+) -> jax.Array:
+    """Angles of rotary position embeddings: (B, S) -> (B, S, head_dim / 2) fp32.
+
+    base may be (B, 1, 1). scale: what the frequencies are multiplied with, (head_dim / 2,) fp32.
+    """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return position_ids[..., None].astype(jnp.float32) * base**-exponent
+    positions = position_ids[..., None].astype(jnp.float32)
+    frequency = base**-exponent
+    return positions * (frequency if scale is None else frequency * scale)
 
 
 @jax.custom_vjp

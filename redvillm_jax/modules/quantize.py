@@ -1,7 +1,5 @@
 """Frozen matrices in 8 bits, so that a 7B language model takes 7 GB instead of 14."""
 
-from collections.abc import Container
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,14 +35,14 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.take(NEAREST, steps.view(np.uint16)), scale, input_scale
 
 
-def quantized_shapes(module: nnx.Module, wide: Container[tuple]) -> dict[tuple, tuple[tuple, tuple]]:
-    """Gives every `Linear` of an abstract module an int8 weight and scales, except where `wide` has its weight's path.
+def quantized_shapes(module: nnx.Module, wide: nnx.Module | None) -> dict[tuple, tuple[tuple, tuple]]:
+    """Gives every `Linear` of an abstract module an int8 weight and scales, except to `wide`.
 
     Returns the paths of `scale` and `input_scale` by the path of their weight.
     """
     scales = {}
     for path, linear in nnx.iter_modules(module):
-        if isinstance(linear, Linear) and (*path, "weight") not in wide:
+        if isinstance(linear, Linear) and linear is not wide:
             *layers, out_features, in_features = linear.weight.shape
             for name, shape, dtype in (
                 ("weight", (*layers, out_features, in_features), jnp.int8),

@@ -1,1 +1,1 @@
-"""What a step on a TPU slice takes, by compiling it there; runs nothing."""
+"""Memory and time of a step on a TPU slice, by compiling it for the slice; runs nothing."""

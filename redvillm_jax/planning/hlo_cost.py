@@ -1,7 +1,8 @@
-"""How long a compiled TPU program takes at least, from its optimized HLO and a chip's rates.
+"""A lower bound on the time of a compiled TPU program, from its optimized HLO and a chip's rates.
 
-The compiler writes `estimated_cycles` on what it schedules itself. Kernels (custom calls), collectives and
-asynchronous copies carry none; they are charged here. Instructions run in the order of the text, which is the schedule.
+The compiler writes `estimated_cycles` on the instructions that it schedules itself. Kernels (custom calls), collectives
+and asynchronous copies carry none; this module charges them. Instructions run in the order of the text, which is the
+schedule.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class Unpriced(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. shape: text of its type; operands: names; text: what follows the operands."""
+    """One line of HLO. shape: text of its type; operands: names; text: the rest of the line behind the operands."""
 
     name: str
     opcode: str
@@ -80,7 +81,7 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def read_instruction(name: str, rest: str) -> Instruction:
-    """An instruction from what follows its `name = `."""
+    """Reads an instruction from the text behind its `name = `."""
     shape_end = closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
     opening = rest.index("(")
@@ -129,7 +130,7 @@ def trip_count(computations: Mapping[str, list[Instruction]], loop: Instruction)
 
 
 def charges(hlo: str, chip: Chip, kernels: Mapping[str, float]) -> list[Charge]:
-    """What each instruction of a program adds to its time.
+    """The time that each instruction adds to a program.
 
     kernels: flops of one call of a custom kernel, by the beginning of its name. Such a call is charged with
     max(flops / half the chip's peak, bytes / HBM bandwidth); an unknown one raises Unpriced. A collective takes its

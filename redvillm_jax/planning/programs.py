@@ -1,4 +1,4 @@
-"""The train step and the encode step compiled for a slice, with their memory and what they are charged with."""
+"""The train step and the encode step compiled for a slice, with their memory and their charges."""
 
 import dataclasses
 import json
@@ -14,14 +14,15 @@ from flax import nnx
 
 from data_pipeline.common.files import write_text
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import load_model, make_video, token_slots
+from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
+from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.planning.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.planning.workload import Workload, empty_row
 from redvillm_jax.runtime.chips import Chip
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, batch_sharding, make_mesh, num_batch_shards
 from redvillm_jax.runtime.xla_messages import needed_bytes, small_memory
 from redvillm_jax.training.flops import kernel_flops, matrix_sizes, step_flops
-from redvillm_jax.training.recipe import make_encode_step, make_training
+from redvillm_jax.training.recipe import Recipe, make_encode_step, make_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,15 @@ class Program:
         return self.seconds > 0
 
 
-def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None) -> Program:
+def compile_train(
+    recipe: Recipe, settings: ModelSettings, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None
+) -> Program:
     """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
-    model = load_model(base, config, mesh, dtype=jnp.dtype(config["dtype"]), parts=("projector", "llm"))
-    training = make_training(
-        config, base, model, mesh, num_steps=config["num_epochs"] * work.steps, row_length=work.row_length
-    )
+    model = load_model(base, settings, mesh, dtype=jnp.dtype(settings.dtype), parts=("projector", "llm"))
+    sizes = {"num_steps": work.steps, "row_length": work.row_length}
+    training = make_training(recipe, base, settings, model, mesh, **sizes)
     trainable, moments = training.state["trainable"], training.state["optimizer"]
-    batch = abstract_batch(config, base, mesh, work)
+    batch = abstract_batch(settings, base, mesh, work)
     heads = base.config.num_attention_heads
     kernels = kernel_flops(
         work.rows // num_batch_shards(mesh),
@@ -72,29 +74,30 @@ def compile_train(config, base: Base, mesh, chip: Chip, work: Workload, dump: Pa
     )
 
 
-def compile_encode(config, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None) -> Program:
+def compile_encode(
+    settings: ModelSettings, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None
+) -> Program:
     """Compiles the step with which `redvillm_jax.encode` encodes `batch_size` videos on the devices of one host."""
     mesh = make_mesh(DATA_PARALLEL, devices)
     with jax.set_mesh(mesh):
-        dtype = jnp.dtype(config["dtype"])
-        step, weights = make_encode_step(load_model(base, config, mesh, dtype=dtype, parts=("encoder",)), dtype)
-    side, at = base.config.image_size, batch_sharding(mesh)
-    frames = jax.ShapeDtypeStruct((batch_size, config["num_frames"], side, side, 3), jnp.uint8, sharding=at)
+        dtype = jnp.dtype(settings.dtype)
+        model = load_model(base, settings, mesh, dtype=dtype, parts=("encoder",))
+        step, weights = make_encode_step(model, dtype)
+    side, t, at = base.config.image_size, settings.video.num_frames, batch_sharding(mesh)
+    frames = jax.ShapeDtypeStruct((batch_size, t, side, side, 3), jnp.uint8, sharding=at)
     num_frames = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=at)
     return compile_program(
         lambda: step.lower(weights, frames, num_frames), mesh, chip, {}, weights=weights, state=(), dump=dump
     )
 
 
-def abstract_batch(config, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(settings: ModelSettings, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a batch of rows with their videos' streams."""
-    video = make_video(config)
-    row = empty_row(work, len(token_slots(base, config)(config["num_frames"])))
+    row = empty_row(work, VideoPlaces(base, settings).most)
     shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
     shapes["num_frames"] = (work.groups,), jnp.int32
-    for stream, layout in video.layouts(base.config.grid, config["num_frames"]).items():
-        width = base.config.vision_hidden_size
-        shapes[stream] = (work.groups, math.prod(layout), width), jnp.bfloat16
+    for stream, shape in shapes_of_streams(base, settings).items():
+        shapes[stream] = (work.groups, *shape), jnp.bfloat16
     at = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((work.rows, *s), d, sharding=at) for name, (s, d) in shapes.items()}
 
@@ -140,7 +143,7 @@ def bytes_per_chip(tree: Any) -> float:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def model_flops(base: Base, config, work: Workload) -> tuple[float, float]:
+def model_flops(base: Base, work: Workload) -> tuple[float, float]:
     """4·N·D of a step: with all slots of its rows, and with its real tokens alone."""
     matrices = matrix_sizes(nnx.eval_shape(lambda: base.module.LLM(base.config, rngs=nnx.Rngs(0))))
     return (

@@ -1,4 +1,4 @@
-"""What a step works on when no data is at hand: rows with the lengths of the paper's instruction set."""
+"""The rows of a step when no data is at hand, with the lengths of the paper's instruction set."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.packing import Prefix, Question, fill_row, plan_epoch, row_bounds
 from redvillm_jax.training.rows import pad_row
 
-QUESTIONS, VIDEOS = 100_000, 13_303  # VideoInstruct-100K (facts: C5)
+QUESTIONS, VIDEOS = 100_000, 13_303  # VideoInstruct-100K; docs/train_video_ids.txt of mbzuai-oryx/Video-ChatGPT
 SAMPLE = 20_000  # questions that are planned to know the rows of a step
 TEXT_TOKENS, ANSWER_TOKENS = 90, 65  # of a question with its answer, on average; the answer's part is supervised
 TEMPLATE_TOKENS = 45  # before the video: LLaVA's system prompt; Qwen's is shorter

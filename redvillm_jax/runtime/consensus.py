@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: texts, and whether all of them are well."""
+"""Exchanges texts, and the errors of single processes, between the processes of a run."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,8 @@
 """Runs of several processes: the hosts of a TPU pod or of a cluster, or processes on one machine.
 
-Processes that compute together can only end together. One that fails tells the others why, and they end at once; one
-that is killed is missed after SILENCE_SECONDS. Either way each prints one line that says which process it was.
+Processes that compute together can only end together. A process that fails tells the others the reason, and they end
+at once. A process that is killed is noticed after SILENCE_SECONDS. Either way each process prints one line that names
+the failed one.
 """
 
 import atexit

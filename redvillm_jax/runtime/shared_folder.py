@@ -1,4 +1,4 @@
-"""Whether all processes of a run see one folder, in which they can do all that a run does there."""
+"""Checks that all processes of a run see one folder, and that they can write, rename and delete in it."""
 
 import contextlib
 import secrets

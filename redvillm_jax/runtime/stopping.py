@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers and preempted machines send: what may be lost is saved before the process ends."""
+"""Handles SIGTERM, which schedulers and preempted machines send: a run saves before its process ends."""
 
 import contextlib
 import os

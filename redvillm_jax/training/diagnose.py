@@ -1,4 +1,4 @@
-"""What made a training step fail: the first bad one of a few steps, and its rows."""
+"""Finds the cause of a failed training: the first bad step of a few, and its rows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

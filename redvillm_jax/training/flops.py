@@ -1,7 +1,8 @@
-"""The arithmetic of a train step: 4·N·D, twice for the forward pass and twice back through frozen weights.
+"""The model flops of a train step: 4·N·D, of which the forward pass and the backward pass take 2·N·D each.
 
-Frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass. What
-rematerialisation computes again is not counted, nor is attention (facts: section F).
+N counts weights and D tokens, with 2 flops per multiply-add. Full training takes 6·N·D (arXiv 2001.08361, section 2.1),
+but frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass.
+Rematerialisation and attention are not counted.
 """
 
 from flax import nnx
@@ -11,9 +12,8 @@ from redvillm_jax.modules.layers import Linear
 
 def matrix_sizes(llm: nnx.Module) -> tuple[int, int]:
     """Weights in the matrices of the decoder's body and of its output head; arrays or shapes."""
-    sizes = {path: module.weight.size for path, module in nnx.iter_modules(llm) if isinstance(module, Linear)}
-    head = sizes.pop(("lm_head",))
-    return sum(sizes.values()), head
+    matrices = [module for _, module in nnx.iter_modules(llm) if isinstance(module, Linear) and module is not llm.head]
+    return sum(matrix.weight.size for matrix in matrices), llm.head.weight.size
 
 
 def step_flops(matrices: tuple[int, int], tokens: float, supervised: float) -> float:

@@ -1,5 +1,6 @@
 """The train step of a config: the same for a run that trains and for a plan that only compiles it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,14 +10,37 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import projector_options
+from data_pipeline.common.errors import UserError
+from redvillm_jax.model.base_folder import EXTRA_PREFIX, Base
+from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM, mean_loss
 from redvillm_jax.modules.attention import backend_of, choose_kernel
 from redvillm_jax.runtime.chips import compiler_options
 from redvillm_jax.runtime.sharding import replicated
 from redvillm_jax.training.optim import FROZEN, label_tree, make_optimizer
 from redvillm_jax.training.step import make_train_step, split_trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What of a config decides the steps of a run (`configs/common.py` says what each field means).
+
+    learning_rate_scale, weight_decay: by optimizer group.
+    """
+
+    learning_rate: float
+    learning_rate_scale: Mapping[str, float]
+    weight_decay: Mapping[str, float]
+    warmup_ratio: float
+    clip_norm: float
+    dtype: str
+    remat: str
+    attention: str
+
+
+def recipe_of(config: Mapping[str, Any]) -> Recipe:
+    """Reads the recipe from a checked config."""
+    return Recipe(**{field.name: config[field.name] for field in dataclasses.fields(Recipe)})
 
 
 class Training(NamedTuple):
@@ -32,24 +56,33 @@ class Training(NamedTuple):
 
 
 def make_training(
-    config: Mapping[str, Any],
+    recipe: Recipe,
     base: Base,
+    settings: ModelSettings,
     model: VideoLLM,
     mesh: jax.sharding.Mesh,
     *,
     num_steps: int,
     row_length: int,
 ) -> Training:
-    """The jitted train step for a model of `build.load_model` on rows of `row_length` slots, and its first state."""
+    """The jitted train step for a model of `build.load_model` on rows of `row_length` slots, and its first state.
+
+    Raises UserError when nothing would train.
+    """
     graphdef, trainable, frozen = split_trainable(model)
-    labels = label_tree(trainable, group_rules(config, base))
+    labels = label_tree(trainable, group_rules(base, settings))
+    if set(jax.tree.leaves(labels)) <= {FROZEN}:
+        raise UserError(
+            f"nothing of config.video={settings.representation} trains with these fields: ask it untrained, or let a "
+            "projector train"
+        )
     optimizer = make_optimizer(
         labels,
-        learning_rate={k: config["learning_rate"] * v for k, v in config["learning_rate_scale"].items()},
-        weight_decay=config["weight_decay"],
+        learning_rate={k: recipe.learning_rate * v for k, v in recipe.learning_rate_scale.items()},
+        weight_decay=recipe.weight_decay,
         total_steps=num_steps,
-        warmup_ratio=config["warmup_ratio"],
-        clip_norm=config["clip_norm"],
+        warmup_ratio=recipe.warmup_ratio,
+        clip_norm=recipe.clip_norm,
     )
     shardings = state_shardings(optimizer, trainable, mesh)
     if base.path is None:
@@ -57,13 +90,12 @@ def make_training(
         moments = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings[1])
     else:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
-    dtype = jnp.dtype(config["dtype"])
-    kernel = choose_kernel(
-        config["attention"], backend_of(mesh.devices.flat[0]), dtype, row_length, base.config.head_dim
-    )
+    dtype = jnp.dtype(recipe.dtype)
+    heads = base.config.head_dim, base.config.window
+    kernel = choose_kernel(recipe.attention, backend_of(mesh.devices.flat[0]), dtype, row_length, *heads)
     step = make_train_step(
         graphdef,
-        functools.partial(mean_loss, dtype=dtype, remat=config["remat"], kernel=kernel),
+        functools.partial(mean_loss, dtype=dtype, remat=recipe.remat, kernel=kernel),
         optimizer,
         jax.tree.map(lambda label: label == FROZEN, labels),
         shardings,
@@ -83,19 +115,19 @@ def make_encode_step(model: VideoLLM, dtype: jax.typing.DTypeLike) -> tuple[Call
     @jax.jit
     def step(weights: Any, frames: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, weights)
-        return model.video.pool(model.encode(frames, dtype), num_frames)
+        return model.pool(frames, num_frames, dtype)
 
     return step, weights
 
 
-def group_rules(config: Mapping[str, Any], base: Base) -> list[tuple[str, str]]:
+def group_rules(base: Base, settings: ModelSettings) -> list[tuple[str, str]]:
     """Which trainable leaf belongs to which optimizer group; the first match counts."""
-    fixed = base.module.frozen_projector(**projector_options(base.module, config))
+    fixed = base.module.frozen_projector(**settings.projector_options)
+    video = settings.video
     return [
-        *((rf"(spatial|temporal)\.{pattern}", FROZEN) for pattern in fixed),
-        (r"spatial\.", "spatial" if config["train_spatial"] else FROZEN),
-        (r"temporal\.", "temporal"),
-        (r"extra_mlp_", "extra_mlp"),
+        *((rf"{name}\.{pattern}", FROZEN) for name in video.projectors() for pattern in fixed),
+        *((rf"{name}\.", name if name in video.trained() else FROZEN) for name in video.projectors()),
+        (EXTRA_PREFIX, "extra_mlp"),
     ]
 
 

@@ -1,12 +1,12 @@
 """Questions as token rows: the prompt of each video and question, checked, counted and shown."""
 
+import dataclasses
 import functools
 import hashlib
 import itertools
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,29 +15,51 @@ from tqdm import tqdm
 from data_pipeline.common.errors import UserError
 from data_pipeline.packing import Prefix, Question, Row, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from data_pipeline.store import VideoStore
+from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import Base
+from redvillm_jax.model.build import VideoPlaces
 
 PACKED_ROW = 2048  # slots of a packed row, unless one question needs more
 SHORT_ROW, LONG_ROW = 8, 128  # rows are padded to a multiple of this many slots; long ones for the TPU's kernel
 
 
-def make_prefix(before: Sequence[tuple[int, bool]], slots: Sequence[int]) -> Prefix:
-    """The tokens before the video, then the video's token slots."""
-    ids = [token for token, _ in before] + [0] * len(slots)
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """What of a config decides the rows of a run (`configs/common.py` says what each field means)."""
+
+    language: str
+    labels: str
+    pack: bool
+    row_length: int
+    batch_questions: int
+    num_epochs: int
+    seed: int
+
+
+def row_settings(config: Mapping[str, Any]) -> RowSettings:
+    """Reads the settings of rows from a checked config."""
+    return RowSettings(**{field.name: config[field.name] for field in dataclasses.fields(RowSettings)})
+
+
+def make_prefix(before: Sequence[tuple[int, bool]], placed: Sequence[tuple[int, int]]) -> Prefix:
+    """The tokens before the video, then what stands in its place: (token id, -1) for text, (0, slot) for the video."""
     return Prefix(
-        ids=np.array(ids, np.int32),
-        video_tokens=np.array([-1] * len(before) + list(slots), np.int32),
-        supervised=np.array([flag for _, flag in before] + [False] * len(slots), bool),
+        ids=np.array([token for token, _ in (*before, *placed)], np.int32),
+        video_tokens=np.array([-1] * len(before) + [slot for _, slot in placed], np.int32),
+        supervised=np.array([flag for _, flag in before] + [False] * len(placed), bool),
     )
 
 
 class RowPlan(NamedTuple):
     """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it.
 
-    fingerprint(num_epochs): 64 hexadecimal digits of this plan with so many epochs, which may be fewer or more.
+    prefixes: by the video's number in the store; questions: by number, with their tokens. fingerprint(num_epochs): 64
+    hexadecimal digits of this plan with so many epochs, which may be fewer or more.
     """
 
     instructions: list[dict[str, Any]]
+    prefixes: Sequence[Prefix]
+    questions: Sequence[Question]
     steps: list[Step]
     row_fn: Callable[[Row], dict[str, np.ndarray]]
     bounds: RowBounds
@@ -45,17 +67,20 @@ class RowPlan(NamedTuple):
     fingerprint: Callable[[int], str]
 
 
-def plan_rows(
-    config: Mapping[str, Any], base: Base, store: VideoStore, tokenizer: Any, slots: Callable[[int], list[int]]
-) -> RowPlan:
-    """Tokenises a store's questions in the config's language and plans the rows of every epoch.
+def plan_rows(settings: RowSettings, base: Base, store: VideoStore, tokenizer: Any, places: VideoPlaces) -> RowPlan:
+    """Tokenises a store's questions in the wanted language and plans the rows of every epoch.
 
-    slots(num_frames): the token slots of a video. Raises UserError for questions that cannot be trained on.
+    Raises UserError for questions that cannot be trained on.
     """
-    instructions = in_language(store, config["language"])
-    before, questions = tokenize(base.module, tokenizer, base.config, instructions, labels=config["labels"])
-    by_frames = {n: make_prefix(before, slots(n)) for n in {v["num_frames"] for v in store.videos}}
-    prefixes = [by_frames[v["num_frames"]] for v in store.videos]
+    instructions = in_language(store, settings.language)
+    before, questions = tokenize(base.module, tokenizer, base.config, instructions, labels=settings.labels)
+
+    @functools.cache
+    def prefix(num_frames: int, seconds: tuple[float, ...] | None) -> Prefix:
+        return make_prefix(before, places.place(num_frames, seconds, tokenizer.encode))
+
+    times = [tuple(store.seconds(i)) if places.has_text else None for i in range(len(store.videos))]
+    prefixes = [prefix(video["num_frames"], at) for video, at in zip(store.videos, times, strict=True)]
     index = {v["video"]: i for i, v in enumerate(store.videos)}
     videos = np.array([index[row["video"]] for row in instructions])
     prefix_lengths = np.array([len(p.ids) for p in prefixes])
@@ -64,7 +89,8 @@ def plan_rows(
     if longest > base.config.max_position_embeddings:
         raise UserError(
             f"the longest question takes {longest} tokens with its video, the base knows "
-            f"{base.config.max_position_embeddings} positions: use fewer frames or spatial_pool=2, or drop it"
+            f"{base.config.max_position_embeddings} positions: use fewer frames or a representation with fewer tokens "
+            "(red_villm: spatial_pool=2), or drop it"
         )
 
     @functools.cache
@@ -73,10 +99,10 @@ def plan_rows(
             videos,
             prefix_lengths,
             lengths,
-            row_length=config["row_length"] or (max(longest, PACKED_ROW) if config["pack"] else longest),
-            batch_questions=config["batch_questions"],
-            pack=config["pack"],
-            seed=config["seed"],
+            row_length=settings.row_length or (max(longest, PACKED_ROW) if settings.pack else longest),
+            batch_questions=settings.batch_questions,
+            pack=settings.pack,
+            seed=settings.seed,
             epoch=epoch,
         )
 
@@ -88,8 +114,8 @@ def plan_rows(
         files = [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos]
         return digest((all_steps(num_epochs), texts, files))
 
-    steps = all_steps(config["num_epochs"])
-    return lay_out(steps, prefixes, questions, instructions, len(slots(config["num_frames"])), fingerprint)
+    steps = all_steps(settings.num_epochs)
+    return lay_out(steps, prefixes, questions, instructions, places.most, fingerprint)
 
 
 def lay_out(
@@ -112,7 +138,7 @@ def lay_out(
         max_targets=bounds.targets_per_row,
         tokens_per_video=tokens_per_video,
     )
-    return RowPlan(instructions, steps, row_fn, bounds, slots_per_row, fingerprint)
+    return RowPlan(instructions, prefixes, questions, steps, row_fn, bounds, slots_per_row, fingerprint)
 
 
 def supervised_tokens(plan: RowPlan) -> list[int]:
@@ -120,8 +146,8 @@ def supervised_tokens(plan: RowPlan) -> list[int]:
 
     Those that stand before a video count once for each of its questions.
     """
-    prefixes = [int(prefix.supervised[1:].sum()) for prefix in plan.row_fn.keywords["prefixes"]]
-    questions = [int(question.supervised.sum()) for question in plan.row_fn.keywords["questions"]]
+    prefixes = [int(prefix.supervised[1:].sum()) for prefix in plan.prefixes]
+    questions = [int(question.supervised.sum()) for question in plan.questions]
     return [
         sum(len(asked) * prefixes[video] + sum(questions[q] for q in asked) for row in step for video, asked in row)
         for step in plan.steps
@@ -154,7 +180,7 @@ def pad_row(slots: int) -> int:
 
 
 def tokenize(
-    base: ModuleType, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
+    base: Family, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
 ) -> tuple[list[tuple[int, bool]], list[Question]]:
     """Tokenises every instruction with the base's own chat template.
 

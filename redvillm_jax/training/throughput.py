@@ -1,4 +1,4 @@
-"""How fast steps go by: examples, tokens and flops per second since the last look."""
+"""Measures examples, tokens and flops per second since the last measurement."""
 
 import time
 from collections.abc import Mapping

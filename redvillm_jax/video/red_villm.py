@@ -1,103 +1,110 @@
 """RED-VILLM: frame features pooled over time (spatial stream) and over space (temporal stream).
 
-Paper section 3.2-3.3, equations (1)-(3). The paper's prose swaps z and t; here as in its equations:
+Paper (arXiv 2404.11865) section 3.2-3.3, equations (1)-(3). The paper's prose swaps z and t; here as in its equations:
 z = mean over time (N tokens) goes through the image LLM's projector, t = mean over space (T tokens) through the
 temporal module, and Q_v = [Q_t ; Q_z].
 """
 
 import dataclasses
-import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from einops import reduce
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-Stream = tuple[jax.Array, jax.Array, tuple[int, ...]]  # features (B, M, D), mask (B, M) bool, layout
+from redvillm_jax.modules.bounds import one_of
+from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu
+from redvillm_jax.video.contract import Field, Representation, Stream
 
-
-OPTIONS = {  # the method's switches and their values
-    "streams": ("both", "spatial", "temporal"),
-    "stream_order": ("temporal_first", "spatial_first"),
-    "temporal_module": (True, False),
-    "spatial_pool": (1, 2),
-    "short_video": ("mask", "zero"),
+FIELDS = {
+    "streams": Field("both", one_of("both", "spatial", "temporal"), "tokens"),
+    "stream_order": Field("temporal_first", one_of("temporal_first", "spatial_first"), "tokens"),
+    "temporal_module": Field(True, one_of(True, False), "tokens"),
+    "temporal_init": Field("copy", one_of("copy", "random"), "start"),
+    "train_spatial": Field(True, one_of(True, False), "training"),
+    "extra_mlp": Field(False, one_of(True, False), "tokens"),
+    "spatial_pool": Field(1, one_of(1, 2), "streams"),
+    "short_video": Field("mask", one_of("mask", "zero"), "tokens"),
 }
+GROUPS = ("spatial", "temporal", "extra_mlp")
+
+
+class ExtraMLP(nnx.Module):
+    """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
+
+    SHARDING = ((r"weight$", P(BATCH_AXES, None)), (r"\bbias$", P()))
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(features, features, rngs=rngs)
+        self.fc2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(gelu(self.fc1(x)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Video:
+class Video(Representation):
     """The method's switches; the defaults are the paper's.
 
     streams: "both" | "spatial" | "temporal" (Table 3). stream_order: "temporal_first" (eq. 3) | "spatial_first".
-    temporal_module: its own projector for the temporal stream (Table 4), or the shared one. spatial_pool: window
-    of the mean over the grid of the spatial stream, 2 = a quarter of the tokens (Table 7). short_video: frames
-    that a short video lacks take no token ("mask") or are attended zero features ("zero", Video-ChatGPT).
+    temporal_module: its own projector for the temporal stream (Table 4), or the shared one. temporal_init: the temporal
+    module starts as a "copy" of the projector, or "random" (an ablation of Table 4). train_spatial: whether the image
+    LLM's projector trains, too. extra_mlp: a random MLP behind each projector (Table 5). spatial_pool: window of the
+    mean over the grid of the spatial stream, 2 = a quarter of the tokens (Table 7). short_video: frames that a short
+    video lacks take no token ("mask") or are attended zero features ("zero", Video-ChatGPT).
     """
 
     streams: str = "both"
     stream_order: str = "temporal_first"
     temporal_module: bool = True
+    temporal_init: str = "copy"
+    train_spatial: bool = True
+    extra_mlp: bool = False
     spatial_pool: int = 1
     short_video: str = "mask"
 
-    POOLED: ClassVar[tuple[str, ...]] = ("temporal", "spatial")
-
-    def order(self) -> tuple[tuple[str, str], ...]:
-        """(stream, projector) in token order; a projector is "spatial" (the image LLM's) or "temporal"."""
-        pairs = (("temporal", "temporal" if self.temporal_module else "spatial"), ("spatial", "spatial"))
-        if self.stream_order == "spatial_first":
-            pairs = pairs[::-1]
-        return tuple(pair for pair in pairs if self.streams in ("both", pair[0]))
-
-    def layouts(self, grid: tuple[int, int], num_frames: int) -> dict[str, tuple[int, ...]]:
-        """The layout of each stream's features: (rows, cols) of the picture, (frames,) of the sequence."""
-        rows, cols = (side // self.spatial_pool for side in grid)
-        return {"temporal": (num_frames,), "spatial": (rows, cols)}
-
     def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
-        """Pools frame features over space and over time; no parameters, so the result can be stored.
+        """Means over time and over space, in fp32 over real frames only.
 
-        features: (B, T, N, D), patches in row-major order of a square grid; num_frames: (B,) int32, how many of
-        the T frames are real (0: no video, all zero). Means are taken in fp32 over real frames only.
-        Returns {"temporal": (B, T, D), "spatial": (B, N / spatial_pool^2, D)}.
+        features: (B, T, rows, cols, D); num_frames: (B,) int32. Returns {"temporal": (B, T, D), "spatial":
+        (B, rows * cols / spatial_pool^2, D)}, all zero for a video without frames.
         """
-        _, t, n, _ = features.shape
-        side = round(n**0.5)
-        real = jnp.arange(t) < num_frames[:, None]
-        x = features.astype(jnp.float32) * real[:, :, None, None]
-        spatial = x.sum(1) / jnp.maximum(num_frames, 1)[:, None, None]
-        spatial = reduce(
-            spatial,
-            "b (r p1 c p2) d -> b (r c) d",
-            "mean",
-            p1=self.spatial_pool,
-            p2=self.spatial_pool,
-            c=side // self.spatial_pool,
-        )
-        temporal = reduce(x, "b t n d -> b t d", "mean")
+        real = jnp.arange(features.shape[1]) < num_frames[:, None]
+        x = features.astype(jnp.float32) * real[:, :, None, None, None]
+        spatial = x.sum(1) / jnp.maximum(num_frames, 1)[:, None, None, None]
+        window = {"p1": self.spatial_pool, "p2": self.spatial_pool}
+        spatial = reduce(spatial, "b (r p1) (c p2) d -> b (r c) d", "mean", **window)
+        temporal = reduce(x, "b t r c d -> b t d", "mean")
         return {"temporal": temporal.astype(features.dtype), "spatial": spatial.astype(features.dtype)}
 
-    def describe(self, pooled: dict[str, jax.Array], num_frames: jax.Array) -> dict[str, Stream]:
-        """Pooled features with their masks and layouts, as the projectors take them."""
-        temporal, spatial = pooled["temporal"], pooled["spatial"]
-        side = round(spatial.shape[1] ** 0.5)
-        real = jnp.arange(temporal.shape[1]) < num_frames[:, None]
-        attended = real if self.short_video == "mask" else jnp.ones_like(real)
-        return {
-            "temporal": (temporal, attended, (temporal.shape[1],)),
-            "spatial": (spatial, jnp.ones(spatial.shape[:2], bool), (side, side)),
-        }
+    def order(self, grid: tuple[int, int], num_frames: int) -> tuple[Stream, ...]:
+        rows, cols = (side // self.spatial_pool for side in grid)
+        length = num_frames if self.short_video == "mask" else self.num_frames
+        temporal = Stream("temporal", "temporal" if self.temporal_module else "spatial", (length,))
+        spatial = Stream("spatial", "spatial", (rows, cols))
+        both = (temporal, spatial) if self.stream_order == "temporal_first" else (spatial, temporal)
+        return tuple(stream for stream in both if self.streams in ("both", stream.name))
 
-    def token_slots(self, projector, grid: tuple[int, int], max_frames: int, num_frames: int) -> list[int]:
-        """Which of a video's static token slots hold tokens when it has `num_frames` of `max_frames` frames.
+    def projectors(self) -> dict[str, str]:
+        used = [stream.projector for stream in self.order((2, 2), 1)]
+        return {name: {"spatial": "image", "temporal": self.temporal_init}[name] for name in used}
 
-        `projector.token_layout(layout)` says how the tokens of a stream lie; they stand first in its slots.
-        """
-        slots, start = [], 0
-        longest = self.layouts(grid, max_frames)
-        actual = self.layouts(grid, num_frames if self.short_video == "mask" else max_frames)
-        for stream, _ in self.order():
-            slots += range(start, start + math.prod(projector.token_layout(actual[stream])))
-            start += math.prod(projector.token_layout(longest[stream]))
-        return slots
+    def trained(self) -> tuple[str, ...]:
+        return ("spatial", "temporal") if self.train_spatial else ("temporal",)
+
+    def extra(self, name: str) -> type[nnx.Module] | None:
+        return ExtraMLP if self.extra_mlp else None
+
+    def problem(self, sampling: str, grid: tuple[int, int] | None) -> str:
+        if not (set(self.trained()) & set(self.projectors()) or self.extra_mlp):
+            return "config.train_spatial=False leaves nothing to train without a temporal module; leave it out"
+        if sampling != "uniform" and self.short_video != "mask":
+            return (
+                f"config.sampling={sampling} gives videos of different lengths, config.short_video={self.short_video} "
+                "would fill them up with zeros: use short_video=mask, or sampling=uniform"
+            )
+        if grid is not None and any(side % self.spatial_pool for side in grid):
+            rows, cols = grid
+            return f"config.spatial_pool is {self.spatial_pool}, the base's {rows}×{cols} grid needs a divisor"
+        return ""

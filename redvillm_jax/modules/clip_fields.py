@@ -1,4 +1,4 @@
-"""The tables of the published parts that bases are made of: LLaMA, Mistral without a window, CLIP, its transform.
+"""The tables of CLIP's published files: its vision tower's config.json and its image processor's.
 
 Defaults are those of transformers' classes, because its files omit what equals them.
 """
@@ -8,60 +8,23 @@ from typing import Any
 
 from redvillm_jax.modules.config_fields import (
     COMMON,
+    EPS,
     FIXED,
+    HEADS,
+    LAYERS,
+    PIXELS,
+    WIDTH,
     Field,
     Fields,
+    check_multiple,
     count,
-    equal_to,
     mapping,
     nothing,
     number,
     only,
     read_fields,
-    require,
     shown,
 )
-
-# Bounds far above any model there is: what lies beyond is a damaged file, refused before anything is built.
-LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS, PIXELS, EPS, THETA = 1024, 4096, 2**20, 2**24, 2**31 - 1, 2**14, 1.0, 1e12
-
-ROPE: Fields = {  # transformers 5's rope_parameters, and rope_scaling before it
-    "rope_type": only("default"),
-    "type": only("default"),
-    "rope_theta": number(None, THETA),
-    "partial_rotary_factor": only(1.0),
-}
-
-LLAMA: Fields = COMMON | {
-    "model_type": only("llama"),
-    "vocab_size": count(32000, VOCABULARY),
-    "hidden_size": count(4096, WIDTH),
-    "intermediate_size": count(11008, WIDTH),
-    "num_hidden_layers": count(32, LAYERS),
-    "num_attention_heads": count(32, HEADS),
-    "num_key_value_heads": count(None, HEADS, null="as many as heads"),
-    "max_position_embeddings": count(2048, POSITIONS),
-    "rms_norm_eps": number(1e-6, EPS),
-    "rope_theta": number(None, THETA),
-    "rope_parameters": mapping(None, null=True),
-    "rope_scaling": mapping(None, null=True),
-    "partial_rotary_factor": only(1.0),
-    "hidden_act": only("silu"),
-    "attention_bias": only(False),
-    "mlp_bias": only(False),
-    "tie_word_embeddings": only(False),
-    "head_dim": equal_to("hidden_size / num_attention_heads, or null"),
-    "sliding_window": only(None),
-    **nothing("pretraining_tp"),  # splits products without changing them
-}
-
-MISTRAL: Fields = LLAMA | {  # without a window it is LLaMA's computation
-    "model_type": only("mistral"),
-    "intermediate_size": count(14336, WIDTH),
-    "num_key_value_heads": count(8, HEADS, null="as many as heads"),
-    "max_position_embeddings": count(131072, POSITIONS),
-    "sliding_window": only(None, default=4096),
-}
 
 CLIP: Fields = COMMON | {
     "model_type": only("clip_vision_model"),
@@ -90,55 +53,6 @@ KNOWN_CLIPS = {  # what the names of published CLIPs stand for
     "clip-vit-large-patch14": CLIP_LARGE | {"patch_size": 14, "image_size": 224},
     "clip-vit-large-patch14-336": CLIP_LARGE | {"patch_size": 14, "image_size": 336},
 }
-
-
-def read_rope_theta(values: dict[str, Any], where: str, path: str) -> float:
-    """The rotary base from the fields that may hold it; raises UserError when they differ."""
-    found = {"rope_theta": values["rope_theta"]}
-    for name in ("rope_parameters", "rope_scaling"):
-        if values[name]:
-            found[f"{name}.rope_theta"] = read_fields(values[name], ROPE, where, f"{path}{name}.")["rope_theta"]
-    found = {path + name: theta for name, theta in found.items() if theta is not None}
-    said = " but ".join(f"{name} is {shown(theta)}" for name, theta in found.items())
-    require(len(set(found.values())) <= 1, where, f"{said}, supported: one value")
-    return next(iter(found.values()), 10000.0)
-
-
-def check_multiple(values: dict[str, Any], name: str, of: str, where: str, path: str) -> None:
-    """Raises UserError unless one field is a multiple of another."""
-    fits = values[name] % values[of] == 0
-    require(fits, where, f"{path}{name} is {values[name]}, supported: a multiple of {path}{of} = {values[of]}")
-
-
-def head_size(values: dict[str, Any], where: str, path: str) -> int:
-    """hidden_size / num_attention_heads; raises UserError where rotary positions cannot turn such heads."""
-    check_multiple(values, "hidden_size", "num_attention_heads", where, path)
-    heads = values["num_attention_heads"]
-    size = values["hidden_size"] // heads
-    fits = size % 2 == 0 and size > 2
-    require(fits, where, f"{path}num_attention_heads is {heads}, supported: heads of an even size above 2, not {size}")
-    return size
-
-
-def read_llama(config: Any, where: str, path: str = "", fields: Fields = LLAMA) -> dict[str, Any]:
-    """The numbers of a LLaMA: every read field, with `rope_theta` and `num_key_value_heads` settled."""
-    values = read_fields(config, fields, where, path)
-    size = head_size(values, where, path)
-    said = values["head_dim"]
-    supported = f"hidden_size / num_attention_heads = {size}"
-    require(said in (None, size), where, f"{path}head_dim is {said}, supported: {supported}")
-    values["num_key_value_heads"] = values["num_key_value_heads"] or values["num_attention_heads"]
-    check_multiple(values, "num_attention_heads", "num_key_value_heads", where, path)
-    return values | {"rope_theta": read_rope_theta(values, where, path)}
-
-
-def read_decoder(config: Any, where: str, path: str = "") -> dict[str, Any]:
-    """The numbers of a LLaMA or of a Mistral without a window, whichever `model_type` says."""
-    tables = {"llama": LLAMA, "mistral": MISTRAL}
-    kind = config.get("model_type", "llama") if isinstance(config, dict) else "llama"
-    known = isinstance(kind, str) and kind in tables
-    require(known, where, f"{path}model_type is {shown(kind)}, supported: {' or '.join(map(shown, tables))}")
-    return read_llama(config, where, path, tables[kind])
 
 
 def read_clip(config: Any, where: str, path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The floors beneath the demo's accuracies, and the table that shows them."""
+"""The baselines of the demo's accuracies, and the table that shows them."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from redvillm_jax.demo import __main__ as demo
-from redvillm_jax.demo.floors import commonest_answer, without_order
+from redvillm_jax.demo.baselines import commonest_answer, without_order
 from redvillm_jax.demo.moving_shapes import LANGUAGES, TEMPORAL, WORDS, ask, video_rng, video_scene
 
 ORDERED = ("first_colour", "last_colour", "first_shape", "last_shape")
@@ -79,7 +79,7 @@ def test_who_does_not_know_the_order_guesses_it(questions):
     assert (chances[~temporal] == 1).all() and all(hits[False])
 
 
-def test_the_table_shows_floors_beside_accuracies(questions, tmp_path):
+def test_the_table_shows_baselines_beside_accuracies(questions, tmp_path):
     train = [{"id": str(i), **row} for i, row in enumerate(questions["train"])]
     test = questions["test"]
     (tmp_path / "videos" / "train").mkdir(parents=True)
@@ -92,7 +92,7 @@ def test_the_table_shows_floors_beside_accuracies(questions, tmp_path):
         (work / folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
     found, hits = demo.results(tmp_path, "llava", 7)
     assert [row["question"] for row in found] == [row["question"] for row in test]
-    assert list(hits) == [*demo.FLOORS, demo.UNTRAINED, *demo.ROWS]
+    assert list(hits) == [*demo.BASELINES, demo.UNTRAINED, *demo.TRAININGS]
     assert hits["RED-VILLM"].tolist() == [float(i % 2 != 0) for i in range(len(test))]
     np.testing.assert_array_equal(hits["commonest answer"], commonest_answer(train, test))
 
@@ -109,7 +109,7 @@ def test_the_table_shows_floors_beside_accuracies(questions, tmp_path):
     assert lines["CHINESE"] == [round(100 * of[chinese].mean(), 1) for of in hits.values()]
 
     losses = {}
-    for row in demo.ROWS:
+    for row in demo.TRAININGS:
         losses[row] = tmp_path / f"{row}.jsonl"
         losses[row].write_text('{"step": 10, "loss": 2.0}\n{"step": 20, "loss": 1.0}\n')
     demo.draw(tmp_path / "result.png", "llava", found, hits, losses)

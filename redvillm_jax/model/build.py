@@ -15,7 +15,7 @@ from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.model.weights import PARTS, abstract_part, fill
 from redvillm_jax.runtime.sharding import weight_sharding
-from redvillm_jax.video.contract import blocks, has_text, num_slots, place_blocks, stream_shapes, what_does_not_fit
+from redvillm_jax.video.contract import blocks, contradiction, has_text, num_slots, place_blocks, stream_shapes
 
 
 def load_model(
@@ -32,7 +32,7 @@ def load_model(
     the encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
     """
     video, options = settings.video, settings.projector_options
-    if problem := what_does_not_fit(video, base.config.grid, shapes_of_streams(base, settings)):
+    if problem := contradiction(video, base.config.grid, shapes_of_streams(base, settings)):
         raise UserError(f"config.video={settings.representation}: {problem} (redvillm_jax/video/contract.py)")
     place = weight_sharding(mesh, base.module.SHARDING)
     rngs = None if base.path is None else nnx.Rngs(settings.seed)

@@ -15,7 +15,8 @@ from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixe
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
 from redvillm_jax.inference.streaming import pieces
-from redvillm_jax.model.build import VideoPlaces, load_model, num_picture_tokens, put_trained
+from redvillm_jax.model.build import load_model, put_trained
+from redvillm_jax.model.places import VideoPlaces, num_picture_tokens
 from redvillm_jax.model.settings import plain_config
 from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import whole

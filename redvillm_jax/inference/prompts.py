@@ -10,8 +10,8 @@ from redvillm_jax.model.base_folder import Base
 class Prompt(NamedTuple):
     """One question with its video or picture.
 
-    before: ids before it; placed: what stands in its place, (token id, -1) for text, (0, slot) for a visual token (see
-    `build.VideoPlaces`); question: ids behind it, up to where the answer begins; width: slots for what stands up to the
+    before: ids before it; placed: what stands in its place, (token id, -1) for text, (0, slot) for a visual token
+    (see `places.VideoPlaces`); question: ids behind it, up to the answer; width: slots for the ids up to the
     question, the same for all videos, so that shapes are static.
     """
 

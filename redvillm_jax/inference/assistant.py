@@ -78,7 +78,7 @@ class Assistant:
         num_frames = self.settings.video.num_frames
         self._most_placed = len(self._place(num_frames, [LONGEST_SECONDS] * num_frames))
         self.picture_tokens = num_picture_tokens(self.base, self.settings)
-        self.takes_pictures = image_projector(self.settings.video) in model.projectors
+        self.takes_pictures = image_projector(self.settings.video) is not None
         self.reading = Reading(
             num_frames,
             self.base.config.image_size,

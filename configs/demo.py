@@ -1,4 +1,4 @@
-"""The demo's tiny bases on generated videos; get_config(family), "llava" if it is left out.
+"""The demo's tiny bases on generated videos. The family is the argument of get_config, "llava" by default.
 
 python -m redvillm_jax.train --config=configs/demo.py:llava --workdir=RUN --config.base=BASE --config.data=FRAMES
 """
@@ -14,7 +14,7 @@ NO_FAMILY = ("common", "demo")
 
 
 def family_config(family: str) -> ConfigDict:
-    """What the config file of this folder with that family says; a module of one's own has the common defaults."""
+    """Returns the config of a family: its file in this folder, or the common defaults for a module of your own."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in NO_FAMILY)
     files = (importlib.import_module(f"configs.{name}").get_config() for name in names)
     configs = {config.family: config for config in files}

@@ -1,1 +1,1 @@
-"""A base and a video representation as one model, with its folder and its settings; knows nothing of training."""
+"""A base and a video representation as one model, their folder and their settings; must not import training."""

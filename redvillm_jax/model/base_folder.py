@@ -1,4 +1,4 @@
-"""Base folders on disk: which tensor belongs to which weight, and reading slices of them onto devices."""
+"""Reads base folders: maps published tensors to weights and loads slices of them onto devices."""
 
 import dataclasses
 import functools
@@ -21,23 +21,26 @@ from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.model.weights import Leaf, abstract_part, fill, name_table
 from redvillm_jax.modules.quantize import quantize, quantized_shapes
 
-BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # what says that a folder is a base, or an export
+BASE_MARK, EXPORT_MARK = "base.json", "redvillm.json"  # the file that marks a folder as a base, or as an export
 PROJECTORS = "projectors.safetensors"  # the weights of an export without the rest of the model
-IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # how published code makes pixels
-EXTRA_PREFIX = "extra_mlp_"  # followed by the stream: a module behind its projector, in checkpoints and exports
-ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # how names begin that exports add to the published ones
+IMAGE_PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # the files that state how published code makes pixels
+EXTRA_PREFIX = "extra_mlp_"  # + stream: the module behind that stream's projector, in checkpoints and exports
+ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # the beginning of names that exports add to the published ones
 REMEDY = BASE.remedy
 
 
 def head_name(base: "Base") -> str:
-    """The canonical name of the weight that makes the logits."""
+    """Returns the canonical name of the weight that makes the logits."""
     llm = abstract_part(base.module, "llm", base.config)
     path = next(path for path, module in nnx.iter_modules(llm) if module is llm.head)
     return base.module.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
 
 
 def canonical_name(base: Family, published: str) -> str:
-    """The canonical name of a published tensor: the first rule of `base.CANONICAL` that matches applies."""
+    """Returns the canonical name of a published tensor, by the first rule of `base.CANONICAL` that matches."""
     for pattern, replacement in base.CANONICAL:
         name, count = re.subn(pattern, replacement, published, count=1)
         if count:
@@ -46,9 +49,9 @@ def canonical_name(base: Family, published: str) -> str:
 
 
 class TensorFolder:
-    """Tensors of a folder's safetensors files, read lazily: `folder[name]` is a slice as numpy, `shape(name)`.
+    """The tensors in a folder's safetensors files, read lazily: index `folder[name]` to read a part as numpy.
 
-    Covers one file, shards with an index, and the `vision/` subfolder of a base folder.
+    The folder has one file or several shards; the files of its `vision/` subfolder belong to it.
     """
 
     def __init__(self, path: str | Path):
@@ -65,23 +68,23 @@ class TensorFolder:
             self.files |= dict.fromkeys(handle.keys(), handle)
 
     def names(self) -> list[str]:
-        """All published names, sorted."""
+        """Returns all published names, sorted."""
         return sorted(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Returns the shape of a tensor without reading it."""
         return tuple(self.files[name].get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> Any:
-        """A slice object: index it to read just that part."""
+        """Returns a lazy tensor: index it to read only that part."""
         return self.files[name].get_slice(name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base folder, opened: the family's module, its config, the fingerprint and the tensors by canonical name.
+    """An open base folder: the family's module, the config, the fingerprint and the tensors.
 
-    Without a path it is a size without weights, to compute shapes with.
+    A Base without a path has no weights; it serves to compute shapes.
     """
 
     path: Path | None
@@ -94,21 +97,21 @@ class Base:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """A published file that is one JSON object; what is in it is the base's business. Raises UserError."""
+    """Reads a published JSON file. Raises UserError unless it is one JSON object; the base checks its fields."""
     return read_object(file, Form({}, remedy))
 
 
 def read_export(file: Path) -> dict[str, Any]:
-    """What an export says of itself."""
+    """Reads the description of an export, redvillm.json."""
     return read_object(file, EXPORT)
 
 
 def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
-    """Opens a folder made by `conversion.from_torch`, from a bucket (gs://) as a local copy.
+    """Opens a folder that `conversion.from_torch` wrote; a folder in a bucket (gs://) is copied first.
 
-    Its files are compared with their hashes in base.json the first time (see `data_pipeline.common.file_hashes`).
-    Raises UserError when the folder is missing, is not a base folder or has changed, or, with `fingerprint`, is another
-    base than the one that a run was trained on.
+    The first time, compares its files with their hashes in base.json (`data_pipeline.common.file_hashes`). fingerprint:
+    of the base that a run was trained on. Raises UserError when the folder is missing, is not a base folder, has
+    changed, or has another fingerprint.
     """
     path = local_copy(path)
     description = path / BASE_MARK
@@ -125,14 +128,14 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
 
 
 def published_base(path: Path, family: str, fingerprint: str) -> Base:
-    """The base that a local folder of published files is, by the word of whoever calls."""
+    """Opens a local folder of published files as a base; the caller vouches for family and fingerprint."""
     module, tensors = load_family(family), TensorFolder(path)
     published = {canonical_name(module, name): name for name in tensors.names()}
     return Base(path, family, module, read_config(module, path), fingerprint, tensors, published)
 
 
 def sized_base(family: str, size: str) -> Base:
-    """A base of one of the family's named sizes, without weights; an unknown size is a UserError."""
+    """Returns a base of a named size of the family, without weights. Raises UserError for an unknown size."""
     module = load_family(family)
     if size not in module.SIZES:
         raise UserError(f"unknown size {size!r} of {family}: expected one of {', '.join(module.SIZES)}")
@@ -140,10 +143,10 @@ def sized_base(family: str, size: str) -> Base:
 
 
 def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
-    """The base's Config from a folder's config.json and, if there is one, its vision tower's config.json.
+    """Reads the base's Config from a folder's config.json and, if it exists, the vision tower's config.json.
 
-    remedy: what to do about a file that cannot be read. Raises UserError for a field, there or in the image
-    processors' files, that the base does not compute.
+    remedy: the advice in messages about an unreadable file. Raises UserError for a field that the base does not
+    compute, in these files or in those of the image processors.
     """
     vision = vision or folder / "vision"
     file, apart = folder / "config.json", {}
@@ -167,11 +170,11 @@ def load_part(
     int8: bool = False,
     **options: Any,
 ) -> nnx.Module:
-    """Loads the encoder, projector or llm of a base, cast to `dtype`, each host reading only its own slices.
+    """Loads the encoder, projector or llm of a base, cast to `dtype`; each host reads only its own slices.
 
-    `sharding(canonical_name, shape, stacked)` places a leaf. `int8`: matrices of the llm's `Linear` layers,
-    but for its head, in 8 bits, for which each host reads them whole. A base without a folder gives shapes, dtypes
-    and shardings instead of arrays. Raises UserError that lists missing or wrongly shaped tensors.
+    sharding(canonical_name, shape, stacked): the sharding of a leaf. int8: holds the matrices of the llm's `Linear`
+    layers, except its head, in 8 bits; each host then reads these matrices whole. A base without a folder gives shapes,
+    dtypes and shardings instead of arrays. Raises UserError with a list of missing or wrongly shaped tensors.
     """
     module = abstract_part(base.module, part, base.config, **options)
     table = name_table(module, base.module.PREFIX[part])
@@ -189,7 +192,7 @@ def load_part(
         return np.stack([read_slice(base, name, index[1:]) for name in names[index[0]]])
 
     def quantized(path: tuple) -> tuple[np.ndarray, ...]:
-        """int8 and scales of all layers, which need whole matrices, whatever part of them a device holds."""
+        """Returns int8 values and scales of all layers, from whole matrices, even if a device holds a part."""
         layers = [quantize(read_slice(base, name, ())) for name in layers_of[path]]
         return layers[0] if table[layers_of[path][0]].layer is None else tuple(map(np.stack, zip(*layers, strict=True)))
 
@@ -213,7 +216,7 @@ def load_part(
 
 
 def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:
-    """A projector's leaves by their names in exports: the published ones, those of a copy below `<copy>_module.`."""
+    """Returns a projector's leaves by name in exports: published names, or for a copy names below `<copy>_module.`."""
     table = name_table(abstract_part(base.module, "projector", base.config), base.module.PREFIX["projector"])
     check_tensors(base, table)
     published = {base.published[name]: leaf for name, leaf in table.items()}
@@ -224,13 +227,13 @@ def projector_names(base: Base, copy: str | None) -> dict[str, Leaf]:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """The dotted path that all names begin with, its last dot included: "a.b." of "a.b.c" and "a.b.d.e"."""
+    """Returns the dotted path that all names begin with, with its last dot: "a.b." of "a.b.c" and "a.b.d.e"."""
     parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{level[0]}." for level in itertools.takewhile(lambda level: len(set(level)) == 1, parts))
 
 
 def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """One slice of a tensor by canonical name."""
+    """Reads one slice of a tensor, by the tensor's canonical name."""
     tensor = base.tensors[base.published[name]]
     return np.asarray(tensor[index] if index else tensor[:])
 

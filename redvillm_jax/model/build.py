@@ -1,4 +1,4 @@
-"""From a base folder and the settings of a model to a video LLM on the devices."""
+"""Builds a video LLM on the devices from a base folder and the settings of a model."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.model.weights import PARTS, abstract_part, fill
 from redvillm_jax.runtime.sharding import weight_sharding
-from redvillm_jax.video.contract import blocks, has_text, num_slots, place_blocks, stream_shapes, what_does_not_fit
+from redvillm_jax.video.contract import blocks, contradiction, has_text, num_slots, place_blocks, stream_shapes
 
 
 def load_model(
@@ -26,13 +26,14 @@ def load_model(
     dtype: jax.typing.DTypeLike,
     parts: Sequence[str] = PARTS,
 ) -> VideoLLM:
-    """The untrained video LLM: frozen parts in `dtype`, projectors in fp32, each as the representation lets it start.
+    """Loads the untrained video LLM: frozen parts in `dtype`, projectors in fp32 with the start of the representation.
 
-    Each host reads only its own slices. parts: what is needed; the others' weights are not read (with stored streams
-    the encoder's, to store them the rest's). A base without a folder gives shapes instead of arrays.
+    Each host reads only its own slices. parts: the parts to load; stored streams need no encoder, and storing them
+    needs the encoder alone. A base without a folder gives shapes instead of arrays. Raises UserError when the
+    representation contradicts itself on the base's grid.
     """
     video, options = settings.video, settings.projector_options
-    if problem := what_does_not_fit(video, base.config.grid, shapes_of_streams(base, settings)):
+    if problem := contradiction(video, base.config.grid, shapes_of_streams(base, settings)):
         raise UserError(f"config.video={settings.representation}: {problem} (redvillm_jax/video/contract.py)")
     place = weight_sharding(mesh, base.module.SHARDING)
     rngs = None if base.path is None else nnx.Rngs(settings.seed)
@@ -65,7 +66,7 @@ def load_model(
 
 
 def place_prefixed(place: Callable, prefix: str, path: tuple, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """Where a leaf of a module without stacked layers lies, by its path."""
+    """Returns the sharding of a leaf, by its path, in a module without stacked layers."""
     return place(prefix + ".".join(map(str, path)), shape, False)
 
 
@@ -74,7 +75,7 @@ def random_module(
     place: Callable[[tuple, tuple[int, ...]], jax.sharding.Sharding],
     rngs: nnx.Rngs | None,
 ) -> nnx.Module:
-    """A module with its own random weights where `place(path, shape)` says, or without `rngs` their shapes alone."""
+    """Makes a module with random weights, sharded as `place(path, shape)`; without `rngs` it has shapes alone."""
     if rngs is not None:
         return fill(make(rngs=rngs), lambda path, leaf: jax.device_put(leaf[...], place(path, leaf.shape)))
 
@@ -85,9 +86,9 @@ def random_module(
 
 
 class VideoPlaces:
-    """Where the visual tokens of videos stand in prompts, by their numbers of frames.
+    """The positions of a video's visual tokens in a prompt, for each number of frames.
 
-    most: how many static slots a video has, those of one with all frames.
+    most: the number of static slots of a video: the tokens of a video with all frames.
     """
 
     def __init__(self, base: Base, settings: ModelSettings):
@@ -97,13 +98,13 @@ class VideoPlaces:
         self.most = num_slots(self.blocks(self.video.num_frames))
 
     def slots(self, num_frames: int) -> list[int]:
-        """Which static slots of a video hold its visual tokens, in token order."""
+        """Returns the static slots that hold a video's visual tokens, in token order."""
         return [slot for block in self.blocks(num_frames) for slot in block.slots]
 
     def place(self, num_frames: int, seconds: Sequence[float] | None, encode: Callable) -> list[tuple[int, int]]:
-        """What stands where the video stands: (token id, -1) for text, (0, slot) for a visual token.
+        """Returns the video's part of a prompt: (token id, -1) for a text token, (0, slot) for a visual token.
 
-        seconds: the times of the video's frames, which a representation with text needs. encode: text -> token ids.
+        seconds: the times of the video's frames; only a representation with text needs them. encode: the tokenizer's.
         """
         if not self.has_text:
             return [(0, slot) for slot in self.slots(num_frames)]
@@ -111,23 +112,23 @@ class VideoPlaces:
 
 
 def shapes_of_streams(base: Base, settings: ModelSettings) -> dict[str, tuple[int, int]]:
-    """The shape (M, D) of each pooled stream of a video."""
+    """Returns the shape (M, D) of each pooled stream of a video, by name."""
     c = base.config
     return stream_shapes(settings.video, c.grid, c.feature_size, c.image_size)
 
 
 def num_picture_tokens(base: Base, settings: ModelSettings) -> int:
-    """How many visual tokens a picture has."""
+    """Returns the number of visual tokens of a picture."""
     return math.prod(abstract_projector(base, settings).token_layout(base.config.grid))
 
 
 def abstract_projector(base: Base, settings: ModelSettings) -> nnx.Module:
-    """A projector without weights."""
+    """Returns a projector with shapes instead of weights."""
     return abstract_part(base.module, "projector", base.config, **settings.projector_options)
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:
-    """Replaces the projectors' weights by trained ones (nested dicts of numpy arrays), where they lie on the mesh."""
+    """Replaces the projectors' weights by trained ones, nested dicts of numpy arrays; their shardings stay."""
     state = nnx.state(model.projectors)
     nnx.update(
         model.projectors,

@@ -1,6 +1,6 @@
-"""The type and the bounds of every config field.
+"""The type and the bounds of every common config field.
 
-A base and a video representation state the values of their own fields (`settings.config_fields`).
+Bases and video representations state the bounds of their own fields; `settings.config_fields` puts all together.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ Fields = Mapping[str, "Bound | Fields"]
 
 
 def sampling(value: Any) -> str:
-    """A rule of `data_pipeline.media.sampling`, as stores name it."""
+    """Bounds `sampling`: a rule of `data_pipeline.media.sampling`, in the spelling of stores."""
     try:
         name = sampling_name(value) if isinstance(value, str) else None
     except ValueError:
@@ -25,25 +25,25 @@ def sampling(value: Any) -> str:
 
 
 def remat(value: Any) -> str:
-    """What the backward pass computes again."""
+    """Bounds `remat`: none, full, or the names of the activations that are kept."""
     known = isinstance(value, str) and (value in ("none", "full") or set(value.split(",")) <= set(KEPT))
     return "" if known else f"none, full, or names out of {','.join(KEPT)} to be kept"
 
 
 def axis(value: Any) -> str:
-    """A size of the mesh."""
+    """Bounds the size of a mesh axis."""
     right = type(value) is int and (value == -1 or 1 <= value <= 2**20)
     return "" if right else "a number of devices, or -1 for the rest"
 
 
 SWITCH = one_of(True, False)
-RATE, DECAY = number(0, 1e4), number(0, 10)  # of each optimizer group
+RATE, DECAY = number(0, 1e4), number(0, 10)  # the bounds for each optimizer group
 
 FIELDS: Fields = {
     "family": text,
     "base": text,
     "data": text,
-    "seed": whole(0, 2**32 - 1),  # jax's random numbers know no more bits
+    "seed": whole(0, 2**32 - 1),  # a jax random key takes 32 bits
     "video": text,
     "num_frames": whole(1, 10_000),
     "sampling": sampling,
@@ -70,13 +70,13 @@ FIELDS: Fields = {
 
 def check_fields(config: Mapping[str, Any], fields: Fields, whose: str = "this config") -> None:
     """Raises UserError unless the config has these fields and no others, each within its bounds."""
-    found = next(wrong(config, fields, whose, "config"), None)
+    found = next(problems(config, fields, whose, "config"), None)
     if found is not None:
         raise UserError(found)
 
 
-def wrong(config: Mapping[str, Any], fields: Fields, whose: str, path: str) -> Iterator[str]:
-    """What is wrong with a config, in words."""
+def problems(config: Mapping[str, Any], fields: Fields, whose: str, path: str) -> Iterator[str]:
+    """Yields a message for each field that is unknown, missing or out of bounds."""
     for name in sorted(config.keys() - fields.keys(), key=str):
         yield f"{path}.{name} is no field of {whose}{did_you_mean(str(name), fields) or '; take it out'}"
     for name, bound in fields.items():
@@ -85,7 +85,7 @@ def wrong(config: Mapping[str, Any], fields: Fields, whose: str, path: str) -> I
             yield f"{where} is missing, which {whose} has; start from a file of configs/"
         elif isinstance(bound, Mapping):
             if isinstance(value, Mapping):
-                yield from wrong(value, bound, whose, where)
+                yield from problems(value, bound, whose, where)
             else:
                 yield f"{where} is {value!r:.80}, expected values for {', '.join(bound)}"
         elif expected := bound(value):

@@ -1,6 +1,6 @@
-"""The config of a run or an export: values for fields that are newer than it, and the fields that may change.
+"""Reads the config of an older run or export, and says which fields may change when a run continues.
 
-A new field of `configs/` needs a line in ADDED; `tests/run_configs/` holds configs that lack it.
+A new field of `configs/` needs a line in ADDED; `tests/run_configs/` holds configs without the field.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from redvillm_jax.model.config_bounds import FIELDS
 from redvillm_jax.model.settings import config_fields
 from redvillm_jax.video.contract import known_videos
 
-ADDED = {  # fields that the first runs did not have -> what the code computed with when there was none
+ADDED = {  # field that the first runs lack -> its value in their code
     "sampling": "uniform",
     "language": "",
     "int8": False,
     "attention": "auto",
 }
-ADDED_TO_EXPORTS = ADDED | {"dtype": "bfloat16", "seed": 0}  # runs always said these, exports did not
-BESIDE = {"step", "base_fingerprint"}  # what `checkpoint.load_trainables` adds to a run's config
+ADDED_TO_EXPORTS = ADDED | {"dtype": "bfloat16", "seed": 0}  # runs always had these two, exports did not
+BESIDE = {"step", "base_fingerprint"}  # `checkpoint.load_trainables` adds them to a run's config
 
 FREE = {
     "base",
@@ -38,9 +38,9 @@ STEPS = {"learning_rate", "learning_rate_scale", "weight_decay", "warmup_ratio",
 
 
 def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, Any] = ADDED) -> dict[str, Any]:
-    """A config with the fields that are younger than it, each as the code behaved before there was that field.
+    """Completes a config with the fields that it is too old to have; their values keep the behaviour of its time.
 
-    Raises UserError for a field that only a newer version can know: what it changes is not known here.
+    Raises UserError for an unknown field: a newer version wrote it, and its effect is not known here.
     """
     families, videos = {*known_families(), said.get("family")}, {*known_videos(), said.get("video")}
     options = [config_fields(family, video) for family in families - {None} for video in videos - {None}]
@@ -54,9 +54,9 @@ def as_trained(said: Mapping[str, Any], where: Path | str, added: Mapping[str, A
 
 
 def check_continues(run: Path, known: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises UserError unless a run that was started with `known` can go on with `config`.
+    """Raises UserError unless a run that was started with the config `known` can continue with `config`.
 
-    FREE fields may change, as may num_epochs. The others decided the steps that are done.
+    The FREE fields and num_epochs may change. All other fields decided the steps that are done.
     """
     names = [name for name in known.keys() | config if name not in FREE | {"num_epochs"} | BESIDE]
     changed = sorted(name for name in names if name not in known or known[name] != config.get(name))

@@ -1,4 +1,4 @@
-"""A config, the base it names and the store it trains on, checked against each other before anything is loaded."""
+"""Checks a config, its base and its store against each other, before any weights are loaded."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from redvillm_jax.video.contract import Representation, load_video, make_video, 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """What of a config decides the video LLM.
+    """The config fields that decide the video LLM.
 
-    representation: the name of `video`. sampling: which frames a video has. dtype: of frozen weights and activations.
-    int8: whether the matrices of the language model's layers have 8 bits. seed: of what starts random.
-    projector_options: of the base's projector.
+    representation: the name of `video`. sampling: the rule that chooses frames. dtype: of frozen weights and
+    activations. int8: the matrices of the language model's layers have 8 bits. seed: of random starts.
+    projector_options: the options of the base's projector.
     """
 
     family: str
@@ -38,7 +38,7 @@ class ModelSettings:
 
 
 def model_settings(config: Mapping[str, Any]) -> ModelSettings:
-    """Reads the settings of a model from a config that `check_config` or `check_answering` has passed."""
+    """Reads the settings of a model from a config that passed `check_config` or `check_answering`."""
     options = load_family(config["family"]).PROJECTOR_OPTIONS
     return ModelSettings(
         family=config["family"],
@@ -53,7 +53,7 @@ def model_settings(config: Mapping[str, Any]) -> ModelSettings:
 
 
 def config_fields(family: str, video: str) -> Fields:
-    """All fields of a config with their bounds: the common ones, its representation's and its base's."""
+    """Returns the bounds of all fields: the common ones, the representation's and the base's."""
     module = load_video(video)
     fields = {name: field.bound for name, field in module.FIELDS.items()}
     rates = {
@@ -65,7 +65,7 @@ def config_fields(family: str, video: str) -> Fields:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """Adds the fields that the config's representation and base have, with their defaults, where they are not set."""
+    """Adds the unset fields of the config's representation and base, with their defaults."""
     if not all(isinstance(config.get(name), str) and config[name] for name in ("family", "video")):
         return config
     video, base = load_video(config.video), load_family(config.family)
@@ -83,12 +83,12 @@ def complete(config: ConfigDict) -> ConfigDict:
 
 
 def plain_config(config: ConfigDict) -> dict[str, Any]:
-    """A config with all its fields as nested dicts of numbers and texts; the one given stays as it is."""
+    """Returns a complete copy of a config as nested dicts of numbers and texts."""
     return json.loads(complete(ConfigDict(config.to_dict())).to_json())
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises UserError for a field that is missing, unknown or out of bounds, and for a config that trains nothing."""
+    """Raises UserError for a field that is missing, unknown or out of bounds, and for fields that contradict others."""
     for name in ("family", "video"):
         if name not in config:
             raise UserError(f"config.{name} is missing: start from a file of configs/")
@@ -99,7 +99,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def open_config_base(config: Mapping[str, Any]) -> Base:
-    """Checks a config and opens the base folder that it names, which must be of the config's family."""
+    """Checks a config and opens its base folder. Raises UserError, also for a base of another family."""
     check_config(config)
     family = config["family"]
     if not config["base"]:
@@ -114,7 +114,7 @@ def open_config_base(config: Mapping[str, Any]) -> Base:
 
 
 def check_base(base: Base, settings: ModelSettings) -> Base:
-    """The base itself; raises UserError unless the settings are for its family and its grid."""
+    """Returns the base. Raises UserError unless the settings are for its family and its grid."""
     if base.family != settings.family:
         raise UserError(
             f"{base.path} is a {base.family} base, this config is for {settings.family}: "
@@ -126,12 +126,12 @@ def check_base(base: Base, settings: ModelSettings) -> Base:
 
 
 def needed_parts(store: VideoStore) -> tuple[str, ...]:
-    """The parts of a model that work on a store: from frames all, from streams all but the encoder."""
+    """Returns the parts of a model that a store needs: all for frames, all but the encoder for streams."""
     return PARTS if store.meta["kind"] == "frames" else ("projector", "llm")
 
 
 def stream_settings(base: Base, settings: ModelSettings) -> dict[str, Any]:
-    """What stored streams depend on beyond their frames: the base's weights and the pooling."""
+    """Returns all that decides stored streams besides their frames: the base's weights and the pooling."""
     return {"base": base.fingerprint, **pooling_fields(settings.representation, settings.video)}
 
 

@@ -1,4 +1,4 @@
-"""A video LLM: a base's encoder and language model around the projectors of a video representation."""
+"""The video LLM: a base's encoder, the projectors of a video representation, and the base's language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +15,14 @@ from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
 from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features, token_layout
 
-IMAGES_PER_DEVICE = 10  # encoded at once: bounds activations, and more of them are not faster (docs/performance.md)
+IMAGES_PER_DEVICE = 10  # encoded at once; more need more memory and are not faster (docs/performance.md)
 
 
 class VideoLLM(nnx.Module):
-    """The parts, and how frames and text go through them.
+    """Encoder, projectors and language model, with the computation from frames and text to logits.
 
-    `projectors` holds all that can be trained: the representation's projectors by their names, and the extra modules as
+    projectors: all trainable modules: the representation's projectors by name, and the extra modules as
     "extra_mlp_<stream>".
-    `base` is a module of `redvillm_jax.bases`, `video` a `redvillm_jax.video.contract.Representation`.
     """
 
     def __init__(
@@ -43,11 +42,11 @@ class VideoLLM(nnx.Module):
 
     @property
     def order(self) -> tuple[Stream, ...]:
-        """The streams in token order, for a video with all frames."""
+        """The streams of a video with all frames, in token order."""
         return self.video.order(self.config.grid, self.video.num_frames)
 
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """frames: (B, T, H, W, 3) uint8 -> frozen features (B, T, N, D) in `dtype`."""
+        """Encodes frames (B, T, H, W, 3) uint8 to features (B, T, N, D) in `dtype`."""
         b, t = frames.shape[:2]
         chunks = -(-t // max(1, IMAGES_PER_DEVICE * num_batch_parts() // b))
         chunk = -(-t // chunks)
@@ -61,16 +60,16 @@ class VideoLLM(nnx.Module):
         return pin_batch(rearrange(features, "k c b n d -> b (k c) n d")[:, :t])
 
     def pool(self, frames: jax.Array, num_frames: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """Frames (B, T, H, W, 3) uint8 of videos with num_frames: (B,) int32 -> pooled streams, (B, M, D) by name."""
+        """Encodes and pools frames (B, T, H, W, 3) uint8 to streams (B, M, D) by name. num_frames: (B,) int32."""
         features = self.encode(self.video.arrange(frames, num_frames), dtype)
         rows, _ = self.config.grid
         return self.video.pool(rearrange(features, "b p (r c) d -> b p r c d", r=rows), num_frames)
 
     def project(self, streams: Mapping[str, jax.Array], num_frames: jax.Array) -> jax.Array:
-        """Pooled streams (B, M, D) -> visual tokens (B, V, K) in the representation's token order.
+        """Projects pooled streams (B, M, D) to visual tokens (B, V, K) in the representation's token order.
 
-        Computed in fp32, as the projectors' weights are: their gradients then sum in fp32, at little cost beside
-        the language model's.
+        Computes in fp32, the dtype of the projectors' weights, so that their gradients sum in fp32; this costs little
+        compared with the language model.
         """
         tokens = []
         for index, stream in enumerate(self.order):
@@ -80,16 +79,16 @@ class VideoLLM(nnx.Module):
         return jnp.concatenate(tokens, axis=1)
 
     def real_features(self, index: int, shape: tuple[int, int], num_frames: jax.Array) -> jax.Array:
-        """Which features of a stream are of real frames: (B, M) bool."""
+        """Returns (B, M) bool: True for the features of real frames in stream `index`."""
         counts = num_features(self.video, self.config.grid, index)
         if len(set(counts)) == 1:
             return jnp.ones(shape, bool)
         return jnp.arange(shape[1]) < jnp.asarray(counts)[num_frames][:, None]
 
     def project_stream(self, stream: Stream, features: jax.Array, real: jax.Array) -> jax.Array:
-        """A stream through its projector, its extra module and `merge`: (B, M, D) -> (B, tokens, K).
+        """Applies a stream's projector, extra module and `merge`: (B, M, D) to (B, tokens, K).
 
-        real: (B, M) bool. A projector that is applied to each frame alone sees all of its features.
+        real: (B, M) bool, not used when the projector is applied to each frame alone: a frame has all its features.
         """
         projector, layout = self.projectors[stream.projector], stream.layout
         x = features.astype(jnp.float32)
@@ -104,9 +103,9 @@ class VideoLLM(nnx.Module):
         return self.video.merge(stream.name, x, token_layout(projector, layout)).astype(features.dtype)
 
     def picture_tokens(self, pictures: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Visual tokens (B, V, K) of pictures (B, H, W, 3) uint8, the image LLM's own way.
+        """Computes visual tokens (B, V, K) of pictures (B, H, W, 3) uint8 as the image LLM does.
 
-        Their features go through its projector as they are, and through the extra module of the stream of that name.
+        The features go through the image LLM's projector, and through the extra module of the same name, if any.
         """
         features = self.encode(pictures[:, None], dtype)[:, 0]
         name, real = image_projector(self.video), jnp.ones(features.shape[:2], bool)
@@ -116,9 +115,9 @@ class VideoLLM(nnx.Module):
         return tokens.astype(dtype)
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-        """Visual tokens (B, V, K) of videos: num_frames (B,) int32 and frames (B, T, H, W, 3) uint8 or their streams.
+        """Computes visual tokens (B, V, K) of videos, from frames or from streams.
 
-        Streams are what `pool` makes of the frames, (B, M, D) each by its name.
+        videos: num_frames (B,) int32, and frames (B, T, H, W, 3) uint8 or the streams of `pool`, (B, M, D) by name.
         """
         num_frames = videos["num_frames"]
         if "frames" in videos:
@@ -128,7 +127,7 @@ class VideoLLM(nnx.Module):
         return self.project(pooled, num_frames)
 
     def embed(self, token_ids: jax.Array, video_slots: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Text embeddings with visual tokens put in their places.
+        """Embeds text and puts the visual tokens in their places.
 
         token_ids: (R, S) int32; video_slots: (R, S) int32, -1 for text, else an index into the row's visual
         tokens: (R, G * V, K). Returns (R, S, K).
@@ -140,11 +139,11 @@ class VideoLLM(nnx.Module):
     def target_logits(
         self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
     ) -> jax.Array:
-        """Logits (R, P, vocab_size) fp32 at every supervised position of a batch of rows (`data_pipeline.packing`).
+        """Computes logits (R, P, vocab_size) fp32 at the supervised positions of a batch of rows, and only there.
 
         batch: token_ids, position_ids, group_ids, question_ids, video_tokens: (R, S) int32; target_slots: (R, P)
         int32; num_frames: (R, G) int32; frames: (R, G, T, H, W, 3) uint8 or streams (R, G, M, D). remat: see
-        `layers.Stack`; kernel: see `attention.choose_kernel`. Logits exist at these positions only.
+        `layers.Stack`; kernel: see `attention.choose_kernel`. Rows are of `data_pipeline.packing`.
         """
         names = [name for name in ("num_frames", "frames", *(stream.name for stream in self.order)) if name in batch]
         videos = {name: rearrange(batch[name], "r g ... -> (r g) ...") for name in names}
@@ -159,9 +158,9 @@ class VideoLLM(nnx.Module):
     def target_losses(
         self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
     ) -> jax.Array:
-        """Cross-entropy (R, P) fp32 at every supervised position.
+        """Computes the cross-entropy (R, P) fp32 at every supervised position.
 
-        batch: that of `target_logits`, and target_ids: (R, P) int32.
+        batch: as for `target_logits`, and target_ids: (R, P) int32.
         """
         logits = self.target_logits(batch, dtype, remat=remat, kernel=kernel)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
@@ -170,9 +169,9 @@ class VideoLLM(nnx.Module):
 def mean_loss(
     model: VideoLLM, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
 ) -> tuple[jax.Array, jax.Array]:
-    """Token mean of the loss over the whole batch of rows, weighted by `target_weights`: (R, P) fp32.
+    """Returns the mean loss over a batch, weighted by `target_weights` (R, P) fp32, and each row's largest token loss.
 
-    Returns it and the largest loss of a token in each row, (R,) fp32, which tells the row that spoils a step.
+    The second is (R,) fp32; it shows the row that spoils a step.
     """
     losses, weights = model.target_losses(batch, dtype, remat=remat, kernel=kernel), batch["target_weights"]
     worst = jnp.max(jnp.where(weights > 0, losses, 0), axis=1)

@@ -1,4 +1,4 @@
-"""Modules and their weights: which name each has on disk, how a module is filled, and modules with random weights."""
+"""Maps the weights of modules to names on disk, fills modules with arrays, and makes random weights."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ PARTS = ("encoder", "projector", "llm")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Where a published tensor lives in a module: its path, its index in a stacked leaf, its torch shape."""
+    """The place of a published tensor in a module: path, index in a stacked leaf (or None), shape in torch."""
 
     path: tuple
     layer: int | None
@@ -23,7 +23,7 @@ class Leaf:
 
 
 def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
-    """Canonical tensor names of a module's weights: the attribute path, one name per layer of a `Stack`."""
+    """Returns a module's leaves by canonical name: the attribute path, with one name per layer of a `Stack`."""
     modules = dict(nnx.iter_modules(module))
     table = {}
     for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
@@ -39,33 +39,33 @@ def name_table(module: nnx.Module, prefix: str) -> dict[str, Leaf]:
 
 
 def abstract_part(base: Family, part: str, config: Any, **options: Any) -> nnx.Module:
-    """The encoder, projector or llm of a family with shapes instead of arrays."""
+    """Makes the encoder, projector or llm of a family with shapes instead of arrays."""
     make = {"encoder": "Encoder", "projector": "Projector", "llm": "LLM"}[part]
     return nnx.eval_shape(lambda: getattr(base, make)(config, rngs=nnx.Rngs(0), **options))
 
 
 def expected_tensors(base: Family, config: Any) -> dict[str, Leaf]:
-    """Canonical name -> leaf for everything that the base loads, all parts."""
+    """Returns the leaves of all parts by canonical name: all tensors that the base loads."""
     tables = (name_table(abstract_part(base, part, config), base.PREFIX[part]) for part in PARTS)
     return {name: leaf for table in tables for name, leaf in table.items()}
 
 
 def fill(module: nnx.Module, value: Callable[[tuple, nnx.Variable], Any]) -> nnx.Module:
-    """The module, arrays or shapes, with `value(path, leaf)` as each of its leaves."""
+    """Returns a module, of arrays or shapes, with `value(path, leaf)` in place of each leaf."""
     graphdef, state = nnx.split(module)
     filled = [(path, leaf.replace(value(path, leaf))) for path, leaf in nnx.to_flat_state(state)]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def random_parts(base: Family, config: Any, seed: int = 0) -> dict[str, nnx.Module]:
-    """The encoder, projector and llm of a family with the random weights that they begin with."""
+    """Makes the encoder, projector and llm of a family with random weights."""
     rngs = nnx.Rngs(seed)
     makers = {"encoder": base.Encoder, "projector": base.Projector, "llm": base.LLM}
     return {part: make(config, rngs=rngs) for part, make in makers.items()}
 
 
 def tensors_of(base: Family, config: Any, parts: Mapping[str, nnx.Module]) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint under their canonical names, those that never run included (with random values)."""
+    """Returns all tensors of a checkpoint by canonical name; tensors that never run get random values."""
     tensors = {}
     for part, module in parts.items():
         weights = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))

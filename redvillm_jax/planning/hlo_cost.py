@@ -1,8 +1,8 @@
-"""A lower bound on the time of a compiled TPU program, from its optimized HLO and a chip's rates.
+"""Computes a lower bound on the time of a compiled TPU program, from its optimized HLO and a chip's rates.
 
 The compiler writes `estimated_cycles` on the instructions that it schedules itself. Kernels (custom calls), collectives
-and asynchronous copies carry none; this module charges them. Instructions run in the order of the text, which is the
-schedule.
+and asynchronous copies have no estimate; this module charges them. The text of the HLO is the schedule: instructions
+run in its order.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 
 from redvillm_jax.runtime.chips import Chip
 
-CHECKED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the versions whose text of HLO was last read
+CHECKED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the versions whose HLO text was checked last
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2} | {
     name: size for size, names in ((4, ("s32", "u32", "f32")), (8, ("s64", "u64", "f64", "c64"))) for name in names
 }
-FREE = {  # no work, or the work of what they contain
+FREE = {  # no work of their own
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("iota", "opt-barrier", "add-dependency", "reshape", "broadcast", "domain"),
 }
@@ -25,12 +25,12 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 class Unpriced(Exception):
-    """A custom call, loop or type whose cost is not known: there is no bound."""
+    """Raised for a custom call, loop or type of unknown cost: the program has no bound."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. shape: text of its type; operands: names; text: the rest of the line behind the operands."""
+    """One line of HLO. shape: its type as text; operands: their names; text: the line after the operands."""
 
     name: str
     opcode: str
@@ -39,36 +39,36 @@ class Instruction:
     text: str
 
     def called(self, key: str) -> str:
-        """The computation that an attribute such as `body` names."""
+        """Returns the name of the computation in an attribute such as `body`."""
         return re.search(rf"\b{key}=%?([\w.\-]+)", self.text).group(1)
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate."""
+        """The compiler's estimate; None without one."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found.group(1)) if found else None
 
     @property
     def source(self) -> str:
-        """The JAX operation that it comes from."""
+        """The JAX operation that made the instruction, or ""."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found.group(1) if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Charge:
-    """Time that an instruction adds. kind: compute | kernel | collective | copy | other; seconds over all `times`."""
+    """Time that an instruction adds. kind: compute | kernel | collective | copy | other; seconds: of all `times`."""
 
     kind: str
     name: str
     source: str
     times: int
     seconds: float
-    busy: float  # including what other work hides
+    busy: float  # with the part that other work hides
 
 
 def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Computations by name, and the entry's name."""
+    """Returns the computations by name, and the entry's name."""
     computations: dict[str, list[Instruction]] = {}
     entry = ""
     for line in hlo.splitlines():
@@ -81,7 +81,7 @@ def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def read_instruction(name: str, rest: str) -> Instruction:
-    """Reads an instruction from the text behind its `name = `."""
+    """Reads an instruction from the text after its `name = `."""
     shape_end = closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
     opening = rest.index("(")
@@ -93,7 +93,7 @@ def read_instruction(name: str, rest: str) -> Instruction:
 
 
 def closing(text: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """Returns the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found.group() == "(" else -1
@@ -103,7 +103,7 @@ def closing(text: str, start: int) -> int:
 
 
 def num_bytes(shape: str) -> float:
-    """Bytes of a type such as `bf16[2,128]{1,0}` or a tuple of them."""
+    """Returns the bytes of a type such as `bf16[2,128]{1,0}`, or of a tuple of types. Raises Unpriced."""
     total = 0.0
     for kind, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape):
         if kind == "token":
@@ -118,7 +118,10 @@ def num_bytes(shape: str) -> float:
 
 
 def trip_count(computations: Mapping[str, list[Instruction]], loop: Instruction) -> int:
-    """How often a loop runs: its condition compares a counter that starts at 0 with a constant."""
+    """Returns the number of a loop's iterations: the constant that its condition compares with a counter from 0.
+
+    Raises Unpriced when the condition has no such constant, or several.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
     if known:
         return int(known.group(1))
@@ -130,12 +133,12 @@ def trip_count(computations: Mapping[str, list[Instruction]], loop: Instruction)
 
 
 def charges(hlo: str, chip: Chip, kernels: Mapping[str, float]) -> list[Charge]:
-    """The time that each instruction adds to a program.
+    """Returns the time that each instruction adds to a program.
 
-    kernels: flops of one call of a custom kernel, by the beginning of its name. Such a call is charged with
-    max(flops / half the chip's peak, bytes / HBM bandwidth); an unknown one raises Unpriced. A collective takes its
-    bytes / the chip's links, an asynchronous copy its bytes / HBM bandwidth, one after the other on their channel,
-    and adds what is not over when the program waits for it.
+    kernels: flops of one call of a custom kernel, by the beginning of its name. A kernel call takes max(flops / half
+    the chip's peak, bytes / HBM bandwidth); an unknown kernel raises Unpriced. A collective takes its bytes / the
+    bandwidth of the chip's links, an asynchronous copy its bytes / HBM bandwidth. The transfers of a channel run one
+    after the other; a transfer adds the time for which the program waits at its end.
     """
     computations, entry = parse(hlo)
     return list(_run(computations, entry, chip, kernels, 1))
@@ -146,8 +149,8 @@ def _run(
 ) -> Iterator[Charge]:
     """Simulates one computation that runs `times` times."""
     now = 0.0
-    free = {"collective": 0.0, "copy": 0.0}  # when each channel has finished what it was given
-    ends: dict[str, tuple[str, float, float]] = {}  # transfers under way: kind, end, length
+    free = {"collective": 0.0, "copy": 0.0}  # the time at which each channel has finished its transfers
+    ends: dict[str, tuple[str, float, float]] = {}  # running transfers: kind, end, length
     shapes = {i.name: i.shape for i in computations[name]}
     for i in computations[name]:
         kind, seconds, busy = "compute", 0.0, 0.0
@@ -200,10 +203,10 @@ def _run(
 def transfer(
     i: Instruction, base: str, moved: float, computations: Mapping[str, list[Instruction]], chip: Chip
 ) -> tuple[str, float]:
-    """The channel of a transfer of `moved` operand bytes, and how long it holds it.
+    """Returns the channel of a transfer of `moved` operand bytes, and its seconds on that channel.
 
-    A ring over all members of a group, both ways: an all-gather receives the other members' shards, a
-    reduce-scatter sends as much, an all-reduce does both.
+    A collective is a ring over all members of a group in both directions: an all-gather receives the other members'
+    shards, a reduce-scatter sends as much, an all-reduce does both.
     """
     if base == "async":  # a wrapped collective or slice
         inner = next(x for x in computations[i.called("calls")] if x.opcode not in FREE)
@@ -227,7 +230,7 @@ def transfer(
 
 
 def group_size(i: Instruction) -> int:
-    """How many devices take part in one group of a collective."""
+    """Returns the number of devices in one group of a collective."""
     if i.opcode.startswith("collective-permute"):
         return 2
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", i.text):

@@ -1,4 +1,4 @@
-"""The train step and the encode step compiled for a slice, with their memory and their charges."""
+"""Compiles the train step and the encode step for a slice, and reads their memory and charges."""
 
 import dataclasses
 import json
@@ -27,9 +27,9 @@ from redvillm_jax.training.recipe import Recipe, make_encode_step, make_training
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step: bytes per chip, time by kind of charge in seconds, or why one of them is not known.
+    """A compiled step: bytes per chip, and seconds by kind of charge.
 
-    problem: "" | why it does not compile (its memory is not known then, and 0 here) or has no bound.
+    problem: "", or the reason why it does not compile (its memory is then unknown, here 0) or has no bound.
     """
 
     weights: float
@@ -49,7 +49,7 @@ class Program:
 def compile_train(
     recipe: Recipe, settings: ModelSettings, base: Base, mesh, chip: Chip, work: Workload, dump: Path | None
 ) -> Program:
-    """Compiles the train step as `redvillm_jax.train` runs it on stored streams."""
+    """Compiles the train step that `redvillm_jax.train` runs on stored streams."""
     model = load_model(base, settings, mesh, dtype=jnp.dtype(settings.dtype), parts=("projector", "llm"))
     sizes = {"num_steps": work.steps, "row_length": work.row_length}
     training = make_training(recipe, base, settings, model, mesh, **sizes)
@@ -77,7 +77,7 @@ def compile_train(
 def compile_encode(
     settings: ModelSettings, base: Base, devices, chip: Chip, batch_size: int, dump: Path | None
 ) -> Program:
-    """Compiles the step with which `redvillm_jax.encode` encodes `batch_size` videos on the devices of one host."""
+    """Compiles the step by which `redvillm_jax.encode` encodes `batch_size` videos on the devices of one host."""
     mesh = make_mesh(DATA_PARALLEL, devices)
     with jax.set_mesh(mesh):
         dtype = jnp.dtype(settings.dtype)
@@ -92,7 +92,7 @@ def compile_encode(
 
 
 def abstract_batch(settings: ModelSettings, base: Base, mesh, work: Workload) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of rows with their videos' streams."""
+    """Returns the shapes of a batch of rows with the streams of their videos."""
     row = empty_row(work, VideoPlaces(base, settings).most)
     shapes = {name: (x.shape, x.dtype) for name, x in row.items() if name != "videos"}
     shapes["num_frames"] = (work.groups,), jnp.int32
@@ -103,7 +103,7 @@ def abstract_batch(settings: ModelSettings, base: Base, mesh, work: Workload) ->
 
 
 def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: Path | None) -> Program:
-    """Compiles for the slice and charges every instruction; one that does not fit says what the compiler said."""
+    """Compiles a step for the slice and charges its instructions; a step too large has only the compiler's figures."""
     sizes = {"weights": bytes_per_chip(weights), "state": bytes_per_chip(state)}
     start = time.perf_counter()
     try:
@@ -138,13 +138,13 @@ def compile_program(lower, mesh, chip: Chip, kernels, *, weights, state, dump: P
 
 
 def bytes_per_chip(tree: Any) -> float:
-    """Bytes of arrays that one chip holds."""
+    """Returns the bytes that one chip holds of a tree of arrays."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "sharding")]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def model_flops(base: Base, work: Workload) -> tuple[float, float]:
-    """4·N·D of a step: with all slots of its rows, and with its real tokens alone."""
+    """Returns the 4·N·D flops of a step, once for all slots of its rows and once for its real tokens alone."""
     matrices = matrix_sizes(nnx.eval_shape(lambda: base.module.LLM(base.config, rngs=nnx.Rngs(0))))
     return (
         step_flops(matrices, work.rows * work.row_length, work.rows * work.targets),
@@ -153,7 +153,7 @@ def model_flops(base: Base, work: Workload) -> tuple[float, float]:
 
 
 def write_dump(dump: Path, hlo: str, memory: str, found: list[Charge], program: Program, chip: Chip) -> None:
-    """The optimized HLO, the compiler's memory analysis, every charge, and their sum."""
+    """Writes the optimized HLO, the compiler's memory analysis, the charges, and their sums to a folder."""
     dump.mkdir(parents=True, exist_ok=True)
     write_text(dump / "optimized.hlo", hlo)
     write_text(dump / "memory.txt", memory + "\n")

@@ -1,4 +1,4 @@
-"""The rows of a step when no data is at hand, with the lengths of the paper's instruction set."""
+"""Estimates the rows of a train step without data, from the lengths of the paper's instruction set."""
 
 import dataclasses
 import itertools
@@ -10,18 +10,19 @@ from data_pipeline.packing import Prefix, Question, fill_row, plan_epoch, row_bo
 from redvillm_jax.training.rows import pad_row
 
 QUESTIONS, VIDEOS = 100_000, 13_303  # VideoInstruct-100K; docs/train_video_ids.txt of mbzuai-oryx/Video-ChatGPT
-SAMPLE = 20_000  # questions that are planned to know the rows of a step
-TEXT_TOKENS, ANSWER_TOKENS = 90, 65  # of a question with its answer, on average; the answer's part is supervised
+SAMPLE = 20_000  # number of questions in the planned epoch
+TEXT_TOKENS, ANSWER_TOKENS = 90, 65  # averages: a question with its answer; its supervised part
 TEMPLATE_TOKENS = 45  # before the video: LLaVA's system prompt; Qwen's is shorter
 LONGEST_TEXT = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The rows of a train step, on average and at most.
+    """The rows of a train step: static sizes, and average contents.
 
-    rows: static rows per step, with those that stay empty; row_length: slots. groups, targets: static sizes of a row.
-    tokens, supervised: real ones per step; questions: per step. steps: of one epoch.
+    rows: static rows per step, empty ones included. row_length: slots per row. groups, targets: static sizes per row.
+    tokens, supervised: average numbers of real and of supervised tokens per step. questions: per step. steps: per
+    epoch.
     """
 
     questions: int
@@ -35,9 +36,10 @@ class Workload:
 
 
 def paper_lengths(video_tokens: int, seed: int = 0) -> tuple[np.ndarray, list[Prefix], list[Question]]:
-    """Videos, prefixes and questions with VideoInstruct's proportions: 7.5 questions a video, ~90 tokens of text each.
+    """Makes videos and questions in VideoInstruct's proportions: 7.5 questions per video, ~90 text tokens per question.
 
-    Returns (question_videos, prefix by video, questions); ids are zeros. Lengths are log-normal, their spread a guess.
+    Returns (video of each question, prefix of each video, questions); token ids are zeros. Lengths are log-normal;
+    their spread is a guess.
     """
     rng = np.random.default_rng(seed)
     videos = round(SAMPLE * VIDEOS / QUESTIONS)
@@ -64,7 +66,7 @@ def measure(
     shards: int,
     total_questions: int,
 ) -> Workload:
-    """Plans an epoch and describes its steps; rows are rounded up to the `shards` that a batch is split into."""
+    """Plans an epoch and describes its steps. shards: parts of a batch; the number of rows is a multiple of them."""
     lengths = np.array([len(q.ids) for q in questions])
     prefix_lengths = np.array([len(p.ids) for p in prefixes])
     longest = int((prefix_lengths[question_videos] + lengths).max())
@@ -103,7 +105,7 @@ def fill_rows(
     rows: int,
     total_questions: int,
 ) -> Workload:
-    """The workload with as many questions per step as always fit `rows` rows."""
+    """Returns the workload with the largest number of questions per step that always fits `rows` rows."""
 
     def at(batch_questions: int) -> Workload:
         return measure(
@@ -118,7 +120,7 @@ def fill_rows(
         )
 
     few = 1
-    many = min(len(questions) // 4, 16 * rows)  # as many groups as could ever fit
+    many = min(len(questions) // 4, 16 * rows)  # more groups cannot fit
     while many - few > max(1, few // 50):
         middle = (few + many) // 2
         few, many = (middle, many) if at(middle).rows <= rows else (few, middle)
@@ -126,7 +128,7 @@ def fill_rows(
 
 
 def empty_row(workload: Workload, video_tokens: int) -> dict[str, np.ndarray]:
-    """The arrays of one row, in the shapes that a step takes."""
+    """Returns the arrays of one empty row, in the shapes that a step takes."""
     return fill_row(
         (),
         [],

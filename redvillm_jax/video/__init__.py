@@ -1,1 +1,1 @@
-"""One file per video representation: from features of frames to visual tokens; imports modules alone."""
+"""One file per video representation: features of frames become visual tokens; imports only modules."""

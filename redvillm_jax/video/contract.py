@@ -1,8 +1,8 @@
-"""What a video representation is, and how one is found.
+"""The contract of a video representation, and the loader that finds one by name.
 
-A representation is a module with three names: FIELDS, the fields of the config that belong to it; GROUPS, the optimizer
-groups that have a learning rate of their own; and Video, a frozen dataclass below `Representation` with these fields.
-The module lies in this folder or anywhere else: `config.video` may be the dotted path of a module of your own.
+A representation is a module with three names: FIELDS, its fields of the config; GROUPS, its optimizer groups, each with
+a learning rate of its own; and Video, a frozen subclass of `Representation` with these fields. `config.video` is the
+name of a module in this folder, or the dotted path of a module of your own.
 """
 
 import dataclasses
@@ -34,10 +34,11 @@ Layout = tuple[int, ...]
 
 
 class Field(NamedTuple):
-    """A field of the config that belongs to a representation.
+    """A config field of a representation.
 
-    effect: what the field decides. "streams": the pooled features, which are stored, and so the answers. "tokens": what
-    is made of them, and so the answers. "start": the weights that training starts from. "training": what trains.
+    effect: the part of the model that the field changes. "streams": the pooled features, which encode stores, and the
+    answers. "tokens": the visual tokens made of them, and the answers. "start": the weights at the start of training.
+    "training": the choice of weights that train.
     """
 
     default: Any
@@ -48,9 +49,9 @@ class Field(NamedTuple):
 class Stream(NamedTuple):
     """A stream of pooled features on its way to the language model.
 
-    name: one of those that `pool` returns. projector: a name of `projectors`. layout: how its features lie, in raster
-    order: (length,) of a sequence, (rows, cols) of a picture, (frames, rows, cols) where the projector is applied to
-    each frame alone.
+    name: a key of the dict that `pool` returns. projector: a key of `projectors`. layout: the shape in which its
+    features lie, in raster order: (length,) for a sequence, (rows, cols) for a picture, (frames, rows, cols) when the
+    projector is applied to each frame alone.
     """
 
     name: str
@@ -60,83 +61,85 @@ class Stream(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Representation:
-    """The contract: from the frames of a video to its visual tokens. Every method of it is a pure function.
+    """The contract: from the frames of a video to its visual tokens. Every method is a pure function.
 
-    num_frames: how many frames a video has at most (`config.num_frames`). B videos, T = num_frames frames, P pictures
-    that the encoder sees, a grid of (rows, cols) features of width D for each, tokens of width K.
+    num_frames: the largest number of frames of a video (`config.num_frames`). In shapes: B videos, T = num_frames
+    frames, P pictures for the encoder, (rows, cols) the grid of features of a picture, D their width, K the width of a
+    token.
     """
 
     num_frames: int
 
-    # ---- what every representation says
+    # ---- methods that every representation defines
 
     def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
-        """Features of pictures -> streams by name, without parameters: this is what `redvillm_jax.encode` stores.
+        """Pools features of pictures to streams, without parameters; `redvillm_jax.encode` stores the streams.
 
-        features: (B, P, rows, cols, D); num_frames: (B,) int32, how many of the T frames are real (0: no video).
-        Returns {name: (B, M, D)}, M for a video of T frames; a shorter one has its features first.
+        features: (B, P, rows, cols, D); num_frames: (B,) int32, the number of real frames among the T (0: no video).
+        Returns {name: (B, M, D)}; M is for a video of T frames, a shorter video has its features first.
         """
         raise NotImplementedError
 
     def order(self, grid: tuple[int, int], num_frames: int) -> tuple[Stream, ...]:
-        """The streams in token order, with their layouts for a video of `num_frames` frames.
+        """Returns the streams in token order, with their layouts for a video of `num_frames` frames.
 
-        Names and projectors are the same for every number of frames from 0 to T. grid: (rows, cols) of a picture.
+        Names and projectors must be the same for every number of frames from 0 to T. grid: (rows, cols) of a picture.
         """
         raise NotImplementedError
 
     def projectors(self) -> dict[str, str]:
-        """What each projector starts from, by name.
+        """Returns the start of each projector, by the projector's name.
 
-        "image": the projector of the image LLM, of which there is one at most; pictures go through it. "copy": a copy
-        of it. "random": the same module with random weights. A projector has the same name in checkpoints, and is the
-        optimizer group of that name. An extra module of the stream with the image projector's name serves pictures,
+        "image": the image LLM's projector; at most one projector starts so, and pictures go through it. "copy": a copy
+        of it. "random": the same module with random weights. The name is also the projector's name in checkpoints and
+        its optimizer group. If the stream of the image projector's name has an extra module, pictures go through it,
         too.
         """
         raise NotImplementedError
 
-    # ---- what a representation may say
+    # ---- methods with a default
 
     def arrange(self, frames: jax.Array, num_frames: jax.Array) -> jax.Array:
-        """Frames (B, T, H, W, 3) uint8 -> the pictures that the encoder sees, (B, P, H, W, 3) uint8."""
+        """Turns frames (B, T, H, W, 3) uint8 into the pictures that the encoder sees, (B, P, H, W, 3) uint8."""
         return frames
 
     def merge(self, name: str, tokens: jax.Array, layout: Layout) -> jax.Array:
-        """Tokens (B, N, K) of a stream behind its projector -> fewer tokens (B, N', K).
+        """Pools the tokens (B, N, K) that a stream's projector returns to fewer tokens (B, N', K).
 
-        layout: how the tokens lie: (length,), (rows, cols) or (frames, rows, cols), for a video of T frames. The tokens
-        that a shorter video has must come first and depend on its own frames alone.
+        layout: the shape in which the tokens of a video of T frames lie: (length,), (rows, cols) or (frames, rows,
+        cols). The tokens of a shorter video must come first and depend on its own frames alone.
         """
         return tokens
 
     def text(self, name: str, frame: int | None, seconds: float | None) -> str:
-        """The text that stands before a stream's tokens, or, for a layout with frames, before those of each frame.
+        """Returns the text before a stream's tokens, or, for a layout with frames, before the tokens of each frame.
 
-        frame: counted from 0 within the stream, None for a stream without frames. seconds: when the frame is shown that
-        `frame_of` names, from the first frame on; None where the file does not say, or for a stream without frames.
+        frame: counted from 0 within the stream, None for a stream without frames. seconds: the time of the frame
+        `frame_of(name, frame, …)`, counted from the video's first frame; None if the file has no times, or for a stream
+        without frames.
         """
         return ""
 
     def frame_of(self, name: str, frame: int, num_frames: int) -> int:
-        """Which of a video's `num_frames` frames is frame number `frame` of a stream; its time is given to `text`."""
+        """Returns the index, among the video's `num_frames` frames, of a stream's frame; `text` gets its time."""
         return frame
 
     def trained(self) -> tuple[str, ...]:
-        """The projectors that train; the others stay as they start."""
+        """Returns the projectors that train; the others keep their first weights."""
         return tuple(self.projectors())
 
     def extra(self, name: str) -> type[nnx.Module] | None:
-        """A module with random weights behind the projector of a stream: built with (features, rngs=), it maps K to K.
+        """Returns the class of a module with random weights behind a stream's projector, or None.
 
-        Its attribute SHARDING says how its weights lie on the mesh. It always trains, in the optimizer group
-        "extra_mlp".
+        It is built with (features, rngs=) and maps width K to K. Its attribute SHARDING lays its weights on the mesh.
+        It always trains, in the optimizer group "extra_mlp".
         """
         return None
 
     def problem(self, sampling: str, grid: tuple[int, int] | None) -> str:
-        """Why the fields do not go together with each other, the sampling rule or the base's grid; "" if they do.
+        """Returns the reason why the fields contradict each other, the sampling rule or the base's grid, or "".
 
-        grid: None where the base is not known yet.
+        grid: None while the base is not known.
         """
         return ""
 
@@ -145,9 +148,9 @@ class Representation:
 
 
 def spread(num_frames: jax.Array, count: int, *, repeat: bool = False) -> jax.Array:
-    """Numbers (B, count) int32 of frames at equal distances: floor(i n / count) for i = 0, 1, …
+    """Returns the indices (B, count) int32 of frames at equal distances: floor(i n / count) for i = 0, 1, …
 
-    num_frames: (B,) int32. Of n < count frames each comes once and stands first, or with `repeat` some come twice.
+    num_frames: n, (B,) int32. If n < count, every frame comes once, in the first places; with `repeat` some come twice.
     """
     index, n = jnp.arange(count), num_frames[:, None]
     among = count if repeat else jnp.clip(n, 1, count)
@@ -155,15 +158,15 @@ def spread(num_frames: jax.Array, count: int, *, repeat: bool = False) -> jax.Ar
 
 
 def take_frames(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Frames or their features (B, T, ...) by their numbers (B, count) -> (B, count, ...)."""
+    """Takes frames or their features (B, T, ...) at indices `numbers` (B, count): (B, count, ...)."""
     return jnp.take_along_axis(x, numbers.reshape(*numbers.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-# ---- what follows from the contract
+# ---- derived from the contract
 
 
 def stream_shapes(video: Representation, grid: tuple[int, int], width: int, image_size: int) -> dict[str, tuple]:
-    """The shape (M, D) of each pooled stream of a video, for features of `width` on a `grid`."""
+    """Returns the shape (M, D) of each pooled stream of a video, for features of `width` on a `grid`."""
     frames = jax.ShapeDtypeStruct((1, video.num_frames, image_size, image_size, 3), jnp.uint8)
     count = jax.ShapeDtypeStruct((1,), jnp.int32)
     pictures = jax.eval_shape(video.arrange, frames, count).shape[1]
@@ -171,8 +174,8 @@ def stream_shapes(video: Representation, grid: tuple[int, int], width: int, imag
     return {name: x.shape[1:] for name, x in jax.eval_shape(video.pool, features, count).items()}
 
 
-def what_does_not_fit(video: Representation, grid: tuple[int, int], shapes: Mapping[str, tuple]) -> str:
-    """Why a representation contradicts itself on this grid; "" if it does not. shapes: those of `stream_shapes`."""
+def contradiction(video: Representation, grid: tuple[int, int], shapes: Mapping[str, tuple]) -> str:
+    """Returns how a representation's methods contradict each other on a grid, or "". shapes: of `stream_shapes`."""
     longest = video.order(grid, video.num_frames)
     for n in (0, 1):
         if [stream[:2] for stream in video.order(grid, n)] != [stream[:2] for stream in longest]:
@@ -194,35 +197,35 @@ def what_does_not_fit(video: Representation, grid: tuple[int, int], shapes: Mapp
 
 
 def image_projector(video: Representation) -> str | None:
-    """The name of the projector that is the image LLM's own."""
+    """Returns the name of the projector that starts as the image LLM's, or None."""
     return next((name for name, start in video.projectors().items() if start == "image"), None)
 
 
 def export_name(video: Representation, projector: str) -> str | None:
-    """The name of a projector in exports; None for the image LLM's own, which keeps its published names."""
+    """Returns a projector's name in exports; None for the image LLM's own, which keeps its published names."""
     return None if video.projectors()[projector] == "image" else projector
 
 
 def has_random_start(video: Representation, grid: tuple[int, int]) -> bool:
-    """Whether some weights start random, so that a seed decides them."""
+    """Returns whether some weights start random, and so depend on a seed."""
     extras = [video.extra(stream.name) for stream in video.order(grid, video.num_frames)]
     return "random" in video.projectors().values() or any(extras)
 
 
 def num_features(video: Representation, grid: tuple[int, int], index: int) -> list[int]:
-    """How many features stream number `index` has in a video of 0, 1, … T frames."""
+    """Returns the number of features of stream `index` in a video of 0, 1, … T frames."""
     return [math.prod(video.order(grid, n)[index].layout) for n in range(video.num_frames + 1)]
 
 
 def token_layout(projector: nnx.Module, layout: Layout) -> Layout:
-    """How the tokens lie that a projector makes of features in `layout`."""
+    """Returns the layout of the tokens that a projector makes of features in `layout`."""
     if len(layout) == 3:
         return (layout[0], *projector.token_layout(layout[1:]))
     return projector.token_layout(layout)
 
 
 class Block(NamedTuple):
-    """Tokens that stand together: those of a stream, or of one frame of it. frame: None for a stream without frames."""
+    """Adjacent tokens: of a stream, or of one frame of a stream. frame: None for a stream without frames."""
 
     stream: str
     frame: int | None
@@ -230,10 +233,10 @@ class Block(NamedTuple):
 
 
 def blocks(video: Representation, projector: nnx.Module, grid: tuple[int, int], num_frames: int) -> list[Block]:
-    """Which of a video's static token slots hold its tokens, when it has `num_frames` frames, in token order.
+    """Returns the blocks of a video of `num_frames` frames in token order, with the static token slots that they fill.
 
-    projector: one of the base, arrays or shapes, all of which make as many tokens. A stream's slots are those of a
-    video of T frames; the tokens of a shorter one stand first in them.
+    projector: any projector of the base, of arrays or shapes; all make the same number of tokens. A stream has the
+    slots of a video of T frames; a shorter video fills the first of them.
     """
     found, start = [], 0
     longest = video.order(grid, video.num_frames)
@@ -250,21 +253,21 @@ def blocks(video: Representation, projector: nnx.Module, grid: tuple[int, int], 
 
 
 def num_slots(found: list[Block]) -> int:
-    """How many visual tokens blocks have together."""
+    """Counts the visual tokens of all blocks."""
     return sum(len(block.slots) for block in found)
 
 
 def has_text(video: Representation) -> bool:
-    """Whether text may stand between the visual tokens, which then needs the times of frames."""
+    """Returns whether a representation puts text between visual tokens; if so, it needs the times of the frames."""
     return type(video).text is not Representation.text
 
 
 def place_blocks(
     video: Representation, found: list[Block], num_frames: int, seconds: Sequence[float], encode: Callable
 ) -> list[tuple[int, int]]:
-    """What stands in a prompt where the video stands: (token id, -1) for text, (0, slot) for a visual token.
+    """Returns the video's part of a prompt: (token id, -1) for a text token, (0, slot) for a visual token.
 
-    seconds: the times of the video's frames; encode: text -> token ids.
+    seconds: the times of the video's frames. encode: the tokenizer's, text to token ids.
     """
     placed = []
     for stream, frame, slots in found:
@@ -276,7 +279,7 @@ def place_blocks(
 
 
 def num_tokens(video: Representation, projector: nnx.Module, stream: Stream) -> int:
-    """How many tokens a stream has behind its projector and `merge`."""
+    """Returns the number of a stream's tokens after its projector and `merge`."""
     layout = token_layout(projector, stream.layout)
     if not math.prod(layout):
         return 0
@@ -284,18 +287,18 @@ def num_tokens(video: Representation, projector: nnx.Module, stream: Stream) -> 
     return jax.eval_shape(lambda x: video.merge(stream.name, x, layout), tokens).shape[1]
 
 
-# ---- finding one
+# ---- finding a representation
 
 
 def known_videos() -> list[str]:
-    """The representations of this folder."""
+    """Returns the names of the representations in this folder."""
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "contract"))
 
 
 def load_video(name: str) -> ModuleType:
-    """The module of a representation: a name of this folder, or a dotted path.
+    """Imports the module of a representation, by its name in this folder or its dotted path.
 
-    Raises UserError for a name that is not known, a module that cannot be imported, and one that lacks something.
+    Raises UserError for an unknown name, a module that cannot be imported, and a module that breaks the contract.
     """
     known = known_videos()
     if name not in known and not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)+", name)):
@@ -307,16 +310,16 @@ def load_video(name: str) -> ModuleType:
         module = importlib.import_module(f"redvillm_jax.video.{name}" if name in known else name)
     except Exception as error:
         raise UserError(
-            f"config.video={name}: cannot be imported ({type(error).__name__}: {error}); the folder that holds it must "
-            "be in PYTHONPATH or be the current one"
+            f"config.video={name}: cannot be imported ({type(error).__name__}: {error}); its folder must be the "
+            "current one or in PYTHONPATH"
         ) from error
-    if missing := what_is_wrong(module):
-        raise UserError(f"config.video={name}: {missing} (redvillm_jax/video/contract.py says what is needed)")
+    if missing := unmet_requirement(module):
+        raise UserError(f"config.video={name}: {missing} (redvillm_jax/video/contract.py has the contract)")
     return module
 
 
-def what_is_wrong(module: ModuleType) -> str:
-    """Why a module is no representation; "" if it is one."""
+def unmet_requirement(module: ModuleType) -> str:
+    """Returns the first requirement of the contract that a module breaks, or ""."""
     fields, kind = getattr(module, "FIELDS", None), getattr(module, "Video", None)
     if not isinstance(fields, Mapping) or not all(isinstance(field, Field) for field in fields.values()):
         return "has no FIELDS, a dict of names and contract.Field"
@@ -337,23 +340,23 @@ def what_is_wrong(module: ModuleType) -> str:
 
 
 def dir_of(kind: type) -> set[str]:
-    """The names that a class below `Representation` defines itself, or inherits from another one below it."""
+    """Returns the names that a class has beyond `Representation`: its own and of classes in between."""
     return {name for one in kind.__mro__ if one not in (Representation, object) for name in vars(one)}
 
 
 def make_video(name: str, config: Mapping[str, Any]) -> Representation:
-    """The representation `name` with its fields of a config, and `config["num_frames"]`."""
+    """Makes the representation `name` from its fields of a config and `config["num_frames"]`."""
     module = load_video(name)
     return module.Video(**{field: config[field] for field in ("num_frames", *module.FIELDS)})
 
 
 def fields_with(name: str, video: Representation, *effects: str) -> dict[str, Any]:
-    """The fields of the representation `name` with one of these effects, and their values."""
+    """Returns the fields of the representation `name` that have one of these effects, with their values."""
     return {key: getattr(video, key) for key, field in load_video(name).FIELDS.items() if field.effect in effects}
 
 
 def pooling_fields(name: str, video: Representation) -> dict[str, Any]:
-    """What the pooled streams depend on: the representation, its fields about them, and, from outside, its code."""
+    """Returns all that decides the pooled streams: name, fields of effect "streams", hash of an outside module."""
     module, found = load_video(name), {"video": name} | fields_with(name, video, "streams")
     if name not in known_videos():
         found["video_code"] = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""Image grid: frames spread over a video stand side by side in one picture, which the image LLM reads as such.
+"""Image grid: a few frames of a video stand side by side in one picture, and the image LLM reads that picture.
 
-IG-VLM (arXiv 2403.18406): six frames at equal distances, left to right and top to bottom, two in a row; nothing is
-trained. Published code (github.com/imagegridworth/IG-VLM, vision_processor/) pads the grid of full frames as the image
-LLM pads pictures; here each frame, a square by then, is scaled into its cell of a picture of the encoder's size. The
-paper's prompt tells the model that it sees a grid: put such words into the question. Set config.num_frames=6, or more
-frames of which six are taken.
+Set config.num_frames=6, or more, of which six are taken. Nothing is trained. IG-VLM (arXiv 2403.18406) takes six frames
+at equal distances, left to right and top to bottom, two in a row. The paper's prompt tells the model that it sees a
+grid: put such words into the question. One difference: published code (github.com/imagegridworth/IG-VLM,
+vision_processor/) pads the grid of full frames as the image LLM pads pictures; here each frame is a square already and
+is scaled into its cell of a picture of the encoder's size.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ GROUPS = ("image",)
 
 @dataclasses.dataclass(frozen=True)
 class Video(Representation):
-    """grid_rows, grid_cols: how many frames stand below and beside each other."""
+    """grid_rows, grid_cols: the number of rows and columns of frames in the picture."""
 
     grid_rows: int = 3
     grid_cols: int = 2
 
     def arrange(self, frames: jax.Array, num_frames: jax.Array) -> jax.Array:
-        """Frames (B, T, H, W, 3) uint8 -> one picture of the same size, (B, 1, H, W, 3) uint8.
+        """Scales frames (B, T, H, W, 3) uint8 into the cells of one picture of the same size, (B, 1, H, W, 3) uint8.
 
-        Of fewer frames than cells some come twice. Scaled with an antialiased linear filter; where rows or columns do
-        not divide the size, the first cells are a pixel larger.
+        If there are fewer frames than cells, some frames come twice. The filter is linear with antialiasing. If the
+        rows or columns do not divide the size, the first cells are a pixel larger.
         """
         height, width = frames.shape[2:4]
         chosen = spread(num_frames, self.grid_rows * self.grid_cols, repeat=True)
@@ -58,10 +58,10 @@ class Video(Representation):
 
 
 def parts(size: int, count: int) -> list[int]:
-    """`size` pixels in `count` parts, the first ones a pixel larger where they do not divide."""
+    """Splits `size` pixels into `count` parts; if they do not divide, the first parts are a pixel larger."""
     return [size // count + (i < size % count) for i in range(count)]
 
 
 def scale(pictures: jax.Array, height: int, width: int) -> jax.Array:
-    """Pictures (B, H, W, 3) fp32 -> (B, height, width, 3)."""
+    """Scales pictures (B, H, W, 3) fp32 to (B, height, width, 3)."""
     return jax.image.resize(pictures, (len(pictures), height, width, 3), "linear", antialias=True)

@@ -1,8 +1,8 @@
 """RED-VILLM: frame features pooled over time (spatial stream) and over space (temporal stream).
 
-Paper (arXiv 2404.11865) section 3.2-3.3, equations (1)-(3). The paper's prose swaps z and t; here as in its equations:
-z = mean over time (N tokens) goes through the image LLM's projector, t = mean over space (T tokens) through the
-temporal module, and Q_v = [Q_t ; Q_z].
+Source: arXiv 2404.11865, sections 3.2-3.3, equations (1)-(3). z, the mean over time (N tokens), goes through the image
+LLM's projector; t, the mean over space (T tokens), goes through the temporal module; Q_v = [Q_t ; Q_z]. The paper's
+prose swaps z and t; the code follows the equations.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ GROUPS = ("spatial", "temporal", "extra_mlp")
 
 
 class ExtraMLP(nnx.Module):
-    """The paper's Table 5: a random two-layer MLP behind a projector, without residual (sizes are not stated)."""
+    """The paper's Table 5: a random two-layer MLP behind a projector, without residual; its sizes are not published."""
 
     SHARDING = ((r"weight$", P(BATCH_AXES, None)), (r"\bbias$", P()))
 
@@ -48,11 +48,12 @@ class Video(Representation):
     """The method's switches; the defaults are the paper's.
 
     streams: "both" | "spatial" | "temporal" (Table 3). stream_order: "temporal_first" (eq. 3) | "spatial_first".
-    temporal_module: its own projector for the temporal stream (Table 4), or the shared one. temporal_init: the temporal
-    module starts as a "copy" of the projector, or "random" (an ablation of Table 4). train_spatial: whether the image
-    LLM's projector trains, too. extra_mlp: a random MLP behind each projector (Table 5). spatial_pool: window of the
-    mean over the grid of the spatial stream, 2 = a quarter of the tokens (Table 7). short_video: frames that a short
-    video lacks take no token ("mask") or are attended zero features ("zero", Video-ChatGPT).
+    temporal_module: the temporal stream has a projector of its own (Table 4), or uses the image LLM's. temporal_init:
+    the temporal module starts as a "copy" of the projector, or "random" (an ablation of Table 4). train_spatial: the
+    image LLM's projector trains, too. extra_mlp: a random MLP follows each projector (Table 5). spatial_pool: the
+    window of the mean over the spatial stream's grid; 2 leaves a quarter of the tokens (Table 7). short_video: the
+    frames that a short video lacks take no tokens ("mask"), or are zero features that are attended to ("zero",
+    Video-ChatGPT).
     """
 
     streams: str = "both"
@@ -65,7 +66,7 @@ class Video(Representation):
     short_video: str = "mask"
 
     def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
-        """Means over time and over space, in fp32 over real frames only.
+        """Computes means over time and over space, in fp32 and over real frames only.
 
         features: (B, T, rows, cols, D); num_frames: (B,) int32. Returns {"temporal": (B, T, D), "spatial":
         (B, rows * cols / spatial_pool^2, D)}, all zero for a video without frames.
@@ -98,13 +99,14 @@ class Video(Representation):
 
     def problem(self, sampling: str, grid: tuple[int, int] | None) -> str:
         if not (set(self.trained()) & set(self.projectors()) or self.extra_mlp):
-            return "config.train_spatial=False leaves nothing to train without a temporal module; leave it out"
+            return "config.train_spatial=False without a temporal module leaves nothing to train; leave it out"
         if sampling != "uniform" and self.short_video != "mask":
             return (
-                f"config.sampling={sampling} gives videos of different lengths, config.short_video={self.short_video} "
-                "would fill them up with zeros: use short_video=mask, or sampling=uniform"
+                f"config.sampling={sampling} gives videos of different lengths, and "
+                f"config.short_video={self.short_video} would pad them with zeros: use "
+                "short_video=mask, or sampling=uniform"
             )
         if grid is not None and any(side % self.spatial_pool for side in grid):
             rows, cols = grid
-            return f"config.spatial_pool is {self.spatial_pool}, the base's {rows}×{cols} grid needs a divisor"
+            return f"config.spatial_pool is {self.spatial_pool}, the base's {rows}×{cols} grid needs a divisor of both"
         return ""

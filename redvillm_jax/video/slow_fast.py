@@ -1,11 +1,13 @@
-"""Slow and fast: a few frames in full, and all frames in few tokens each.
+"""Slow and fast: a few frames with many tokens each, and all frames with few tokens each.
 
-SlowFast-LLaVA (arXiv 2407.15841), untrained: every frame goes through the image LLM's projector; then the slow pathway
-pools 10 of 50 frames by 2 within rows, and the fast pathway all frames to 4 × 4 tokens. The settings are those of the
-published 7B configuration (github.com/apple/ml-slowfast-llava: slow_10frms_spatial_1d_max_pool-fast_4x4, 50 frames);
-set config.num_frames=50. fast_module=True gives the fast pathway a copy of the projector, as RED-VILLM duplicates it,
-to be trained with the other. pool_fast="before" pools features instead of tokens: a stored video then holds 16 features
-of a frame instead of all, and for a projector that is not linear the tokens differ from the published ones.
+Set config.num_frames=50. SlowFast-LLaVA (arXiv 2407.15841) trains nothing: every frame goes through the image LLM's
+projector; then the slow pathway pools 10 of 50 frames by 2 within rows, and the fast pathway pools all frames to 4 × 4
+tokens. The defaults are the published 7B configuration (github.com/apple/ml-slowfast-llava:
+slow_10frms_spatial_1d_max_pool-fast_4x4, 50 frames).
+
+Use fast_module=True to train two projectors: the fast pathway then has a copy, as RED-VILLM duplicates the projector.
+Use pool_fast="before" for small stores: it pools features instead of tokens, so that a store holds 16 features of each
+frame instead of all. The tokens then differ from the published method unless the projector is linear.
 """
 
 import dataclasses
@@ -31,9 +33,9 @@ GROUPS = ("slow", "fast")
 
 @dataclasses.dataclass(frozen=True)
 class Video(Representation):
-    """slow_frames: how many frames the slow pathway has. slow_pool: how two tokens side by side become one. fast_side:
-    rows and columns of a frame's tokens in the fast pathway. pool_fast: "after" the projector or "before" it.
-    fast_module: a projector of its own for the fast pathway, which starts as a copy.
+    """slow_frames: the number of frames in the slow pathway. slow_pool: the pooling of two neighbouring tokens to one.
+    fast_side: the rows and columns of a frame's tokens in the fast pathway. pool_fast: pools "after" the projector or
+    "before" it. fast_module: the fast pathway has a projector of its own, which starts as a copy.
     """
 
     slow_frames: int = 10
@@ -43,7 +45,10 @@ class Video(Representation):
     fast_module: bool = False
 
     def pool(self, features: jax.Array, num_frames: jax.Array) -> dict[str, jax.Array]:
-        """{"slow": (B, slow_frames * rows * cols, D), "fast": (B, T * rows * cols, D), or fast_side² of a frame}."""
+        """Returns {"slow": (B, slow_frames * rows * cols, D), "fast": (B, T * rows * cols, D)}.
+
+        With pool_fast="before" the fast stream is (B, T * fast_side², D).
+        """
         slow = take_frames(features, spread(num_frames, self.slow_frames))
         fast = features if self.pool_fast == "after" else pool_grid(features, self.fast_side)
         return {
@@ -62,7 +67,7 @@ class Video(Representation):
         return {"slow": "image"} | ({"fast": "copy"} if self.fast_module else {})
 
     def merge(self, name: str, tokens: jax.Array, layout: Layout) -> jax.Array:
-        """Pools the tokens of each frame, as the published code does: pairs in raster order, windows of the grid."""
+        """Pools the tokens of each frame as the published code does: pairs in raster order, windows of the grid."""
         frames, rows, cols = layout
         if name == "slow" and self.slow_pool != "none":
             tokens = rearrange(tokens, "b (t n) k -> b t n k", t=frames)[:, :, : rows * cols // 2 * 2]
@@ -83,9 +88,9 @@ class Video(Representation):
 
 
 def pool_grid(x: jax.Array, side: int) -> jax.Array:
-    """Means over windows of a grid, (B, T, rows, cols, D) -> (B, T, side, side, D), in fp32.
+    """Averages windows of a grid in fp32: (B, T, rows, cols, D) to (B, T, side, side, D).
 
-    torch's AdaptiveAvgPool2d: window i of n points reaches from floor(i n / side) to ceil((i + 1) n / side).
+    As torch's AdaptiveAvgPool2d: window i of n points reaches from floor(i n / side) to ceil((i + 1) n / side).
     """
     down, across = (jnp.asarray(windows(n, side)) for n in x.shape[2:4])
     pooled = product("sr,btrcd->btscd", down, x.astype(jnp.float32))
@@ -93,7 +98,7 @@ def pool_grid(x: jax.Array, side: int) -> jax.Array:
 
 
 def windows(size: int, count: int) -> np.ndarray:
-    """The weights (count, size) fp32 of the mean over each window."""
+    """Returns the weights (count, size) fp32 of the mean over each window."""
     first, stop = np.arange(count) * size // count, -(-(np.arange(count) + 1) * size // count)
     inside = (np.arange(size) >= first[:, None]) & (np.arange(size) < stop[:, None])
     return (inside / inside.sum(1, keepdims=True)).astype(np.float32)

@@ -204,6 +204,7 @@ def check_tokenizer(base: Family, config: Any, source: Path) -> None:
             f"{source}: its tokenizer has {tokenizer.size} tokens, vocab_size in config.json is {config.vocab_size}; "
             "use the files that belong to these weights"
         )
+    base.prompt(tokenizer, config, "What happens?", None)  # raises where the tokenizer lacks one of its markers
     base.check_tokenizer(tokenizer, config, read_json(source / "config.json"), str(source))
 
 

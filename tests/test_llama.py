@@ -169,6 +169,17 @@ def test_layers_of_both_kinds_are_one_traced_block():
     assert program.count("stablehlo.exponential") == 2  # of one softmax and one SiLU
 
 
+def test_a_fused_kernel_is_for_rows_that_a_window_sees_whole():
+    _, ours = models("mistral")
+
+    def kernel(*qkv):
+        """Stands in for one."""
+
+    assert ours.layer_masks(kernel, 5) == (kernel, None, None)
+    with pytest.raises(ValueError, match="rows of 6 slots, but layers see 5 keys"):
+        ours.layer_masks(kernel, 6)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -5,7 +5,6 @@ the attributes of `Family` by their names; docs/new_base.md shows a whole one.
 """
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,10 @@ def no_tensors(config: Any) -> dict[str, tuple[int, ...]]:
 def squash(config: Any) -> str:
     """`picture_fit` of a base that sees the whole picture, its aspect ratio not kept."""
     return "squash"
+
+
+def any_tokenizer(tokenizer: Any, config: Any, published: dict[str, Any], where: str) -> None:
+    """`check_tokenizer` of a base whose tokenizer only has to make a prompt."""
 
 
 def nothing_frozen(**options: Any) -> tuple[str, ...]:
@@ -65,7 +68,8 @@ class Family:
       RESIZE             how a frame becomes a square: a key of `data_pipeline.media.decode.RESIZE`
       picture_fit        (config) -> how a picture does: a key of `data_pipeline.media.pictures.FIT`
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
-      check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's
+      check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
+                         tokenizer that can make no prompt is refused before
       prompt             (tokenizer, config, question, answer or None, labels, picture=) -> the segments before and
                          behind the visual tokens
     """
@@ -94,7 +98,7 @@ class Family:
     IGNORED: Sequence[str] = ()
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
     picture_fit: Callable[[Any], str] = squash
-    check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = lambda *_: None
+    check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
 
 
 CONFIG = {  # attributes of a Config -> what they are
@@ -142,7 +146,7 @@ def load_family(name: str) -> Family:
     found = {name: getattr(module, name) for name in fields if hasattr(module, name)}
     if lacking := missing(fields, found):
         raise UserError(f"{module.__name__}: no base, it lacks {', '.join(lacking)} (see docs/new_base.md)")
-    return Family(name=name, **({"check_tokenizer": functools.partial(try_prompt, found["prompt"])} | found))
+    return Family(name=name, **found)
 
 
 def missing(fields: Mapping[str, dataclasses.Field], found: Mapping[str, Any]) -> list[str]:
@@ -180,8 +184,3 @@ def import_family(name: str) -> ModuleType:
 def in_one_line(error: Exception) -> str:
     """What an exception says, shortened."""
     return " ".join(str(error).split())[:200]
-
-
-def try_prompt(prompt: Callable, tokenizer: Any, config: Any, published: dict[str, Any], where: str) -> None:
-    """`check_tokenizer` by default: making a prompt raises UserError where the tokenizer lacks one of its markers."""
-    prompt(tokenizer, config, "What happens?", None)

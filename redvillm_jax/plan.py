@@ -99,7 +99,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
     check_store(store, base, settings)
     plan = plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
     index = {video["video"]: i for i, video in enumerate(store.videos)}
-    videos = np.array([index[row["video"]] for row in plan.instructions])
+    videos = np.array([index[instruction["video"]] for instruction in plan.instructions])
     return shapes_only(base), (videos, plan.prefixes, plan.questions), len(plan.questions)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.jax_stages import stages
 from benchmarks.stage_file import sample
-from configs import llava, qwen
+from configs.demo import family_config
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.tables import table_row
@@ -25,7 +25,6 @@ from redvillm_jax.model.build import load_model
 from redvillm_jax.model.settings import model_settings
 from redvillm_jax.runtime.sharding import make_mesh
 
-CONFIGS = {"llava": llava, "qwen_vl": qwen}
 NEEDED = ("pixels", "text_ids", "image_ids", "video_prefix_ids", "video_suffix_ids")
 INPUTS = (*NEEDED, "frames", "text_mask", "image_mask")
 
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> int:
     reference = dict(np.load(args.reference))
     if missing := [name for name in NEEDED if name not in reference]:
         raise UserError(f"{args.reference}: holds no {', '.join(missing)}; make it with benchmarks.dump_torch")
-    config = CONFIGS[base.family].get_config()
+    config = family_config(base.family)
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         got = stages(load_model(base, model_settings(config), mesh, dtype=jnp.float32), base, reference)

@@ -7,7 +7,6 @@ its HLO: how much of the cache a step reads and writes, the compiler's own estim
 that the memory's bandwidth alone needs to read the weights and the cache once. Collectives are not charged.
 """
 
-import importlib
 import math
 import re
 import sys
@@ -17,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.jax_step import CONFIGS
 from benchmarks.variants import print_table
+from configs.demo import family_config
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import UserError, run
 from redvillm_jax.model.settings import model_settings, plain_config
@@ -31,7 +30,7 @@ NEW_TOKENS = 256
 def main(argv: list[str]) -> None:
     parser = Parser("python benchmarks/decode_cost.py", __doc__)
     parser.add_argument("--topology", default="v5e-4", help="slice, e.g. v5e-4 or v5p-8 (v5e-4)")
-    parser.add_argument("--family", choices=sorted(CONFIGS), default="llava", help="(llava)")
+    parser.add_argument("--family", default="llava", help="which image LLM (llava)")
     parser.add_argument("--batches", default="1,32", help="rows decoded at once (1,32)")
     parser.add_argument("--slots", type=int, default=704, help=f"of the cache, {NEW_TOKENS} for the answer (704)")
     flags = parser.parse_args(argv)
@@ -83,7 +82,7 @@ def compile_decode(family: str, devices: list[Any], rows: int, slots: int) -> tu
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": -1}, devices)
     base = sized_base(family, next(iter(load_family(family).SIZES)))
-    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
+    switches = plain_config(family_config(family))
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))

@@ -4,7 +4,6 @@ A `folder` is a base folder; without one the weights are random, made on the dev
 """
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs.demo import family_config
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base
 from redvillm_jax.model.build import VideoPlaces, load_model
@@ -22,8 +22,6 @@ from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.modules.layers import Stack
 from redvillm_jax.runtime.sharding import make_mesh, to_global
 from redvillm_jax.training.recipe import make_training, recipe_of
-
-CONFIGS = {"llava": "configs.llava", "qwen_vl": "configs.qwen"}
 
 
 def make_step(
@@ -41,7 +39,7 @@ def make_step(
 ) -> tuple[Callable[[], float], Callable[[], int | None]]:
     """The train step on the rows of `batch`, and its peak memory (see `variants`)."""
     mesh = open_mesh(device)
-    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
+    switches = plain_config(family_config(family))
     switches |= {"num_frames": frames, "dtype": dtype, "learning_rate": learning_rate, "remat": remat}
     base = open_sized(family, config, folder)
     visual = int((batch["video_tokens"][0] >= 0).sum()) // groups(batch)
@@ -125,7 +123,7 @@ def make_encoder(
 ) -> tuple[Callable[[], np.ndarray], Callable[[], int | None]]:
     """Frames (B, T, H, W, 3) uint8 through the encoder; a step returns one patch's features (see `variants`)."""
     mesh = open_mesh(device)
-    switches = plain_config(importlib.import_module(CONFIGS[family]).get_config())
+    switches = plain_config(family_config(family))
     with jax.set_mesh(mesh):
         _, model = load(open_sized(family, config, folder), switches, mesh, dtype, ("encoder",))
         graphdef, weights = nnx.split(model)

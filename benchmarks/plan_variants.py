@@ -7,15 +7,16 @@ the line before it. A variant that does not fit prints the memory that it would 
 minute.
 """
 
-import importlib
 import sys
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from configs.demo import family_config
 from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import sized_base
 from redvillm_jax.model.build import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
@@ -27,19 +28,18 @@ from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.training.recipe import recipe_of
 
 SHARDED, REPLICATED = {"data": 1, "fsdp": -1, "tensor": 1}, {"data": -1, "fsdp": 1, "tensor": 1}
-CONFIGS = {"llava": ("configs.llava", "v1-7b"), "qwen_vl": ("configs.qwen", "7b")}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("python benchmarks/plan_variants.py", __doc__)
-    parser.add_argument("--family", default="llava", choices=list(CONFIGS), help="llava or qwen_vl (llava)")
+    parser.add_argument("--family", default="llava", help="which image LLM (llava)")
     parser.add_argument("--topology", default="v5e-16", help="a slice, as in redvillm_jax.plan (v5e-16)")
     parser.add_argument("--last", type=int, default=99, help="only so many variants from the end (all)")
     flags = parser.parse_args(argv)
     chip, _ = parse_topology(flags.topology)
     devices = tpu_devices(flags.topology)
-    module, size = CONFIGS[flags.family]
-    config, base = plain_config(importlib.import_module(module).get_config()), sized_base(flags.family, size)
+    config = plain_config(family_config(flags.family))
+    base = sized_base(flags.family, next(iter(load_family(flags.family).SIZES)))
     tokens = VideoPlaces(base, model_settings(config)).most
     print(
         "| variant | rows a chip | bound | real tokens | ms | compute, kernels, collectives, copies | GB | compiled |"

@@ -10,7 +10,8 @@ import pytest
 from conversion import from_torch, to_torch
 from data_pipeline import prepare, show, translate
 from data_pipeline.common.cli import Parser, above_zero, number, path, whole
-from data_pipeline.common.errors import UserError
+from data_pipeline.common.errors import UserError, run
+from data_pipeline.text.chat_client import is_dated
 from redvillm_jax import answer, encode, evaluate, judge, plan, selfcheck, train
 from redvillm_jax.demo import __main__ as demo
 from redvillm_jax.demo import moving_shapes, pretrain
@@ -196,3 +197,12 @@ def test_a_file_of_one_s_own_is_read_with_care(line, message, tmp_path):
     file.write_text(file.read_text() + "    return config\n")
     with pytest.raises(UserError, match=message):
         plan.main([f"--config={file}", "--topology=v5e-4"])
+
+
+def test_an_unexpected_error_says_where_in_the_project_it_was(capsys):
+    def main(argv: list[str]) -> None:
+        is_dated(None)  # fails in `re`
+
+    with pytest.raises(SystemExit) as end:
+        run(main, [])
+    assert end.value.code == 1 and " at chat_client.py:" in capsys.readouterr().err

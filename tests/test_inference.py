@@ -77,8 +77,8 @@ def full_passes(model, prompts, videos, steps: int) -> list[list[int]]:
     width = max(prompt.length for prompt in prompts) + steps
     answers = []
     for prompt, visual in zip(prompts, tokens, strict=True):
-        ids = [*prompt.before, *[0] * len(prompt.slots), *prompt.question]
-        slots = [-1] * len(prompt.before) + prompt.slots + [-1] * (width - prompt.prefix_length)
+        ids = [*(token for token, _ in prompt.prefix), *prompt.question]
+        slots = [slot for _, slot in prompt.prefix] + [-1] * (width - prompt.prefix_length)
         for _ in range(steps):
             padded = jnp.array([ids + [0] * (width - len(ids))])
             ids.append(int(next_id(weights, visual, padded, jnp.array([slots]), len(ids), jnp.int32(prompt.length))))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, NUM_FRAMES
+from conftest import FAMILIES, NUM_FRAMES, TOY
 from helpers import plan_of
 
 from configs import demo
@@ -23,7 +23,11 @@ from redvillm_jax.training.step import join, split_trainable
 
 FRAMES = (4, 2, 4, 1, 3, 4)  # of each video; those below NUM_FRAMES are short
 QUESTIONS = (10, 2, 9, 3, 4, 2)  # on each video
-ROW_LENGTH = {"llava": 105, "qwen_vl": 170}  # too short for nine questions on a video, enough for two videos with three
+ROW_LENGTH = {
+    "llava": 105,
+    "qwen_vl": 170,
+    TOY: 80,
+}  # too short for nine questions on a video, enough for two videos with three
 BATCH_QUESTIONS = 22  # of 30: the second step is smaller and has rows of padding
 TOLERANCE = 1e-5
 

@@ -41,7 +41,7 @@ KINDS = {
     "slow_fast": SLOW_FAST,
     "slow_fast, two projectors": SLOW_FAST | {"fast_module": True, "pool_fast": "before"},
     "image_grid": {"video": "image_grid", "grid_rows": 2, "grid_cols": 2},
-    "outside": {"video": "toys.video"},
+    "outside": {"video": "tests.toy_video"},
 }
 GROUPS = {"slow_fast": {"slow"}, "slow_fast, two projectors": {"slow", "fast"}, "image_grid": {"image"}}
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +120,7 @@ def test_a_short_video_equals_a_run_with_fewer_frames(kind, family, bases):
 
 
 def test_text_stands_before_the_tokens_that_it_belongs_to():
-    base, config = sized_base("llava", "tiny"), config_of("llava", "toys.video") | {"num_frames": 3}
+    base, config = sized_base("llava", "tiny"), config_of("llava", "tests.toy_video") | {"num_frames": 3}
     places = VideoPlaces(base, model_settings(config))
     placed = places.place(2, [0.0, 2.25], lambda text: [text])
     overview = [("all:", -1), *((0, slot) for slot in range(16))]
@@ -220,11 +220,11 @@ def test_streams_of_another_pooling_are_refused(bases, stores, tmp_path, monkeyp
     config = make_config("llava", bases["llava"], tmp_path / "streams", **KINDS["outside"])
     with pytest.raises(UserError, match="was made with toy_overview=mean, this model needs max: encode"):
         train.train(config | {"toy_overview": "max"}, tmp_path / "run")
-    with pytest.raises(UserError, match=r"was made with video=toys\.video, this model needs red_villm"):
+    with pytest.raises(UserError, match=r"was made with video=tests\.toy_video, this model needs red_villm"):
         train.train(make_config("llava", bases["llava"], tmp_path / "streams"), tmp_path / "run")
     code = tmp_path / "video.py"
     code.write_text("# changed\n")
-    monkeypatch.setattr(load_video("toys.video"), "__file__", str(code))
+    monkeypatch.setattr(load_video("tests.toy_video"), "__file__", str(code))
     with pytest.raises(UserError, match="was made with video_code="):
         train.train(config, tmp_path / "run")
 
@@ -324,7 +324,7 @@ def test_every_field_of_every_representation_acts():
 
 
 def test_packed_text_is_in_the_rows(bases, stores):
-    config = config_of("llava", "toys.video") | {"num_frames": NUM_FRAMES, "row_length": 200}
+    config = config_of("llava", "tests.toy_video") | {"num_frames": NUM_FRAMES, "row_length": 200}
     base, store = open_base(bases["llava"]), open_store(stores["llava"])
     plan = plan_of(config, base, store)
     tokenizer = base.module.Tokenizer(base.path)

@@ -41,7 +41,8 @@ def full_disk(error: BaseException | None) -> str | None:
     return None
 
 
-PACKAGES = ("data_pipeline", "redvillm_jax", "conversion", "configs", "bases", "video", "evaluation")  # our folders
+ROOT = Path(__file__).parents[2]
+PACKAGES = tuple(ROOT / name for name in ("data_pipeline", "redvillm_jax", "conversion", "configs"))
 FILE_REMEDIES = {
     errno.EACCES: "change its permissions, or choose another",
     errno.EPERM: "change its permissions, or choose another",
@@ -70,7 +71,7 @@ def unexpected(error: BaseException) -> str:
     """The message for an unexpected error: its type and its place in the code."""
     said = " ".join(str(error).split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).parent.name in PACKAGES]
+    own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(folder) for folder in PACKAGES)]
     where = "".join(f" at {Path(frame.filename).name}:{frame.lineno}" for frame in (own or frames)[-1:])
     return (
         f"{type(error).__name__}{where}{': ' if said else ''}{said}: the command does not expect this; --debug shows "

@@ -150,7 +150,8 @@ def missing(fields: Mapping[str, dataclasses.Field], found: Mapping[str, Any]) -
     no_default = dataclasses.MISSING
     lacking = [f.name for f in fields.values() if f.default is f.default_factory is no_default and f.name not in found]
     for name, methods in METHODS.items():
-        lacking += [f"{name}.{method}" for method in methods if name in found and not hasattr(found[name], method)]
+        own = {attribute for kind in getattr(found.get(name), "__mro__", ()) for attribute in vars(kind)}
+        lacking += [f"{name}.{method}" for method in methods if name in found and method not in own]
     sizes = found.get("SIZES", {"tiny": None})
     lacking += [f"SIZES[{name!r}]" for name in ("tiny",) if name not in sizes]
     if "SIZES" in found:

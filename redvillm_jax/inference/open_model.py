@@ -73,7 +73,7 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         check_run(there)
     untrained = not is_run and not (export and export["trained"])
     if untrained and config is None:
-        raise UserError(f"{model} is untrained: give its switches with --config=configs/llava.py (or qwen.py)")
+        raise UserError(f"{model} is untrained: give its switches with --config, a file of configs/ for its family")
     if not untrained and config is not None:
         raise UserError(f"--config is for what is untrained, {model} brings its own config: leave it out")
     if is_run:

@@ -140,7 +140,7 @@ def override(config: ConfigDict, file: str, written: str, name: str, text: str |
             within[leaf].update(value)
         else:
             within[leaf] = value  # ConfigDict checks the type
-    except (ValueError, TypeError, SyntaxError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, SyntaxError, KeyError, AttributeError, RecursionError, MemoryError) as error:
         raise UserError(f"{written}: {in_one_line(error)} (see --help)") from None
 
 

@@ -94,8 +94,8 @@ def check_data_order() -> str:
         got = next(read(rows_per_step=rows, rows=mine))
         ids = allgather(to_global(got, mesh)["token_ids"], tiled=True)
         together(functools.partial(check_rows, f"mesh {name}", whole, mine, got, ids))
-    where = " and on ".join(made)
-    return f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}: what all processes read is the step on {where}"
+    planned = f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}"
+    return f"{planned}: the rows that all processes read form the step on {' and on '.join(made)}"
 
 
 def check_rows(

@@ -75,7 +75,7 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
     if untrained and config is None:
         raise UserError(f"{model} is untrained: give its switches with --config, a file of configs/ for its family")
     if not untrained and config is not None:
-        raise UserError(f"--config is for what is untrained, {model} brings its own config: leave it out")
+        raise UserError(f"--config is for an untrained model, {model} brings its own config: leave it out")
     if is_run:
         said, trained = load_trainables(model)
         said = as_trained(said, there / "config.json")

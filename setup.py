@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["redvillm_jax*", "configs*", "data_pipeline*", "conversion*"]),
     package_data={"redvillm_jax": ["demo/bases/*/*"]},
     install_requires=[
-        "absl-py>=2.3,<3",
+        "absl-py>=2.3,<3",  # Grain's workers read its flags, which data_pipeline.pipeline marks as parsed
         "array_record==0.8.*",
         "av>=18.1,<19",
         "einops==0.8.*",

@@ -139,7 +139,7 @@ def read_fields(config: Any, fields: Fields, where: str, path: str = "") -> dict
         named = ", ".join(f"{path}{name} ({shown(config[name])})" for name in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise UserError(
-            f"{where}: not known: {named}{more}; what is not known may change the computation: report it, or remove it "
+            f"{where}: not known: {named}{more}; an unknown field may change the computation: report it, or remove it "
             "from the file if you know that it changes nothing"
         )
     return values

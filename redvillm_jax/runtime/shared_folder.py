@@ -38,7 +38,7 @@ def check_folder(workdir: epath.Path) -> str:
         for process in range(count):
             if f"{process}.txt" not in listed:
                 raise Failed(
-                    f"{workdir} lacks what process {process} wrote: it must be one folder that all processes see, "
+                    f"{workdir} lacks the file of process {process}: it must be one folder that all processes see, "
                     "in a bucket (gs://) or on a disk that all machines mount"
                 )
             if (folder / f"{process}.txt").read_text() != f"{folder.name} {process}":

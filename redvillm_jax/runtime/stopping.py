@@ -69,6 +69,6 @@ def limited() -> Iterator[None]:
 def unsaved() -> str:
     """Returns the message of a process that ends without saving."""
     return (
-        f"SIGTERM came {STOP_SECONDS} seconds ago and a step or a save has still not ended: what came after the newest "
-        "checkpoint is lost; the same command continues from there"
+        f"SIGTERM came {STOP_SECONDS} seconds ago and a step or a save has still not ended: all steps after the newest "
+        "checkpoint are lost; the same command continues from there"
     )

@@ -35,7 +35,7 @@ from data_pipeline.media.decode import resize_nearest  # noqa: E402
 from data_pipeline.media.sampling import uniform_indices  # noqa: E402
 from data_pipeline.packing import Step, fill_row, plan_epoch, row_bounds  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402
-from redvillm_jax.model.build import VideoPlaces  # noqa: E402
+from redvillm_jax.model.places import VideoPlaces  # noqa: E402
 from redvillm_jax.model.settings import model_settings, plain_config  # noqa: E402
 from redvillm_jax.training.recipe import recipe_of  # noqa: E402
 from redvillm_jax.training.rows import row_settings  # noqa: E402

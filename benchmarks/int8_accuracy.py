@@ -22,7 +22,8 @@ from data_pipeline.common.errors import run
 from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
 from redvillm_jax.inference.open_model import open_model
-from redvillm_jax.model.build import VideoPlaces, load_model, put_trained
+from redvillm_jax.model.build import load_model, put_trained
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import check_store, model_settings, needed_parts
 from redvillm_jax.runtime.sharding import make_mesh
 from redvillm_jax.training.rows import plan_rows, row_settings

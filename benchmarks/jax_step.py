@@ -16,7 +16,8 @@ from flax import nnx
 from configs.demo import family_config
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base
-from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.modules.layers import Stack

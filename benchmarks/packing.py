@@ -44,7 +44,8 @@ from data_pipeline.common.tables import markdown_table
 from data_pipeline.packing import Prefix, Question, RowBounds, Step, fill_row, plan_epoch, row_bounds
 from redvillm_jax.demo.__main__ import BASES
 from redvillm_jax.model.base_folder import Base, open_base
-from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.runtime.sharding import make_mesh, to_global
 from redvillm_jax.training.recipe import make_training, recipe_of

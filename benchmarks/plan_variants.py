@@ -18,7 +18,7 @@ from data_pipeline.common.cli import Parser
 from data_pipeline.common.errors import run
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import sized_base
-from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.plan import BEST, gb
 from redvillm_jax.planning.programs import compile_train, model_flops

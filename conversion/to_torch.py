@@ -42,7 +42,7 @@ from redvillm_jax.model.base_folder import (
     projector_names,
 )
 from redvillm_jax.model.run_config import as_trained
-from redvillm_jax.model.settings import model_settings
+from redvillm_jax.model.settings import check_answering, model_settings
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.video.contract import Representation, image_projector, load_video
 
@@ -117,6 +117,7 @@ def open_source(model: Path) -> tuple[Base, dict[str, Any] | None, dict[str, Any
     quiet_without_tpu()
     said, trained = load_trainables(model)
     config = as_trained(said, model / "config.json")
+    check_answering(config, model)
     base = open_base(config["base"], config["base_fingerprint"])
     return base, config, trained
 

@@ -29,13 +29,14 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import absolute
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import has_text
 from redvillm_jax.model.settings import check_store, complete, model_settings, open_config_base, stream_settings
 from redvillm_jax.runtime.cli import parse
 from redvillm_jax.runtime.distributed import command, is_first, locked, wait_for_all
 from redvillm_jax.runtime.sharding import DATA_PARALLEL, make_mesh, num_batch_shards, to_global
 from redvillm_jax.runtime.shared_folder import require_shared
 from redvillm_jax.training.recipe import make_encode_step
-from redvillm_jax.video.contract import Representation, has_text
+from redvillm_jax.video.contract import Representation
 
 READ_AHEAD = 2 * 2**30  # bytes of decoded frames that may wait for the devices
 

@@ -23,7 +23,7 @@ from data_pipeline.common.tables import table_row
 from data_pipeline.store import open_store
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, open_base, sized_base
-from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import check_base, check_config, check_store, complete, model_settings
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.planning.programs import Program, compile_encode, compile_train, model_flops

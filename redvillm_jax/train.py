@@ -27,7 +27,8 @@ from data_pipeline.common.files import absolute, make_folder, write_text
 from data_pipeline.pipeline import batches
 from data_pipeline.store import VideoStore, open_store
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.run_config import as_trained, check_continues
 from redvillm_jax.model.settings import check_store, complete, model_settings, needed_parts, open_config_base
 from redvillm_jax.runtime import distributed

@@ -20,7 +20,7 @@ from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
 from redvillm_jax.model import weights
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.training.rows import RowPlan, plan_rows, row_settings

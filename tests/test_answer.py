@@ -140,7 +140,7 @@ def test_numbers_that_are_none_are_no_answer(bases, files, model, tmp_path, caps
     assert report["answered"] == 1 and report["failed"] == [{"question": 2, "error": bad["error"]}]
     assert "1 of 2 questions answered" in capsys.readouterr().out
 
-    one = redvillm_jax.load(spoilt, config=model.config)
+    one = redvillm_jax.load(spoilt, config=plain_config(demo.get_config("llava")) | {"num_frames": NUM_FRAMES})
     for ask in (one.ask, lambda *a, **kw: list(one.stream(*a, **kw))):
         with pytest.raises(UserError, match="look for damaged weights with --check_files") as error:
             ask(files / "a.mp4", QUESTIONS[1], max_new_tokens=6)

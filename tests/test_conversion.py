@@ -25,9 +25,8 @@ from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava
 from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer
-from redvillm_jax.inference import open_model
 from redvillm_jax.model.base_folder import canonical_name, load_part, open_base
-from redvillm_jax.model.settings import plain_config
+from redvillm_jax.model.settings import ANSWERING, plain_config
 from redvillm_jax.model.weights import expected_tensors, name_table
 from redvillm_jax.training import checkpoint
 from redvillm_jax.video import red_villm
@@ -406,7 +405,9 @@ def test_projectors_of_a_base(tmp_path):
 
 def write_run(run: Path, base: Path, trained: dict, fingerprint: str | None = None) -> Path:
     """A run directory as training leaves it: config.json and one checkpoint."""
-    config = {"base": str(base), "streams": "both", "num_frames": 9}
+    config = plain_config(demo.get_config("llava")) | {"base": str(base), "num_frames": 9}
+    for younger in ("sampling", "int8"):  # a run of before these fields
+        del config[younger]
     run.mkdir()
     (run / "config.json").write_text(json.dumps(config))
     state = {"trainable": jax.tree.map(jnp.asarray, trained), "optimizer": {"count": jnp.zeros(())}}
@@ -443,8 +444,8 @@ def test_projectors_of_a_run(tmp_path):
                 want[f"{prefix}{torch_layer}.{leaf}"] = array
     want = {name: torch.from_numpy(array) for name, array in want.items()}
     assert_same_bits(load_file(tmp_path / "export" / "projectors.safetensors"), want)
-    younger = {"sampling": "uniform", "int8": False}  # than this run: said as it was trained
-    assert meta["method"] == {"num_frames": 9, "streams": "both", **younger} and meta["trained"]
+    config = plain_config(demo.get_config("llava")) | {"num_frames": 9, "sampling": "uniform", "int8": False}
+    assert meta["method"] == {name: config[name] for name in method_fields(config)} and meta["trained"]
     assert json.loads((tmp_path / "export" / "redvillm.json").read_text())["family"] == "llava"
 
     to_torch(run, tmp_path / "full", full=True)
@@ -463,7 +464,7 @@ def test_projectors_of_a_run(tmp_path):
 def test_an_export_says_every_switch_that_answering_needs():
     for family in known_families():
         config = plain_config(demo.get_config(family))
-        needed = {*red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, *open_model.ANSWERING} - {"seed"}
+        needed = {*red_villm.FIELDS, *load_family(family).PROJECTOR_OPTIONS, *ANSWERING} - {"seed"}
         assert needed <= set(method_fields(config))
 
 

@@ -15,7 +15,7 @@ from test_model import build
 
 from redvillm_jax.inference.engine import Asked, Generation, Inference
 from redvillm_jax.inference.prompts import make_prompt
-from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings
 from redvillm_jax.modules.attention import visible
 from redvillm_jax.runtime.sharding import make_mesh

@@ -15,7 +15,8 @@ from data_pipeline.packing import Question, fill_row
 from data_pipeline.pipeline import batches
 from data_pipeline.store import finish_store, open_store, write_shards
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings
 from redvillm_jax.model.video_llm import mean_loss
 from redvillm_jax.modules.attention import visible

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from redvillm_jax.video.contract import blocks, make_video, num_features
+from redvillm_jax.model.places import blocks
+from redvillm_jax.video.contract import make_video, num_features
 from redvillm_jax.video.red_villm import FIELDS, Video
 
 

@@ -27,7 +27,8 @@ from redvillm_jax import evaluate, train
 from redvillm_jax.inference.assistant import Assistant
 from redvillm_jax.inference.open_model import open_model
 from redvillm_jax.model.base_folder import open_base, sized_base
-from redvillm_jax.model.build import VideoPlaces, load_model
+from redvillm_jax.model.build import load_model
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings
 from redvillm_jax.planning.programs import abstract_batch
 from redvillm_jax.planning.workload import measure, paper_lengths

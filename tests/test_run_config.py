@@ -16,8 +16,9 @@ from configs import demo, llava, qwen
 from data_pipeline.common.errors import UserError
 from redvillm_jax import train
 from redvillm_jax.bases.contract import known_families, load_family
-from redvillm_jax.inference.open_model import ANSWERING, open_model
+from redvillm_jax.inference.open_model import open_model
 from redvillm_jax.model import run_config
+from redvillm_jax.model.settings import ANSWERING
 from redvillm_jax.training.optim import warmup_cosine
 from redvillm_jax.video import red_villm
 

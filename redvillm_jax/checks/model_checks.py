@@ -19,7 +19,8 @@ from redvillm_jax.bases.contract import known_families
 from redvillm_jax.checks.machine_checks import ALL_FSDP, meshes
 from redvillm_jax.checks.random_data import RandomStreams, plan_random_rows, random_base
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
+from redvillm_jax.model.build import load_model, shapes_of_streams
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.modules.attention import backend_of, choose_kernel, row_attention
 from redvillm_jax.modules.layers import attention

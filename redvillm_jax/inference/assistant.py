@@ -15,7 +15,8 @@ from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixe
 from redvillm_jax.inference.open_model import OpenedModel, open_model
 from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
 from redvillm_jax.inference.streaming import pieces
-from redvillm_jax.model.build import VideoPlaces, load_model, num_picture_tokens, put_trained
+from redvillm_jax.model.build import load_model, put_trained
+from redvillm_jax.model.places import VideoPlaces, num_picture_tokens
 from redvillm_jax.model.settings import plain_config
 from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import whole
@@ -78,7 +79,7 @@ class Assistant:
         num_frames = self.settings.video.num_frames
         self._most_placed = len(self._place(num_frames, [LONGEST_SECONDS] * num_frames))
         self.picture_tokens = num_picture_tokens(self.base, self.settings)
-        self.takes_pictures = image_projector(self.settings.video) in model.projectors
+        self.takes_pictures = image_projector(self.settings.video) is not None
         self.reading = Reading(
             num_frames,
             self.base.config.image_size,

@@ -31,15 +31,12 @@ from redvillm_jax.model.base_folder import (
     published_base,
     read_export,
 )
-from redvillm_jax.model.config_bounds import FIELDS, check_fields
 from redvillm_jax.model.run_config import ADDED_TO_EXPORTS, as_trained
-from redvillm_jax.model.settings import ModelSettings, check_base, check_config, config_fields, model_settings
+from redvillm_jax.model.settings import ModelSettings, check_answering, check_base, check_config, model_settings
 from redvillm_jax.model.weights import name_table
 from redvillm_jax.modules.quantize import SCHEME
 from redvillm_jax.training.checkpoint import load_trainables
 from redvillm_jax.video.contract import export_name, fields_with, has_random_start
-
-ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # and the fields of representation and base
 
 
 class OpenedModel(NamedTuple):
@@ -97,20 +94,6 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
         trained = read_trained(folder, opened, settings)
     digest = model_fingerprint(opened, settings, trained)
     return OpenedModel(said, settings, opened, trained, os.path.basename(os.path.abspath(str(model))), digest)
-
-
-def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
-    """Raises UserError unless a trained model's config has all fields that decide its answers, within bounds."""
-    try:
-        fields = config_fields(config["family"], config["video"])
-        names = [
-            name for name in fields if name in ANSWERING or name not in (*FIELDS, "learning_rate_scale", "weight_decay")
-        ]
-        check_fields({name: config[name] for name in names}, {name: fields[name] for name in names})
-    except KeyError as error:
-        raise UserError(f"{model}: its config does not say {error.args[0]}; is it damaged?") from None
-    except UserError as error:
-        raise UserError(f"{model}: {error}") from None
 
 
 def check_run(folder: Path) -> None:

@@ -11,7 +11,7 @@ class Prompt(NamedTuple):
     """The prompt of one question about a video or picture.
 
     before: token ids before the video. placed: the video's part, (token id, -1) for a text token, (0, slot) for a
-    visual token (see `build.VideoPlaces`). question: token ids after the video, up to the answer. width: slots of
+    visual token (see `places.VideoPlaces`). question: token ids after the video, up to the answer. width: slots of
     `prefix`, the same for all videos, so that shapes are static.
     """
 

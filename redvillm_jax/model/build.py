@@ -1,7 +1,6 @@
 """Builds a video LLM on the devices from a base folder and the settings of a model."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from data_pipeline.common.errors import UserError
 from redvillm_jax.model.base_folder import EXTRA_PREFIX, Base, load_part
 from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM
-from redvillm_jax.model.weights import PARTS, abstract_part, fill
+from redvillm_jax.model.weights import PARTS, fill
 from redvillm_jax.runtime.sharding import weight_sharding
-from redvillm_jax.video.contract import blocks, contradiction, has_text, num_slots, place_blocks, stream_shapes
+from redvillm_jax.video.contract import contradiction, stream_shapes
 
 
 def load_model(
@@ -85,46 +84,10 @@ def random_module(
     return fill(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))), shape)
 
 
-class VideoPlaces:
-    """The positions of a video's visual tokens in a prompt, for each number of frames.
-
-    most: the number of static slots of a video: the tokens of a video with all frames.
-    """
-
-    def __init__(self, base: Base, settings: ModelSettings):
-        self.video, self.has_text = settings.video, has_text(settings.video)
-        projector = abstract_projector(base, settings)
-        self.blocks = functools.cache(functools.partial(blocks, self.video, projector, base.config.grid))
-        self.most = num_slots(self.blocks(self.video.num_frames))
-
-    def slots(self, num_frames: int) -> list[int]:
-        """Returns the static slots that hold a video's visual tokens, in token order."""
-        return [slot for block in self.blocks(num_frames) for slot in block.slots]
-
-    def place(self, num_frames: int, seconds: Sequence[float] | None, encode: Callable) -> list[tuple[int, int]]:
-        """Returns the video's part of a prompt: (token id, -1) for a text token, (0, slot) for a visual token.
-
-        seconds: the times of the video's frames; only a representation with text needs them. encode: the tokenizer's.
-        """
-        if not self.has_text:
-            return [(0, slot) for slot in self.slots(num_frames)]
-        return place_blocks(self.video, self.blocks(num_frames), num_frames, seconds, encode)
-
-
 def shapes_of_streams(base: Base, settings: ModelSettings) -> dict[str, tuple[int, int]]:
     """Returns the shape (M, D) of each pooled stream of a video, by name."""
     c = base.config
     return stream_shapes(settings.video, c.grid, c.feature_size, c.image_size)
-
-
-def num_picture_tokens(base: Base, settings: ModelSettings) -> int:
-    """Returns the number of visual tokens of a picture."""
-    return math.prod(abstract_projector(base, settings).token_layout(base.config.grid))
-
-
-def abstract_projector(base: Base, settings: ModelSettings) -> nnx.Module:
-    """Returns a projector with shapes instead of weights."""
-    return abstract_part(base.module, "projector", base.config, **settings.projector_options)
 
 
 def put_trained(model: VideoLLM, trained: Mapping[str, Any]) -> None:

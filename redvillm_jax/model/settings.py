@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,8 @@ from redvillm_jax.model.config_bounds import DECAY, FIELDS, RATE, Fields, check_
 from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import one_of
 from redvillm_jax.video.contract import Representation, load_video, make_video, pooling_fields
+
+ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # and the representation's and the base's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,20 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_fields(config, config_fields(family, config["video"]), f"a config of the family {family}")
     if problem := make_video(config["video"], config).problem(config["sampling"], None):
         raise UserError(problem)
+
+
+def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
+    """Raises UserError unless a trained model's config has all fields that decide its answers, within bounds."""
+    try:
+        fields = config_fields(config["family"], config["video"])
+        names = [
+            name for name in fields if name in ANSWERING or name not in (*FIELDS, "learning_rate_scale", "weight_decay")
+        ]
+        check_fields({name: config[name] for name in names}, {name: fields[name] for name in names})
+    except KeyError as error:
+        raise UserError(f"{model}: its config does not say {error.args[0]}; is it damaged?") from None
+    except UserError as error:
+        raise UserError(f"{model}: {error}") from None
 
 
 def open_config_base(config: Mapping[str, Any]) -> Base:

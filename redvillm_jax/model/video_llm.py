@@ -11,9 +11,10 @@ from flax import nnx
 
 from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import EXTRA_PREFIX
+from redvillm_jax.model.places import token_layout
 from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
-from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features, token_layout
+from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features
 
 IMAGES_PER_DEVICE = 10  # encoded at once; more need more memory and are not faster (docs/performance.md)
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from data_pipeline.common.files import write_text
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import VideoPlaces, load_model, shapes_of_streams
+from redvillm_jax.model.build import load_model, shapes_of_streams
+from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.planning.hlo_cost import Charge, Unpriced, charges
 from redvillm_jax.planning.workload import Workload, empty_row

@@ -17,7 +17,7 @@ from data_pipeline.packing import Prefix, Question, Row, RowBounds, Step, fill_r
 from data_pipeline.store import VideoStore
 from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import Base
-from redvillm_jax.model.build import VideoPlaces
+from redvillm_jax.model.places import VideoPlaces
 
 PACKED_ROW = 2048  # slots of a packed row, or more if a question needs them
 SHORT_ROW, LONG_ROW = 8, 128  # the slots of a row are a multiple of this; the TPU kernel needs 128 for long rows

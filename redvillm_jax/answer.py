@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--video and --picture go with --question, --input with --output")
     instructions = read_questions(flags.input, flags.output) if flags.input else []
     if not instructions and jax.process_count() > 1:
-        raise UserError("one video is asked in one process; several share those of --input")
+        raise UserError("one video is asked in one process; several processes share the questions of --input")
     opening = {"base": flags.base, "config": flags.config, "dtype": flags.dtype, "tensor": flags.tensor}
     if instructions:
         require_shared("--output", flags.output.parent)

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 def encode_store(
     config: Mapping[str, Any], base: Base, frames: stores.VideoStore, out: Path, stored: str, batch_size: int
 ) -> None:
-    """Writes the shards that are missing, and what describes them; stored: the dtype of the streams on disk."""
+    """Writes the missing shards and the store's description. stored: the dtype of the streams on disk."""
     made_for = model_settings(config)
     mesh = make_mesh(DATA_PARALLEL, jax.local_devices())
     side, t, dtype = base.config.image_size, config["num_frames"], jnp.dtype(config["dtype"])

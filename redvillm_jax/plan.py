@@ -37,7 +37,7 @@ from redvillm_jax.training.rows import plan_rows, row_settings
 PAPER_BATCH = 32
 LONG = ",".join(KEPT)
 SHORT = LONG.removesuffix(",up")
-BEST = {  # what fits a chip and has the highest bound (docs/performance.md); v5e's and v6e's are not compared
+BEST = {  # options that fit and have the highest bound (docs/performance.md); v5e and v6e were not compared
     "v4": {"remat": LONG, "int8": True, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 3},
     "v5e": {"remat": SHORT, "int8": True, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 1},
     "v5p": {"remat": LONG, "int8": False, "mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "rows_per_chip": 2},
@@ -99,7 +99,7 @@ def open_workload(config: Mapping[str, Any], size: str | None) -> tuple[Base, tu
     check_store(store, base, settings)
     plan = plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
     index = {video["video"]: i for i, video in enumerate(store.videos)}
-    videos = np.array([index[row["video"]] for row in plan.instructions])
+    videos = np.array([index[instruction["video"]] for instruction in plan.instructions])
     return shapes_only(base), (videos, plan.prefixes, plan.questions), len(plan.questions)
 
 
@@ -188,7 +188,7 @@ def remedies(program: Program, chip: Chip, config: Mapping[str, Any], rows_per_c
     """Settings that make a program smaller, in the order of their cost in time."""
     found = []
     if program.weights > 0.5 * chip.hbm and not config["int8"]:
-        found.append("--config.int8=True (what that loses: docs/performance.md)")
+        found.append("--config.int8=True (for its loss see docs/performance.md)")
     if rows_per_chip > 1:
         found.append(f"--rows-per-chip={rows_per_chip // 2}")
     if config["remat"] != "full":

@@ -180,7 +180,7 @@ def open_workdir(workdir: Path, config: Mapping[str, Any]) -> int:
     Raises UserError for a run with checkpoints when a setting that decides its weights has changed.
     """
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder, new or that of the run to continue")
+        raise UserError(f"--workdir={workdir} is a file; give a new folder, or the folder of the run to continue")
     make_folder(workdir)
     refuse_foreign(workdir)
     path = workdir / "config.json"

@@ -1,12 +1,12 @@
-"""Fixtures: random tiny bases in base-folder form, and a few generated videos prepared for them."""
+"""Fixtures: folders of random tiny bases, and a few generated videos prepared for each."""
 
 import os
 import signal
 import tempfile
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background, also by children
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU compiler that the tests use would look for a TPU
-# Tests, and processes that they start, compile the same programs: one cache for all, and for all workers of xdist.
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs and their children
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # otherwise the TPU compiler, which tests use, looks for a TPU
+# Tests, the processes that they start and the workers of xdist compile the same programs: one cache for all.
 CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="redvillm_jax-")
 if CACHE is not None:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
@@ -36,7 +36,7 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-TOY = "tests.toy_base"  # a base from outside, which nothing in the product knows
+TOY = "tests.toy_base"  # a base from outside; no file of the product names it
 FAMILIES = (*known_families(), TOY)
 NUM_FRAMES = 4
 
@@ -48,7 +48,7 @@ def published_files(family: str, folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    """A random tiny base folder of each family, made by conversion.from_torch from published names."""
+    """A tiny base folder with random weights for each family, written by conversion.from_torch."""
     folders = {}
     for family in FAMILIES:
         source, out = tmp_path_factory.mktemp(f"{family}_published"), tmp_path_factory.mktemp(family) / "base"
@@ -72,7 +72,7 @@ def videos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory, bases, videos) -> dict[str, Path]:
-    """The videos prepared for each base, four frames each."""
+    """A frame store of the videos for each base, four frames each."""
     folders = {}
     for family, base in bases.items():
         out = tmp_path_factory.mktemp(f"{family}_frames") / "store"

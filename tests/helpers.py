@@ -1,4 +1,4 @@
-"""What several tests share: filling modules with published tensors, and tables of differences from references."""
+"""Helpers of several tests: change stores and files, fill modules with tensors, compare with references."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
 def change_store(path: Path, drop_questions: int = 0, **settings: Any) -> None:
-    """Makes a store of one shard one that was made with other settings, or without its last questions."""
+    """Changes a store of one shard as if it was made with other settings, or without its last questions."""
     store = open_store(path)
     part = json.loads(next(path.glob("parts/*-of-*.json")).read_text())
     shards = Shards(store.videos, [], [], missing=0, total=1, parts={"00000-of-00001": part})
@@ -39,7 +39,7 @@ def change_store(path: Path, drop_questions: int = 0, **settings: Any) -> None:
 
 
 def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dtype=jnp.float32) -> nnx.Module:
-    """The module (arrays or shapes) with its weights taken from `tensors` by canonical name, cast to `dtype`."""
+    """Fills a module, of arrays or shapes, with `tensors` by canonical name, cast to `dtype`."""
     layers: dict[tuple, list[np.ndarray]] = {}
     stacked = {}
     for name, leaf in weights.name_table(module, prefix).items():
@@ -51,7 +51,7 @@ def fill(module: nnx.Module, tensors: Mapping[str, np.ndarray], prefix: str, dty
 
 
 def torch_tensors(*files: Path) -> dict[str, np.ndarray]:
-    """All tensors of .bin files as fp32 numpy arrays."""
+    """Reads all tensors of .bin files as fp32 numpy arrays."""
     import torch
 
     loaded = [torch.load(file, weights_only=True, map_location="cpu") for file in files]
@@ -59,9 +59,9 @@ def torch_tensors(*files: Path) -> dict[str, np.ndarray]:
 
 
 def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids (1, steps) that the product generates after embeds (1, S, K), and the first layer's keys of the prompt.
+    """Generates ids (1, steps) after embeds (1, S, K); returns them and the first layer's keys of the prompt.
 
-    All but the last token stand where a video would; `last_id` is the question.
+    All tokens except the last take the place of a video; `last_id`, the last one, is the question.
     """
     length = embeds.shape[1]
 
@@ -83,13 +83,13 @@ def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tupl
 
 
 def without_hashes(folder: Path, mark: str = "base.json") -> Path:
-    """Makes a base or export one of the time before hashes, whose files a test may change; returns the folder."""
+    """Removes the hashes of a base or export, so that a test may change its files; returns the folder."""
     change_json(folder / mark, lambda meta: meta.pop("files"))
     return folder
 
 
 def change_json(file: Path, change: Callable[[dict], object]) -> None:
-    """Changes an object that the project has written, as if it had been written so."""
+    """Changes a JSON object that the project has written, and removes its checksum."""
     said = json.loads(file.read_text())
     change(said)
     said.pop("checksum", None)
@@ -97,20 +97,20 @@ def change_json(file: Path, change: Callable[[dict], object]) -> None:
 
 
 def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Changes a tensor of a base's single safetensors file."""
+    """Changes a tensor in a base's only safetensors file."""
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def config_of(family: str, video: str) -> dict:
-    """The demo's config for a representation."""
+    """Returns the demo's config for a representation."""
     config = demo.get_config(family)
     config.video = video
     return plain_config(config)
 
 
 def plan_of(config: Mapping[str, Any], base: Base, store: VideoStore) -> RowPlan:
-    """The rows of a whole config."""
+    """Plans the rows of a complete config."""
     places = VideoPlaces(base, model_settings(config))
     return plan_rows(row_settings(config), base, store, base.module.Tokenizer(base.path), places)
 
@@ -126,7 +126,7 @@ class ParityTable:
         self.rows: list[tuple[str, str, float, float]] = []
 
     def add(self, array: str, got: np.ndarray, want: np.ndarray, *, atol: float = 1e-4) -> None:
-        """Largest absolute difference; integers and booleans must be equal."""
+        """Adds the largest absolute difference; integers and booleans must be equal."""
         got, want = np.asarray(got), np.asarray(want)
         assert got.shape == want.shape, f"{array}: {got.shape}, expected {want.shape}"
         if want.dtype.kind in "iub":
@@ -136,14 +136,14 @@ class ParityTable:
             self.rows.append((array, "max |a-b|", float(difference), atol))
 
     def add_gradient(self, array: str, got: np.ndarray, want: np.ndarray, *, rtol: float = 1e-3) -> None:
-        """Norm of the difference relative to the reference's norm."""
+        """Adds the norm of the difference, relative to the reference's norm."""
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
         assert got.shape == want.shape, f"{array}: {got.shape}, expected {want.shape}"
         difference = np.linalg.norm(got - want) / np.linalg.norm(want)
         self.rows.append((array, "|a-b| / |b|", float(difference), rtol))
 
     def check(self) -> None:
-        """Fails with every row above its tolerance (or not a number)."""
+        """Fails with all rows that are above their tolerance, or NaN."""
         bad = [self.line(row) for row in self.rows if not row[2] <= row[3]]
         assert not bad, "\n" + "\n".join(bad)
 

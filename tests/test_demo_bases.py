@@ -104,7 +104,7 @@ def test_answers_questions_about_documents(family, tmp_path):
     base, mesh = opened.module, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     place = weight_sharding(mesh, base.SHARDING)
     parts = {part: load_part(opened, part, dtype=jnp.float32, sharding=place) for part in PARTS}
-    rows = pretrain.Rows(base, opened.config, base.Tokenizer(opened.path), pretrain.ROW_LENGTH[family])
+    rows = pretrain.RowWriter(base, opened.config, base.Tokenizer(opened.path), pretrain.ROW_LENGTH[family])
     result = pretrain.accuracy(parts, base, rows, np.random.default_rng(1), 3)
     for kind in KINDS:
         values = [value for (of, _), value in result.items() if of == kind]
@@ -115,7 +115,7 @@ def test_answers_questions_about_documents(family, tmp_path):
 def untrained(family, folder):
     base = load_family(family)
     config = base.Config.from_published(json.loads((folder / "config.json").read_text()))
-    rows = pretrain.Rows(base, config, base.Tokenizer(folder), pretrain.ROW_LENGTH[family])
+    rows = pretrain.RowWriter(base, config, base.Tokenizer(folder), pretrain.ROW_LENGTH[family])
     return base, config, rows, pretrain.new_parts(base, config, seed=0)
 
 

@@ -204,9 +204,7 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(tmp_path, config, 
 
 def test_processes_with_folders_of_their_own_are_refused_before_the_first_step(tmp_path, config):
     ends = finish(start(2, tmp_path / "a", config, (1, 2, 1), last=(f"--workdir={tmp_path}/b",)), code=2)
-    said = (
-        rf"error: --workdir: process 0: {tmp_path}/a lacks what process 1 wrote: it must be one folder that all .*gs://"
-    )
+    said = rf"error: --workdir: process 0: {tmp_path}/a lacks the file of process 1: it must be one folder that all .*gs://"
     assert re.match(said, ends[0][1].splitlines()[-1]), ends[0][1]
     assert all(err.splitlines()[-1].startswith("error: ") for _, err in ends), ends
     assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]

@@ -123,7 +123,7 @@ def test_what_does_not_fit_says_what_it_needs_and_what_to_try(capsys):
     said = capsys.readouterr().out
     assert "of 16.0: DOES NOT FIT" in said
     tried = "--rows-per-chip=1; --config.remat=full; --config.mesh.data=1"
-    assert f"try: --config.int8=True (what that loses: docs/performance.md); {tried}" in said
+    assert f"try: --config.int8=True (for its loss see docs/performance.md); {tried}" in said
 
 
 SMALL = (  # as libtpu says it of a kernel that keeps 64 MB in vector memory, and of one with 4 MB of scalars

@@ -1,5 +1,6 @@
 """The self-check: all lines pass on a sound machine, and whatever is broken fails its own line alone."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -299,9 +300,9 @@ def test_a_wrong_encoder(change, said, capsys, monkeypatch):
 def test_training_that_goes_elsewhere(capsys, monkeypatch):
     real = model_checks.make_training
 
-    def faster(config, base, model, mesh, **options):
-        rate = config["learning_rate"] * (1 + 0.2 * (mesh.size > 1))
-        return real(config | {"learning_rate": rate}, base, model, mesh, **options)
+    def faster(recipe, base, settings, model, mesh, **options):
+        rate = recipe.learning_rate * (1 + 0.2 * (mesh.size > 1))
+        return real(dataclasses.replace(recipe, learning_rate=rate), base, settings, model, mesh, **options)
 
     monkeypatch.setattr(model_checks, "make_training", faster)
     monkeypatch.setattr(model_checks, "known_families", lambda: ["llava"])

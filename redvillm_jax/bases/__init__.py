@@ -1,1 +1,1 @@
-"""One file per image LLM: its config, encoder, projector, language model, prompt, tokenizer; imports modules alone."""
+"""One file per image LLM: its config, encoder, projector, language model, prompt, tokenizer; imports only modules."""

@@ -1,7 +1,7 @@
-"""The contract of a base: everything that the rest of the code asks of an image LLM, and the check of it at load.
+"""The contract of a base: everything that other code needs of an image LLM, and the check of a base at load.
 
-A base is one module: a file of this folder, or a module of the user's own package, named by its dotted path. It has
-the attributes of `Family` by their names; docs/new_base.md shows a whole one.
+A base is one module with the attributes of `Family`: a file of this folder, or a module of your own package, named by
+its dotted path. docs/new_base.md shows a complete one.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 
-Segment = list[tuple[int, bool]]  # token id, whether the loss counts it
-Rules = Sequence[tuple[str, Any]]  # (regex, what it stands for); the first that is found in a name applies
+Segment = list[tuple[int, bool]]  # (token id, whether it is supervised)
+Rules = Sequence[tuple[str, Any]]  # (regex, value); the first regex that is found in a name applies
 
 
 def no_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """`unused` of a base that runs all of its tensors."""
+    """Default of `unused`: all tensors run."""
     return {}
 
 
@@ -38,35 +38,35 @@ def nothing_frozen(**options: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a base's module says, under the same names; a field with a default may be left out.
+    """The attributes of a base's module; a module may omit a field with a default.
 
     The model
-      Config             a frozen dataclass; `CONFIG` below lists what it has
-      SIZES              Config by name of a size; "tiny" for tests and `selfcheck`, the first for `plan`
+      Config             a frozen dataclass; `CONFIG` below lists its attributes
+      SIZES              Config by name of a size; `selfcheck` and tests use "tiny", `plan` the first
       Encoder            Encoder(config, rngs=): pixels (B, H, W, 3), normalised -> features (B, rows * cols, D)
       Projector          Projector(config, rngs=, **options): (features (B, M, D), mask (B, M) bool, layout) -> tokens
-                         (B, their number, K); layout: (rows, cols) of a picture, (length,) of a sequence.
-                         `token_layout(layout)`: the layout of the tokens, which depends on nothing else
+                         (B, N, K); layout: (rows, cols) of a picture, (length,) of a sequence.
+                         `token_layout(layout)`: the layout of the tokens; it may depend on nothing else
       LLM                LLM(config, rngs=): the language model; `LLM_METHODS` below lists its methods
-      PROJECTOR_OPTIONS  switches of the projector and their values: fields of the run's config
+      PROJECTOR_OPTIONS  switches of the projector with their values, the default first; they are config fields
       frozen_projector   (**options) -> regexes of the projector's leaves that never train
 
     Published files
-      PUBLISHED          which model to download, for messages
-      MODEL_TYPES        what its config.json has as `model_type`
-      FIELDS             the tables of its files' fields by title (docs/config_fields.md)
-      VISION_FIELD       the field of config.json that names a vision tower that is published apart; None: there is none
+      PUBLISHED          the model to download, for messages
+      MODEL_TYPES        the values of `model_type` in its config.json
+      FIELDS             the tables of fields of its files, by title (docs/config_fields.md)
+      VISION_FIELD       the field of config.json that names a separately published vision tower; None: no field
       check_image_processor  (config, the file's content, its path): raises UserError for another image transform
-      PREFIX             of canonical names, by "encoder", "projector" and "llm"; behind it stand attribute paths
+      PREFIX             of canonical names, by "encoder", "projector" and "llm"; an attribute path follows it
       CANONICAL          published name -> canonical name, as (regex, replacement)
-      IGNORED            regexes of canonical names of tensors that are kept but never loaded
-      unused             (config) -> shapes, by canonical name, of weights that are kept but never run
+      IGNORED            regexes of canonical names of tensors that base folders keep but no code loads
+      unused             (config) -> shapes, by canonical name, of weights that base folders keep but never run
       SHARDING           canonical name -> PartitionSpec of the tensor, as (regex, spec)
 
     Pictures and text
       MEAN, STD          of RGB pixels / 255
-      RESIZE             how a frame becomes a square: a key of `data_pipeline.media.decode.RESIZE`
-      picture_fit        (config) -> how a picture does: a key of `data_pipeline.media.pictures.FIT`
+      RESIZE             makes a frame a square: a key of `data_pipeline.media.decode.RESIZE`
+      picture_fit        (config) -> makes a picture a square: a key of `data_pipeline.media.pictures.FIT`
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
       check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
                          tokenizer that can make no prompt is refused before
@@ -101,26 +101,26 @@ class Family:
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
 
 
-CONFIG = {  # attributes of a Config -> what they are
+CONFIG = {  # attribute of a Config -> its meaning
     "image_size": "width and height of a picture in pixels",
-    "grid": "rows and columns of a picture's features, which come in raster order",
+    "grid": "rows and columns of a picture's features, in raster order",
     "feature_size": "width D of a feature",
     "hidden_size": "width K of a token",
     "vocab_size": "rows of the embedding table",
     "max_position_embeddings": "tokens of the longest text",
     "num_attention_heads": "heads of the language model",
     "head_dim": "width of such a head",
-    "window": "how many keys its narrowest layer sees, None: all before a query",
+    "window": "number of keys that its narrowest layer sees, None: all before a query",
 }
-LLM_METHODS = {  # methods and properties of an LLM -> what they are
+LLM_METHODS = {  # method or property of an LLM -> its meaning
     "embed": "(token_ids (B, S), dtype) -> (B, S, K)",
     "init_cache": "(batch, length, dtype) -> empty keys and values, (layers, batch, heads, head_dim, length) each",
-    "context_class": "(length of a prompt) -> prompts of one class share the keys of what they share",
+    "context_class": "(length of a prompt) -> its class; prompts of one class can share the cache of a prefix",
     "__call__": "(embeds, position_ids, mask, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
     "logits": "(hidden (..., K)) -> (..., vocab_size) fp32",
-    "head": "the module whose weight makes the logits: a Linear, or an Embedding that is tied; never in 8 bits",
+    "head": "the module whose weight makes the logits: a Linear, or a tied Embedding; never in 8 bits",
 }
-METHODS = {  # class -> what it must have
+METHODS = {  # class -> its required methods
     "Config": ("from_published",),
     "Encoder": ("__call__",),
     "Projector": ("__call__", "token_layout"),
@@ -130,16 +130,15 @@ METHODS = {  # class -> what it must have
 
 
 def known_families() -> list[str]:
-    """The image LLMs that the project has: the files of this folder."""
+    """Returns the names of the bases in this folder."""
     files = Path(__file__).parent.glob("*.py")
     return sorted(p.stem for p in files if p.stem not in ("__init__", "contract"))
 
 
 def load_family(name: str) -> Family:
-    """The family of that name, or at that dotted path.
+    """Loads a family by its name or its dotted path.
 
-    Raises UserError, in one line, for a name that is not known, a module that cannot be imported, and everything that
-    its module lacks of the contract.
+    Raises UserError for an unknown name, a module that cannot be imported, and missing attributes of the contract.
     """
     module = import_family(name)
     fields = {field.name: field for field in dataclasses.fields(Family) if field.name != "name"}
@@ -150,7 +149,7 @@ def load_family(name: str) -> Family:
 
 
 def missing(fields: Mapping[str, dataclasses.Field], found: Mapping[str, Any]) -> list[str]:
-    """What a module whose attributes are `found` lacks of the contract."""
+    """Returns the names in the contract that are missing in a module with the attributes `found`."""
     no_default = dataclasses.MISSING
     lacking = [f.name for f in fields.values() if f.default is f.default_factory is no_default and f.name not in found]
     for name, methods in METHODS.items():
@@ -165,7 +164,7 @@ def missing(fields: Mapping[str, dataclasses.Field], found: Mapping[str, Any]) -
 
 
 def import_family(name: str) -> ModuleType:
-    """The module of a family, by the name of a file of this folder or by its dotted path."""
+    """Imports the module of a family, by its name in this folder or its dotted path. Raises UserError."""
     if not isinstance(name, str) or "." not in name:
         if name not in known_families():
             own = "or the dotted path of your own module (docs/new_base.md)"
@@ -176,7 +175,7 @@ def import_family(name: str) -> ModuleType:
     except ImportError as error:
         hint = "install its package, or start in the folder that holds it"
         raise UserError(f"family {name:.80}: cannot be imported ({in_one_line(error)}); {hint}") from error
-    except Exception as error:  # a user's module may raise anything
+    except Exception as error:  # a user's module may raise any exception
         kind = type(error).__name__
         raise UserError(f"family {name:.80}: its module raises {kind}: {in_one_line(error)}; correct it") from error
 

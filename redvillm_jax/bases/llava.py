@@ -1,6 +1,6 @@
 """LLaVA v1 and v1.5: CLIP ViT-L/14, a linear or two-layer projector, LLaMA.
 
-Module attributes carry the names that transformers 5 writes to disk; `CANONICAL` maps the other published forms.
+Module attributes have the names of transformers 5's files; `CANONICAL` maps the other published names to them.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ from redvillm_jax.modules.llama_fields import model_table, read_llama
 
 PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
 
-MODEL_TYPES = ("llava", "llava_llama")  # what config.json calls it
-VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP, which this names
+MODEL_TYPES = ("llava", "llava_llama")  # in config.json
+VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP; this field names it
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -87,7 +87,7 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture's patches, which come in raster order."""
+        """Rows and columns of a picture's patches, in raster order."""
         side = self.image_size // self.patch_size
         return side, side
 
@@ -112,7 +112,7 @@ class Config:
 
     @property
     def vision_layers_used(self) -> int:
-        """How many CLIP layers run: with feature layer -2 the last one never does."""
+        """The number of CLIP layers that run; with feature layer -2 the last one does not."""
         return self.vision_num_hidden_layers + 1 + self.vision_feature_layer
 
     @property
@@ -155,10 +155,9 @@ class Config:
     ) -> "Config":
         """Reads a published config.json: transformers' LlavaConfig (has `text_config`) or an original one.
 
-        An original config names its CLIP in `mm_vision_tower`; its numbers come from `vision_config`, that
-        folder's config.json, or from the name of a CLIP that is known. Fields that a file omits have the values of
-        transformers' classes. where, vision_where: the files, for messages. Raises UserError for a field that the
-        tables refuse or do not know.
+        An original config names its CLIP in `mm_vision_tower`; the CLIP's fields come from `vision_config`, its
+        config.json, or from the name if the CLIP is known. Omitted fields have the defaults of transformers' classes.
+        where, vision_where: the files, for messages. Raises UserError for an unknown field or an unsupported value.
         """
         apart = None if vision_config is None else read_clip(vision_config, vision_where)
         if "text_config" in config:
@@ -201,7 +200,7 @@ class Config:
 
 # ---- the fields of config.json
 
-PLAIN: Fields = {  # a decoder without options, which is what LLaVA 1 and 1.5 have
+PLAIN: Fields = {  # a decoder without options, as in LLaVA 1 and 1.5
     "tie_word_embeddings": only(False),
     "head_dim": equal_to("hidden_size / num_attention_heads, or null"),
     "sliding_window": only(None),
@@ -215,7 +214,7 @@ ROPE: Fields = {
     "partial_rotary_factor": only(1.0),
 }
 FEATURE_LAYER = Field(READ, "a whole number, one layer", lambda value: is_count(value, -LAYERS, LAYERS), -2)
-OWN: Fields = {"system_prompt": text(SYSTEM_PROMPT)}  # this project's; the published value without it
+OWN: Fields = {"system_prompt": text(SYSTEM_PROMPT)}  # a field of this project; without it the published value
 
 TRANSFORMERS: Fields = (  # LlavaConfig's own fields
     COMMON
@@ -230,7 +229,7 @@ TRANSFORMERS: Fields = (  # LlavaConfig's own fields
         "multimodal_projector_bias": only(True),
         "tie_word_embeddings": only(False),
     }
-    # where a picture's tokens stand is this project's to say; vocab_size repeats the language model's
+    # this project's prompt places a picture's tokens; vocab_size repeats the language model's
     | nothing("image_token_index", "image_token_id", "image_seq_length", "ignore_index", "vocab_size")
     | nothing("mm_vision_tower")  # in exports of this project
 )
@@ -252,14 +251,14 @@ ORIGINAL: Fields = (  # LLaVA's own repository: LLaMA's fields and these
         "mm_patch_merge_type": only("flat"),
         "sep_image_conv_front": only(False),
     }
-    # how it was trained, and what only other values of image_aspect_ratio use
+    # settings of its training, and of other values of image_aspect_ratio
     | nothing("mm_use_im_patch_token", "image_grid_pinpoints", "pretrain_mm_mlp_adapter", "max_sequence_length")
     | nothing("tokenizer_model_max_length", "tokenizer_padding_side", "mm_projector_lr", "mm_vision_tower_lr")
     | nothing("tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "tune_mm_vision_resampler", "freeze_mm_vision_resampler")
     | nothing("unfreeze_mm_vision_tower", "tune_mm_vision_tower", "freeze_backbone")
 )
 
-FIELDS = {  # the tables by the files and objects that they are for
+FIELDS = {  # tables by their file or object
     "config.json, transformers' form": TRANSFORMERS,
     "`text_config`, a LLaMA": LLAMA,
     "`text_config`, a Mistral": MISTRAL,
@@ -272,7 +271,7 @@ FIELDS = {  # the tables by the files and objects that they are for
 
 
 def read_plain(config: Any, where: str, path: str = "", fields: Fields | None = None) -> dict[str, Any]:
-    """The values of a decoder without options; fields: its table, by default the one that `model_type` names."""
+    """Reads a decoder without options. fields: its table, by default the table that `model_type` names."""
     table = fields or model_table(config, {"llama": LLAMA, "mistral": MISTRAL}, where, path)
     values = read_llama(config, where, path, table, ROPE)
     said, size = values["head_dim"], head_size(values, where, path)
@@ -281,7 +280,7 @@ def read_plain(config: Any, where: str, path: str = "", fields: Fields | None = 
 
 
 def named_clip(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The numbers of the CLIP that an original config names; raises UserError for a name that is not known."""
+    """Returns the fields of the CLIP that an original config names. Raises UserError for an unknown name."""
     name = values["mm_vision_tower"]
     known = KNOWN_CLIPS.get(name.rpartition("/")[2])
     supported = f"{' or '.join(KNOWN_CLIPS)} by name, any other CLIP with its folder given by --vision"
@@ -290,7 +289,7 @@ def named_clip(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_clip(values: dict[str, Any], vision: dict[str, Any], where: str, vision_where: str) -> None:
-    """Raises UserError when a CLIP has another size than the one that an original config was trained with."""
+    """Raises UserError when a CLIP has another size than the CLIP that an original config was trained with."""
     named = values["mm_vision_tower"]
     size = re.search(r"patch(\d+)(?:-(\d+))?$", named)  # openai/clip-vit-large-patch14-336
     wanted = {"hidden_size": values["mm_hidden_size"]}
@@ -302,7 +301,7 @@ def check_clip(values: dict[str, Any], vision: dict[str, Any], where: str, visio
 
 
 def check_fit(values: dict[str, Any], where: str) -> None:
-    """Raises UserError when pictures were made square in another way than `picture_fit` says."""
+    """Raises UserError when the model was trained with another `picture_fit`."""
     fit, kind = values["image_aspect_ratio"], values["mm_projector_type"]
     supported = ("square", None) if kind == "linear" else ("pad",)
     said = f"image_aspect_ratio is {shown(fit)} (square and null crop pictures)"
@@ -311,7 +310,7 @@ def check_fit(values: dict[str, Any], where: str) -> None:
 
 
 def from_the_end(values: dict[str, Any], name: str, num_layers: int, where: str) -> int:
-    """The feature layer as a negative index into the embeddings and the layers' outputs; one layer runs at least."""
+    """Returns the feature layer as a negative index into the embeddings and layer outputs. Raises UserError."""
     layer = values[name]
     counted = layer if layer < 0 else layer - num_layers - 1
     supported = f"1 to {num_layers}, or -{num_layers} to -1"
@@ -356,7 +355,7 @@ SIZES = {
 
 
 def picture_fit(config: Config) -> str:
-    """How a picture becomes a square (`data_pipeline.media.pictures.FIT`): v1.5 pads it, v1 takes CLIP's own crop."""
+    """Returns the way to a square picture (`data_pipeline.media.pictures.FIT`): v1.5 pads, v1 crops as CLIP does."""
     return "crop" if config.projector == "linear" else "pad"
 
 
@@ -430,18 +429,18 @@ IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folde
 
 
 def unused(config: Config) -> dict[str, tuple[int, ...]]:
-    """Published tensors that are kept but never run: CLIP's layers above the feature layer and its post-norm.
+    """Returns canonical names and shapes of tensors that never run; a published model may lack them.
 
-    Returns canonical names and shapes; a source may lack them.
+    They are CLIP's layers above the feature layer and its post-norm.
     """
     return unused_shapes(config.clip, PREFIX["encoder"])
 
 
-SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
+SHARDING = (  # canonical name -> the mesh axes of torch's axes (out, in)
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.weight$", P("tensor", "fsdp")),
     (r"(o_proj|out_proj|down_proj|fc2)\.weight$", P("fsdp", "tensor")),
     (r"(embed_tokens|lm_head)\.weight$", P("tensor", "fsdp")),
-    (r"multi_modal_projector\.linear(_1|_2)?\.weight$", P(BATCH_AXES, None)),  # what trains is small: split it whole
+    (r"multi_modal_projector\.linear(_1|_2)?\.weight$", P(BATCH_AXES, None)),  # the trained weights are small
     (r"patch_embedding\.weight$", P()),
     (r"(class_embedding|position_embedding\.weight)$", P()),
     (r"(layer_?norm\d?|layrnorm|norm)\.(weight|bias)$", P()),
@@ -463,13 +462,12 @@ def prompt(
     *,
     picture: bool = False,
 ) -> tuple[Segment, Segment]:
-    """What stands before and after the visual tokens, of a video as of a picture.
+    """Returns the tokens before and after the visual tokens, for videos and pictures alike.
 
-    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`, with the blank before the video as a
-    token. v1: `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`: the tokenizer that it was
-    trained with drops blanks and line breaks beside its markers. Without an answer the second part ends where the model
-    starts to write. The loss counts the answer and `</s>`; LLaVA's own fine-tuning counts the same, so both values of
-    `labels` give the same rows.
+    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
+    `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`; the tokenizer of its training drops
+    blanks and line breaks beside its markers. Without an answer the second part ends at the start of the answer. The
+    answer and `</s>` are supervised, with both values of `labels`, because LLaVA's own fine-tuning supervises the same.
     """
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
     if config.image_markers:

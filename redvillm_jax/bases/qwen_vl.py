@@ -1,6 +1,6 @@
 """Qwen-VL and Qwen-VL-Chat: ViT-bigG, a resampler of 256 queries, the Qwen language model.
 
-Module attributes carry the published names, so no name needs a rule.
+Module attributes have the published names, so `CANONICAL` is not needed.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from redvillm_jax.modules.resampler import EPS, Resampler, bicubic_weights, grid
 
 PUBLISHED = "Qwen/Qwen-VL-Chat"
 
-MODEL_TYPES = ("qwen",)  # what config.json calls it
+MODEL_TYPES = ("qwen",)  # in config.json
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -67,14 +67,14 @@ class Config:
     vision_intermediate_size: int = 8192
     vision_num_hidden_layers: int = 48
     vision_num_attention_heads: int = 16
-    n_queries: int = 256  # also the number of positions that the vision transformer has learned
+    n_queries: int = 256  # also the number of the vision transformer's learned positions
     resampler_num_attention_heads: int = 32
     vocab_size: int = 151936
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    seq_length: int = 2048  # the trained length, beyond which dynamic NTK and logn act
+    seq_length: int = 2048  # the trained length; dynamic NTK and logn act beyond it
     max_position_embeddings: int = 8192
     layer_norm_epsilon: float = 1e-6
     rotary_emb_base: float = 10000.0
@@ -84,7 +84,7 @@ class Config:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture's patches, which come in raster order."""
+        """Rows and columns of a picture's patches, in raster order."""
         side = self.image_size // self.patch_size
         return side, side
 
@@ -130,12 +130,12 @@ class Config:
         config: dict[str, Any],
         where: str = "config.json",
     ) -> "Config":
-        """Reads a published config.json; the vision tower's numbers are in its `visual`.
+        """Reads a published config.json; the vision tower's fields are in its `visual`.
 
-        `visual.n_queries` and `visual.n_heads` (the resampler's) are optional: the published code fixes them to
-        256 and output_dim / 128. `intermediate_size` counts both branches of the gated MLP, so half of it is the
-        width. where: the file, for messages. Raises UserError for a field that the tables refuse or do not know, and
-        for visual tokens that do not have the language model's width.
+        `visual.n_queries` and `visual.n_heads` (of the resampler) are optional; the published code fixes them to 256
+        and output_dim / 128. `intermediate_size` counts both branches of the gated MLP; the width is half of it. where:
+        the file, for messages. Raises UserError for an unknown field or an unsupported value, and if visual tokens do
+        not have the language model's width.
         """
         llm = read_fields(config, QWEN, where)
         visual = read_fields(llm["visual"], VISUAL, where, "visual.")
@@ -182,7 +182,7 @@ QWEN: Fields = (
         "rotary_emb_base": number(REQUIRED, THETA),
         "use_dynamic_ntk": flag(REQUIRED),
         "use_logn_attn": flag(REQUIRED),
-        "system_prompt": text(SYSTEM_PROMPT),  # this project's; the published value without it
+        "system_prompt": text(SYSTEM_PROMPT),  # a field of this project; without it the published value
         "kv_channels": equal_to("hidden_size / num_attention_heads"),
         "rotary_pct": only(1.0),
         "no_bias": only(True),
@@ -190,7 +190,7 @@ QWEN: Fields = (
         "tie_word_embeddings": only(False),
         "use_cache_quantization": only(False),
     }
-    # the precision that the published code computes in (here the run's own `dtype`), and its kernels
+    # the precision of the published code (here the run's `dtype`), and its kernels
     | nothing("bf16", "fp16", "fp32", "softmax_in_fp32", "use_flash_attn", "use_cache_kernel", "onnx_safe")
     | nothing("attn_dropout_prob", "emb_dropout_prob", "tokenizer_type")
 )
@@ -208,14 +208,14 @@ VISUAL: Fields = {
     "n_heads": count(None, HEADS, null="output_dim / 128"),
 }
 
-FIELDS = {  # the tables by the files and objects that they are for
+FIELDS = {  # tables by their file or object
     "config.json": QWEN,
     "`visual`": VISUAL,
 }
 
 
 def check_numbers(llm: dict[str, Any], visual: dict[str, Any], where: str) -> None:
-    """Raises UserError when fields do not go together."""
+    """Raises UserError when fields contradict each other."""
     head_dim = head_size(llm, where, "")
     supported = f"hidden_size / num_attention_heads = {head_dim}"
     said = llm["kv_channels"]
@@ -237,7 +237,7 @@ def check_numbers(llm: dict[str, Any], visual: dict[str, Any], where: str) -> No
 
 
 def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
-    """Nothing: Qwen-VL's transform is fixed in its code, which reads no such file."""
+    """Does nothing: the transform is fixed in Qwen-VL's code, which reads no such file."""
 
 
 SIZES = {
@@ -280,7 +280,7 @@ PROJECTOR_OPTIONS = {  # switches of the projector and their values
 
 
 def frozen_projector(qwen_align: str = "resample", temporal_positions: str = "grid") -> tuple[str, ...]:
-    """Leaf paths of the projector that never train: the fixed positions, and what per_token leaves unused."""
+    """Returns regexes of leaves that never train: the fixed positions, and with per_token the unused queries."""
     unused = (r"attn_pool\.query$", r"attn_pool\.ln_q\.") if qwen_align == "per_token" else ()
     return (r"attn_pool\.pos_embed$", *unused)
 
@@ -288,10 +288,10 @@ def frozen_projector(qwen_align: str = "resample", temporal_positions: str = "gr
 class Projector(nnx.Module):
     """The resampler, its output norm and projection.
 
-    `qwen_align="resample"` gives n_queries tokens whatever the number of features; `"per_token"` makes every
-    feature its own one-key picture and gives a token each. `temporal_positions` places the features of a
-    sequence: `"grid"` in raster order on the smallest square grid that holds them (what the published code does
-    for square numbers), `"1d"` on the flattened position table resized to their number.
+    qwen_align: "resample" gives n_queries tokens for any number of features; "per_token" gives one token per feature,
+    as if each were the only key. temporal_positions: the positions of the features of a sequence; "grid": in raster
+    order on the smallest square grid that holds them (as in the published code for square numbers); "1d": on the
+    flattened position table, resized to their number.
     """
 
     def __init__(
@@ -312,17 +312,16 @@ class Projector(nnx.Module):
         self.temporal_positions = temporal_positions
 
     def token_layout(self, layout: tuple[int, ...]) -> tuple[int, ...]:
-        """How the tokens of a picture (rows, cols) or a sequence (length,) lie: the queries stand in a square grid."""
+        """Returns the layout of the tokens of a picture (rows, cols) or a sequence (length,)."""
         if self.qwen_align == "per_token":
             return layout
         side = math.isqrt(self.n_queries)
         return (side, side) if len(layout) == 2 else (self.n_queries,)
 
     def key_positions(self, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
-        """Positions of the features: (M, K) of a picture, (B, M, K) of sequences, fp32.
+        """Returns the positions of the features: (M, K) for pictures, (B, M, K) for sequences, fp32.
 
-        Those of a sequence depend on how many of its features are valid, so that a padded one gets the
-        positions of its own length.
+        A padded sequence gets the positions of its own length, the number of its valid features.
         """
         table = self.attn_pool.position_table()
         index = jnp.arange(math.prod(layout))
@@ -335,9 +334,9 @@ class Projector(nnx.Module):
         return grid_positions(table, index, side, side)
 
     def __call__(self, features: jax.Array, mask: jax.Array, layout: tuple[int, ...]) -> jax.Array:
-        """features: (B, M, D); mask: (B, M) bool, valid features first -> tokens (B, their number, K).
+        """features: (B, M, D); mask: (B, M) bool, valid features first -> tokens (B, N, K).
 
-        layout: (rows, cols) of a picture or (length,) of a sequence, M features either way.
+        layout: (rows, cols) of a picture or (length,) of a sequence, with M features.
         """
         if self.qwen_align == "resample":
             x = self.attn_pool(features, mask, self.key_positions(mask, layout))
@@ -360,10 +359,10 @@ class LLM(QwenDecoder):
 
 PREFIX = {"encoder": "transformer.visual.", "projector": "transformer.visual.", "llm": ""}
 
-IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer that some exports carry
+IGNORED = (r"\.rotary_emb\.inv_freq$",)  # a buffer in some published files
 
 
-SHARDING = (  # canonical name -> how torch's axes (out, in) lie on the mesh
+SHARDING = (  # canonical name -> the mesh axes of torch's axes (out, in)
     (r"attn_pool\.(kv_proj\.weight|attn\.in_proj_weight|attn\.out_proj\.weight)$", P(BATCH_AXES, None)),  # trains
     (r"visual\.proj$", P(BATCH_AXES, None)),
     (r"attn_pool\.(query|pos_embed|attn\.in_proj_bias)$", P()),
@@ -381,7 +380,7 @@ Tokenizer = QwenTokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
-    """Raises UserError when the tokenizer's <img> is not where `published`, config.json, lets pictures begin."""
+    """Raises UserError when the tokenizer's id of <img> is not `visual.image_start_id` of config.json, `published`."""
     said, found = published["visual"]["image_start_id"], tokenizer.special("<img>")
     problem = f"visual.image_start_id is {said}, supported: {found}, the id of <img> in qwen.tiktoken"
     require(said == found, f"{where}/config.json", problem)
@@ -396,14 +395,13 @@ def prompt(
     *,
     picture: bool = False,
 ) -> tuple[Segment, Segment]:
-    """What stands before and after the visual tokens: ChatML, the video between <img> and </img> in the user's turn.
+    """Returns the tokens before and after the visual tokens: ChatML, the video in <img> … </img> in the user's turn.
 
-    A picture has `Picture 1: ` before <img>, as in Qwen-VL's own chat format, where it tells pictures apart; a video
-    has <img> alone, as pictures have in Qwen-VL's pre-training. Nothing else differs.
-    Each segment is tokenised on its own. Without an answer the second part ends where the model starts to
-    write. `labels="answer"` counts the answer and its <|im_end|>; `"finetune"` is the convention of Qwen's own
-    script, which also counts <|im_start|>, <|im_end|> and the newline after it in every turn. The first token
-    of a row has no slot that predicts it, whatever its mark. An empty system prompt leaves its turn out.
+    A picture has `Picture 1: ` before <img>, as in Qwen-VL's own chat format, which numbers pictures; a video has <img>
+    alone, as pictures in Qwen-VL's pre-training. Each segment is tokenized on its own. Without an answer the second
+    part ends at the start of the answer. labels: "answer" supervises the answer and its <|im_end|>; "finetune", as
+    Qwen's own script, also supervises <|im_start|>, <|im_end|> and the newline after it in every turn. The first token
+    of a row has no slot that predicts it, so its mark has no effect. An empty system prompt has no turn.
     """
     structure = labels == "finetune"
 

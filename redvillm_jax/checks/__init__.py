@@ -1,1 +1,1 @@
-"""The checks of the command selfcheck: of a machine and of a model on it; no other room imports them."""
+"""The checks of the command selfcheck, on a machine and on a model; only selfcheck imports them."""

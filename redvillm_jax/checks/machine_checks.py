@@ -1,4 +1,4 @@
-"""Checks of a machine or a pod: its devices, what they exchange, and the data that they read."""
+"""Checks the devices of a machine or a pod, the communication between them, and the data that they read."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ ALL_FSDP = {"data": 1, "fsdp": -1, "tensor": 1}
 
 
 def meshes() -> dict[str, jax.sharding.Mesh]:
-    """Meshes of different shapes over all devices, by what they are called on a command line."""
+    """Makes meshes of different shapes over all devices, by name as on a command line ("data=1 fsdp=8 tensor=1")."""
     shapes = [{"data": -1, "fsdp": 1, "tensor": 1}, ALL_FSDP]
     if jax.device_count() % 2 == 0:
         shapes.append({"data": 1, "fsdp": -1, "tensor": 2})
@@ -32,7 +32,7 @@ def meshes() -> dict[str, jax.sharding.Mesh]:
 
 
 def check_devices() -> str:
-    """All processes have the same packages, the same kind of devices, and equally many."""
+    """Checks that all processes have the same packages, and the same kind and number of devices."""
     facts = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -46,7 +46,7 @@ def check_devices() -> str:
 
 
 def check_meshes() -> str:
-    """Every mesh holds every device once, in the same order for all processes."""
+    """Checks that every mesh holds every device once, in the same order in all processes."""
     for name, mesh in meshes().items():
         order = [device.id for device in mesh.devices.flat]
         if sorted(order) != sorted(device.id for device in jax.devices()):
@@ -56,11 +56,11 @@ def check_meshes() -> str:
 
 
 def check_collectives() -> str:
-    """Every device gets the exact sum over all devices, and all their values in order."""
+    """Checks that psum gives every device the exact sum, and all-gather all values in order."""
     mesh = make_mesh(ALL_FSDP)
     spread = NamedSharding(mesh, PartitionSpec(AXES))
     marks = np.arange(mesh.size) % MARKS
-    # A column for each mark, so that the sums stay small enough to be exact.
+    # One column per mark keeps the sums so small that they are exact.
     columns = np.eye(MARKS)[marks]
 
     def exchange(column: jax.Array, mark: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,14 +75,14 @@ def check_collectives() -> str:
 
 
 def check_exact(name: str, result: jax.Array, want: np.ndarray) -> None:
-    """Raises Failed unless each of this process's devices holds a row that is `want`."""
+    """Raises Failed unless every device of this process holds the row `want`."""
     for shard in result.addressable_shards:
         if not (np.asarray(shard.data[0], np.float64) == want).all():
             raise Failed(f"{name} is wrong on device {shard.device.id}")
 
 
 def check_data_order() -> str:
-    """All processes plan the same rows, and what they read of a step is, on every mesh, the step on the devices."""
+    """Checks that all processes plan the same rows, and that the rows they read form the step on every mesh."""
     plan = plan_random_rows(range(12), batch_questions=16 * jax.device_count(), num_steps=4)
     same_everywhere("a plan of rows with hash", plan.fingerprint(1)[:12])
     read = functools.partial(batches, plan.steps, plan.row_fn, RandomStreams(2, {"spatial": (4, 8)}))
@@ -94,14 +94,14 @@ def check_data_order() -> str:
         got = next(read(rows_per_step=rows, rows=mine))
         ids = allgather(to_global(got, mesh)["token_ids"], tiled=True)
         together(functools.partial(check_rows, f"mesh {name}", whole, mine, got, ids))
-    where = " and on ".join(made)
-    return f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}: what all processes read is the step on {where}"
+    planned = f"{len(plan.steps)} steps, hash {plan.fingerprint(1)[:12]}"
+    return f"{planned}: the rows that all processes read form the step on {' and on '.join(made)}"
 
 
 def check_rows(
     where: str, whole: Mapping[str, np.ndarray], mine: list[int], got: Mapping[str, np.ndarray], ids: np.ndarray
 ) -> None:
-    """Raises Failed unless this process got its rows `mine` of a step, and the devices have the step's token ids."""
+    """Raises Failed unless this process has read its rows `mine` of a step and the devices hold all token ids."""
     for name, value in whole.items():
         if not np.array_equal(got[name], value[mine]):
             raise Failed(f"{where}: reads other {name} than its rows of the step")

@@ -1,4 +1,4 @@
-"""Checks of the devices' results, against one CPU device of the same process, and of saving and restoring."""
+"""Compares the devices' results with one CPU device of the same process; checks saving and restoring."""
 
 import contextlib
 import functools
@@ -32,17 +32,17 @@ from redvillm_jax.training.recipe import Training, make_encode_step, make_traini
 from redvillm_jax.training.rows import RowPlan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "demo.py"
-# Of `difference`, in the dtype that the devices compute in; the reference computes in float32.
+# The largest `difference`, by the dtype of the devices; the reference computes in float32.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 LOSS_TOLERANCE = 1e-4  # relative
-MOVED_TOLERANCE = 0.05  # |a - b| of the trained weights over how far they moved
+MOVED_TOLERANCE = 0.05  # |a - b| of the trained weights, relative to the distance that they moved
 STEPS = 3
 DISTINCT_ROWS, SLOTS, HEADS, HEAD_DIM = 4, 256, 2, 128
 NUM_FRAMES = 4
 
 
 def cpu() -> jax.Device:
-    """This process's first CPU device; raises Failed where JAX may not use one."""
+    """Returns this process's first CPU device. Raises Failed when JAX may not use the CPU."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -50,14 +50,15 @@ def cpu() -> jax.Device:
 
 
 def compute_dtype() -> str:
-    """What the devices are made for."""
+    """Returns the dtype to check: bfloat16, or float32 on the CPU."""
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
 def difference(got: jax.Array, want: np.ndarray) -> float:
-    """Largest |a - b| of a token over its |b|, or over the usual |b| where that is more.
+    """Returns the largest |a - b| of a token, relative to its |b| or the root mean square of all |b| if larger.
 
-    Of (B, tokens, …), the part that this process's devices hold; a mean over all would not see one wrong token.
+    got, want: (B, tokens, …). Compares the part on this process's devices, token by token, because a mean over all
+    tokens would hide one wrong token.
     """
 
     def norms(x: np.ndarray) -> np.ndarray:
@@ -67,11 +68,11 @@ def difference(got: jax.Array, want: np.ndarray) -> float:
     parts = [
         norms(np.asarray(shard.data) - want[shard.index]) / scale[shard.index[:2]] for shard in got.addressable_shards
     ]
-    return float(np.max([part.max() for part in parts]))  # numpy's max, unlike Python's, hands a NaN on
+    return float(np.max([part.max() for part in parts]))  # numpy's max, unlike Python's, returns NaN if there is one
 
 
 def check_near(what: str, differences: Mapping[str, float], limit: float) -> str:
-    """Raises Failed for the first difference above the limit, or that is not a number; else says the largest."""
+    """Returns the largest difference as text. Raises Failed for a difference above the limit, or NaN."""
     for name, value in differences.items():
         if not value <= limit:
             raise Failed(f"{what}: {name} is off by {value:.1e}, allowed {limit:.0e}")
@@ -79,7 +80,7 @@ def check_near(what: str, differences: Mapping[str, float], limit: float) -> str
 
 
 def check_attention() -> str:
-    """The attention kernel of these devices on packed rows: values and gradients, one row on each device."""
+    """Checks values and gradients of the devices' attention kernel on packed rows, one row on each device."""
     mesh, dtype = make_mesh(ALL_FSDP), jnp.dtype(compute_dtype())
     kernel = choose_kernel("auto", backend_of(jax.devices()[0]), dtype, SLOTS, HEAD_DIM)
     rng = np.random.default_rng(0)
@@ -117,16 +118,16 @@ def check_attention() -> str:
 
 @contextlib.contextmanager
 def tiny_base(family: str) -> Iterator[tuple[Base, dict[str, Any]]]:
-    """A tiny base with random weights, and the demo's config for it."""
+    """Makes a tiny base with random weights in a temporary folder, and the demo's config for it."""
     config = read_config(f"{CONFIG}:{family}", complete=complete)
     with tempfile.TemporaryDirectory() as folder:
-        with jax.default_device(cpu()):  # which needs no compiler for each random tensor
+        with jax.default_device(cpu()):  # the CPU, so that no random tensor is compiled for the devices
             base = random_base(family, Path(folder))
         yield base, config | {"num_frames": NUM_FRAMES}
 
 
 def check_encoder() -> str:
-    """The step that encodes videos, one video on each device."""
+    """Checks the encode step, with one video on each device."""
     mesh, dtype = make_mesh(ALL_FSDP), compute_dtype()
     limit, largest = TOLERANCE[dtype], {}
     for family in known_families():
@@ -137,14 +138,14 @@ def check_encoder() -> str:
             want = encode(base, config, make_mesh(ALL_FSDP, [cpu()]), "float32", frames)
             got = encode(base, config, mesh, dtype, frames[rows])
             differences = {name: difference(got[name], np.asarray(want[name])[rows]) for name in want}
-            # Together, here and below: the next family exchanges again, and nobody may be missing there.
+            # `together`, here and below: a process that failed alone would be missing in the next exchange.
             largest[family] = together(functools.partial(check_near, f"{family} in {dtype}", differences, limit))
     said = ", ".join(f"{family} {value}" for family, value in largest.items())
     return f"tiny encoders in {dtype} against float32 on the CPU: {said} (allowed {limit:.0e})"
 
 
 def encode(base: Base, config, mesh: Mesh, dtype: str, frames: np.ndarray) -> dict[str, jax.Array]:
-    """Pooled streams by name of videos: (B, T, H, W, 3) uint8."""
+    """Encodes videos (B, T, H, W, 3) uint8 to pooled streams by name."""
     with jax.set_mesh(mesh):
         step, weights = make_encode_step(
             load_model(base, model_settings(config), mesh, dtype=dtype, parts=("encoder",)), dtype
@@ -154,7 +155,7 @@ def encode(base: Base, config, mesh: Mesh, dtype: str, frames: np.ndarray) -> di
 
 
 def begin(base: Base, config: Mapping[str, Any], mesh: Mesh) -> tuple[Training, RowPlan]:
-    """The training of a tiny base from streams, and its rows."""
+    """Makes the training of a tiny base from streams, and its rows."""
     settings = model_settings(config)
     plan = plan_random_rows(
         VideoPlaces(base, settings).slots(NUM_FRAMES), batch_questions=6 * jax.device_count(), num_steps=STEPS
@@ -166,12 +167,12 @@ def begin(base: Base, config: Mapping[str, Any], mesh: Mesh) -> tuple[Training, 
 
 
 def random_videos(base: Base, config: Mapping[str, Any]) -> RandomStreams:
-    """Streams of the shapes that a base's videos have."""
+    """Makes random streams in the shapes of a base's videos."""
     return RandomStreams(NUM_FRAMES, shapes_of_streams(base, model_settings(config)))
 
 
 def train(training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh) -> tuple[list[float], Any]:
-    """The losses of STEPS steps and the weights after them."""
+    """Trains STEPS steps; returns their losses and the trained weights."""
     shards = num_batch_shards(make_mesh(ALL_FSDP))
     rows = -(-plan.bounds.rows_per_step // shards) * shards
     read = {"store": videos, "rows_per_step": rows, "rows": local_rows(mesh, rows)}
@@ -184,23 +185,25 @@ def train(training: Training, plan: RowPlan, videos: RandomStreams, mesh: Mesh) 
 
 
 def check_training() -> str:
-    """Some steps of training, on all devices and on one CPU device, both in float32."""
+    """Compares a few train steps on all devices with one CPU device, both in float32."""
     mesh, alone, said = make_mesh(ALL_FSDP), make_mesh(ALL_FSDP, [cpu()]), []
     for family in known_families():
         with tiny_base(family) as (base, config):
             videos = random_videos(base, config)
             training, plan = begin(base, config, alone)
-            start = jax.tree.map(np.array, training.state["trainable"])  # copies: the step takes them
+            start = jax.tree.map(
+                np.array, training.state["trainable"]
+            )  # copies, because the step donates its arguments
             want_losses, want = train(training, plan, videos, alone)
             losses, got = train(*begin(base, config, mesh), videos, mesh)
         compare = functools.partial(compare_training, (want_losses, want), (losses, got), start)
         said.append(f"{family} {together(functools.partial(compare, family))}")
-    limits = f"allowed {LOSS_TOLERANCE:.0e}, and {MOVED_TOLERANCE:.0e} of the way that the weights went"
+    limits = f"allowed {LOSS_TOLERANCE:.0e}, and {MOVED_TOLERANCE:.0e} of the distance that the weights moved"
     return f"{STEPS} steps in float32 against one CPU device: {'; '.join(said)} ({limits})"
 
 
 def compare_training(wanted: tuple, found: tuple, start: Any, family: str) -> str:
-    """Raises Failed unless (losses, weights) found are near those wanted; weights compared with how far they moved."""
+    """Raises Failed unless losses and weights are near the wanted ones; weights relative to the distance they moved."""
     off = float(np.max([abs(a - b) / b for a, b in zip(found[0], wanted[0], strict=True)]))
     loss = check_near(f"{family} in float32", {"the loss": off}, LOSS_TOLERANCE)
     apart = moved = 0.0
@@ -209,12 +212,12 @@ def compare_training(wanted: tuple, found: tuple, start: Any, family: str) -> st
             part = np.asarray(want)[shard.index]
             apart += float(np.square(np.asarray(shard.data) - part).sum())
             moved += float(np.square(part - origin[shard.index]).sum())
-    weights = check_near(f"{family} in float32", {"what was trained": (apart / moved) ** 0.5}, MOVED_TOLERANCE)
+    weights = check_near(f"{family} in float32", {"the trained weights": (apart / moved) ** 0.5}, MOVED_TOLERANCE)
     return f"loss {loss}, weights {weights}"
 
 
 def check_checkpoints(workdir: epath.Path) -> str:
-    """What is saved below `workdir` comes back bit for bit, on the mesh that it was on and on others."""
+    """Checks that a state saved below `workdir` is restored bit for bit, on its own mesh and on others."""
     run = workdir / f"selfcheck-{gather(secrets.token_hex(4))[0]}"
     made, family = meshes(), known_families()[0]
     rng = np.random.default_rng(0)
@@ -230,14 +233,14 @@ def check_checkpoints(workdir: epath.Path) -> str:
                     raise Failed(f"saved on {saved_on}, restored on {name}: not the same bits")
     finally:
         together(lambda: None)
-        with contextlib.suppress(Exception):  # what went wrong has been said
+        with contextlib.suppress(Exception):  # the failure itself is reported already
             run.rmtree(missing_ok=True)
     size = sum(value.nbytes for value in jax.tree.leaves(values))
     return f"{size / 2**20:.1f} MiB saved on {saved_on}; the same bits on {' and on '.join(made)}"
 
 
 def save_and_restore(run: str, state: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Saves a training state in `run` and restores it with the shardings of each state in `wanted`."""
+    """Saves a training state in `run`; restores it with the shardings of each state in `wanted`, by name."""
     identity = {"base": "random", "data": "random"}
     checkpoints = checkpoint.open_checkpoints(run, keep=1)
     checkpoint.save(checkpoints, 1, state, config={}, identity=identity)

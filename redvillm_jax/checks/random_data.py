@@ -1,4 +1,4 @@
-"""Random streams, questions and weights, the same in every process, without a download."""
+"""Makes random streams, questions and weights, the same in every process."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from redvillm_jax.training.rows import RowPlan, digest, lay_out, make_prefix
 
 ROW_LENGTH = 120
 QUESTIONS_PER_VIDEO = 3
-TOKENS = 256  # token ids stay below
+TOKENS = 256  # token ids are smaller
 
 
 class RandomStreams:
-    """Stands in for a `data_pipeline.store.VideoStore` of any number of videos, all of `num_frames` frames.
+    """Replaces a `data_pipeline.store.VideoStore`: any number of videos, each with `num_frames` frames.
 
     shapes: (M, D) by stream.
     """
@@ -27,7 +27,7 @@ class RandomStreams:
         self.num_frames, self.shapes = num_frames, shapes
 
     def padded(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        """num_frames: (n,) int32 and the streams: (n, M, D) float32, zeros where the index is -1."""
+        """Returns num_frames (n,) int32 and the streams (n, M, D) float32 by name; zeros for index -1."""
         out = {"num_frames": np.array([self.num_frames * (index >= 0) for index in indices], np.int32)}
         for name, shape in self.shapes.items():
             noise = [np.random.default_rng(max(i, 0)).standard_normal(shape, np.float32) * (i >= 0) for i in indices]
@@ -36,7 +36,7 @@ class RandomStreams:
 
 
 def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: int) -> RowPlan:
-    """Packed rows of random questions about videos whose tokens stand in `slots`."""
+    """Plans packed rows of random questions about videos. slots: of a video's visual tokens, in token order."""
     rng = np.random.default_rng(0)
     count = batch_questions * num_steps
     question_videos = np.arange(count) // QUESTIONS_PER_VIDEO
@@ -61,7 +61,7 @@ def plan_random_rows(slots: Sequence[int], *, batch_questions: int, num_steps: i
 
 
 def random_base(family: str, folder: Path) -> Base:
-    """A tiny base with random weights, written to `folder` by each process for itself."""
+    """Writes a tiny base with random weights to `folder`, one folder per process, and opens it."""
     base = sized_base(family, "tiny")
     tensors = tensors_of(base.module, base.config, random_parts(base.module, base.config))
     save_file(tensors, folder / "model.safetensors")

@@ -1,11 +1,11 @@
-"""Makes the tiny image LLM that the demo turns into a video LLM, from nothing but generated pictures and text.
+"""Makes the tiny image LLM that the demo turns into a video LLM, from generated pictures and text alone.
 
     python -m redvillm_jax.demo.pretrain --family=llava --out=redvillm_jax/demo/bases/llava
 
 writes a folder in the family's published form: config.json, model.safetensors, tokenizer files. First the vision
-encoder learns to say what each patch of a picture shows (labels of the generator stand in for CLIP's captions);
-then, with the encoder frozen, the projector and the language model learn to answer questions about the documents
-of `redvillm_jax.demo.shape_stories`. It runs on one core, so that the same machine and versions give the same bits.
+encoder learns to classify each patch of a picture (labels of the generator replace CLIP's captions); then, with the
+encoder frozen, the projector and the language model learn to answer questions about the documents of
+`redvillm_jax.demo.shape_stories`. It runs on one core, so that the same machine and versions give the same bits.
 """
 
 import dataclasses
@@ -43,16 +43,16 @@ CLASSES = (6, 4, 3, 3)  # colours, shapes, horizontal and vertical thirds
 QUESTIONS = 5  # per document
 MAX_WORDS = 32  # of a story
 WIDTH = 96
-FIXED = ("pos_embed",)  # leaves that a resampler keeps as they are
+FIXED = ("pos_embed",)  # leaves of a resampler that do not train
 Batch = dict[str, np.ndarray]
 Weights = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps of stage two: documents of each of `KINDS` per step, and the weight of the cell loss.
+    """A phase of stage two. mix: documents of each of `KINDS` per step. cell_weight: of the cell loss.
 
-    Without documents the projector alone learns, from the cell loss on 64 pictures per step.
+    With an empty mix the projector alone learns, from the cell loss on 64 pictures per step.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Phase:
 ENCODER_STEPS = 1300
 LEARNING_RATE = 2e-3
 ROW_LENGTH = {"llava": 108, "qwen_vl": 144}
-DTYPE = {"llava": "float16", "qwen_vl": "bfloat16"}  # as the real ones are published
+DTYPE = {"llava": "float16", "qwen_vl": "bfloat16"}  # as in the published models
 PHASES = {
     "llava": (
         Phase("pictures", 700, (32, 0, 0, 0), 0.0),
@@ -82,7 +82,7 @@ PHASES = {
 
 
 def llava_config(vocab_size: int, image_token: int, dtype: str) -> dict[str, Any]:
-    """config.json as transformers writes LLaVA-1.5's; an empty system prompt keeps the demo's rows short."""
+    """Makes config.json as transformers writes it for LLaVA-1.5; an empty system prompt keeps rows short."""
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -131,7 +131,7 @@ def llava_config(vocab_size: int, image_token: int, dtype: str) -> dict[str, Any
 
 
 def qwen_config(num_ranks: int, dtype: str) -> dict[str, Any]:
-    """config.json as Qwen-VL's, plus the two numbers that its code hard-wires for the real size."""
+    """Makes config.json as Qwen-VL has it, plus two fields that its code fixes for the real size."""
     image_start = num_ranks + 3 + 205 + 6  # after the chat markers, <|extra_*|>, <ref>, <box>, <quad> and their ends
     return {
         "architectures": ["QWenLMHeadModel"],
@@ -178,12 +178,12 @@ def qwen_config(num_ranks: int, dtype: str) -> dict[str, Any]:
 
 
 def padded(size: int) -> int:
-    """The next multiple of 16, as embedding tables are padded."""
+    """Rounds the size of an embedding table up to a multiple of 16."""
     return -(-size // 16) * 16
 
 
 def write_text_files(family: str, folder: Path, dtype: str = "float32") -> dict[str, Any]:
-    """Writes the tokenizer and, for weights of `dtype`, config.json; returns what that holds."""
+    """Writes the tokenizer and config.json, for weights of `dtype`; returns the config."""
     if family == "llava":
         num_ids = write_llama_tokenizer(folder)
         config = llava_config(padded(num_ids), num_ids - 1, dtype)
@@ -197,9 +197,9 @@ def write_text_files(family: str, folder: Path, dtype: str = "float32") -> dict[
 
 
 def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Family, config: Any) -> Batch:
-    """Scenes of one tick as the base sees them, and what each of their cells shows.
+    """Renders scenes of one tick, and labels their cells.
 
-    pictures: (B, S, S, 3) uint8; cells: (B, N, 4) int32.
+    Returns pictures (B, S, S, 3) uint8 and cells (B, N, 4) int32.
     """
     resize, side = RESIZE[base.RESIZE], config.grid[0]
     return {
@@ -209,7 +209,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Famil
 
 
 def picture_batches(seed: int, phase: str, base: Family, config: Any) -> Iterator[Batch]:
-    """Endless batches of 64 pictures of one to three things."""
+    """Yields endless batches of 64 pictures of one to three things."""
     rng = phase_rng(seed, phase)
     while True:
         scenes = [picture_scene(rng, int(rng.integers(1, 4))) for _ in range(64)]
@@ -217,14 +217,14 @@ def picture_batches(seed: int, phase: str, base: Family, config: Any) -> Iterato
 
 
 def phase_rng(seed: int, phase: str) -> np.random.Generator:
-    """A stream of its own for each phase, shared with no video."""
+    """Returns the random numbers of a phase; no other phase and no video uses them."""
     return np.random.default_rng((seed, *b"pretraining ", *phase.encode()))
 
 
-class Rows:
+class RowWriter:
     """Lays documents out as rows of a batch with the base's own prompt template, one document per row.
 
-    Where a video will stand there is the story and behind it the pictures.
+    The story and then the pictures take the place of a video.
     """
 
     def __init__(self, base: Family, config: Any, tokenizer: Any, row_length: int):
@@ -233,7 +233,7 @@ class Rows:
         self.encode = functools.cache(tokenizer.encode)
 
     def row(self, doc: Document, first_picture: int) -> Batch:
-        """One row; its visual slots count the tokens of all pictures of the batch."""
+        """Returns one row; its visual slots are indices into the tokens of all pictures of the batch."""
         prompts = [self.prompt(question["question"], question["answer"]) for question in doc.questions]
         text = [*(token for token, _ in prompts[0][0]), *self.encode(doc.story)]
         tokens = self.config.num_patches
@@ -252,7 +252,7 @@ class Rows:
         return fill_row(row, [prefix], questions, tokens_per_video=0, **sizes)
 
     def batch(self, docs: Sequence[Document], rng: np.random.Generator) -> Batch:
-        """Documents -> arrays (rows, ...) and, in the rows' order, their pictures."""
+        """Returns the arrays (rows, ...) of documents and, in the same order, their pictures."""
         firsts = np.cumsum([0] + [len(doc.pictures) for doc in docs])
         rows = [self.row(doc, int(first)) for doc, first in zip(docs, firsts[:-1], strict=True)]
         scenes = [scene for doc in docs for scene in doc.pictures]
@@ -260,7 +260,7 @@ class Rows:
         return arrays | picture_batch(scenes, rng, self.base, self.config)
 
     def batches(self, seed: int, phase: str, mix: Sequence[int]) -> Iterator[Batch]:
-        """Endless batches of random documents, `mix[i]` of them of `KINDS[i]`."""
+        """Yields endless batches of random documents, `mix[i]` of the kind `KINDS[i]`."""
         rng = phase_rng(seed, phase)
         kinds = np.repeat(KINDS, mix)
         while True:
@@ -271,7 +271,7 @@ class Rows:
 
 
 def cell_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Sum of the mean cross-entropies of colour, shape and both thirds; empty cells weigh 0.15.
+    """Sums the mean cross-entropies of colour, shape and both thirds; empty cells weigh 0.15.
 
     logits: (B, N, 20); labels: (B, N, 4).
     """
@@ -286,27 +286,27 @@ def cell_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def bag_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Binary cross-entropy of which colours, shapes and thirds a picture holds, without saying which go together.
+    """Computes the binary cross-entropy of the set of colours, shapes and thirds in a picture.
 
-    logits: (B, 16) from the mean over patches; labels: (B, N, 4). What belongs together stays with the patches,
-    as in CLIP: otherwise the mean would hold everything and a video would need no spatial tokens.
+    logits: (B, 16) from the mean over patches; labels: (B, N, 4). Only the patches say which colour and shape belong
+    together, as in CLIP; if the mean said it, too, a video would need no spatial tokens.
     """
     held = [jax.nn.one_hot(labels[..., i], classes).max(1) for i, classes in enumerate(CLASSES)]
     return optax.sigmoid_binary_cross_entropy(logits, jnp.concatenate(held, axis=-1)).mean()
 
 
 def encode(encoder: nnx.Module, pictures: jax.Array, base: Family) -> jax.Array:
-    """pictures: (B, S, S, 3) uint8 -> features (B, N, D)."""
+    """Encodes pictures (B, S, S, 3) uint8 to features (B, N, D)."""
     return encoder(normalize(pictures, base.MEAN, base.STD, jnp.float32))
 
 
 def project(projector: nnx.Module, features: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Features (B, N, D) of pictures with a grid of features -> visual tokens (B, N, K)."""
+    """Projects features (B, N, D) of pictures to visual tokens (B, N, K). grid: rows and columns of features."""
     return projector(features, jnp.ones(features.shape[:2], bool), grid)
 
 
 def predict(llm: nnx.Module, tokens: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Visual tokens (P, N, K) of all pictures and their rows -> logits of the supervised tokens (R, targets, V)."""
+    """Computes logits (R, targets, V) of the supervised tokens. tokens: (P, N, K), visual tokens of all pictures."""
     visual = tokens.reshape(-1, tokens.shape[-1])[jnp.maximum(batch["video_tokens"], 0)]
     text = llm.embed(batch["token_ids"], tokens.dtype)
     embeds = jnp.where((batch["video_tokens"] >= 0)[..., None], visual, text)
@@ -315,7 +315,7 @@ def predict(llm: nnx.Module, tokens: jax.Array, batch: Mapping[str, jax.Array]) 
 
 
 def answer_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean cross-entropy of the supervised tokens."""
+    """Computes the mean cross-entropy of the supervised tokens."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
     return (losses * batch["target_weights"]).sum() / batch["target_weights"].sum()
 
@@ -324,7 +324,7 @@ def answer_loss(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def initialised(module: nnx.Module, rng: np.random.Generator) -> nnx.Module:
-    """Draws every matrix again, normal with variance 1 / fan-in, which suits these widths."""
+    """Replaces every matrix by a normal one of variance 1 / fan-in, which suits these widths."""
     table = name_table(module, "")
     wide = {leaf.path: leaf.shape for leaf in table.values() if len(leaf.shape) > 1 and leaf.path[-1] not in FIXED}
 
@@ -337,7 +337,7 @@ def initialised(module: nnx.Module, rng: np.random.Generator) -> nnx.Module:
 
 
 def new_parts(base: Family, config: Any, seed: int) -> dict[str, nnx.Module]:
-    """The untrained encoder, projector and llm."""
+    """Makes the untrained encoder, projector and llm."""
     rng = phase_rng(seed, "weights")
     return {part: initialised(module, rng) for part, module in random_parts(base, config, seed).items()}
 
@@ -349,7 +349,7 @@ def fit(
     steps: int,
     name: str,
 ) -> dict[str, nnx.Module]:
-    """Trains modules with AdamW, a warm-up over 8 % of the steps and a cosine to 0, and returns them."""
+    """Trains modules with AdamW, a warm-up over 8 % of the steps and a cosine to 0; returns the trained modules."""
     graphdef, weights = nnx.split(nnx.Dict(modules))
     weights = nnx.to_pure_dict(weights)
     fixed = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in FIXED, weights)
@@ -375,7 +375,7 @@ def fit(
 
 
 def train_encoder(encoder: nnx.Module, base: Family, config: Any, seed: int, steps: int) -> nnx.Module:
-    """Stage one: supervised by what every cell shows, and by what the whole picture holds."""
+    """Stage one: trains the encoder with the cell loss and the bag loss."""
     rngs = nnx.Rngs(seed)
     heads = {
         "cells": Linear(WIDTH, sum(CLASSES) + len(CLASSES), rngs=rngs),
@@ -392,9 +392,9 @@ def train_encoder(encoder: nnx.Module, base: Family, config: Any, seed: int, ste
 
 
 def train_language(
-    parts: dict[str, nnx.Module], base: Family, rows: Rows, seed: int, phases: Sequence[Phase]
+    parts: dict[str, nnx.Module], base: Family, rows: RowWriter, seed: int, phases: Sequence[Phase]
 ) -> dict[str, nnx.Module]:
-    """Stage two: projector and language model on documents, the encoder frozen."""
+    """Stage two: trains the projector and the language model on documents, with a frozen encoder."""
     encoder = nnx.split(parts["encoder"])
     cells = Linear(WIDTH, sum(CLASSES) + len(CLASSES), rngs=nnx.Rngs(seed))
     modules = {"projector": parts["projector"], "llm": parts["llm"], "cells": cells}
@@ -416,12 +416,12 @@ def train_language(
 
 
 def accuracy(
-    parts: dict[str, nnx.Module], base: Family, rows: Rows, rng: np.random.Generator, num_batches: int
+    parts: dict[str, nnx.Module], base: Family, rows: RowWriter, rng: np.random.Generator, num_batches: int
 ) -> dict[tuple[str, str], float]:
-    """Exact-match accuracy on fresh documents, by kind of document and kind of question.
+    """Computes the exact-match accuracy on new documents, by kind of document and kind of question.
 
-    An answer is right when every token of it, its end included, is the likeliest one after the right tokens
-    before it, which is when greedy decoding writes it.
+    An answer is right if each of its tokens, its end included, is the likeliest one after the right tokens before it;
+    greedy decoding then writes the answer.
     """
     graphdef, weights = nnx.split(nnx.Dict(parts))
 
@@ -446,7 +446,7 @@ def make_base(family: str, folder: Path, seed: int = 0) -> None:
     """Writes the tiny base of a family; `folder` must exist."""
     base = load_family(family)
     config = base.Config.from_published(write_text_files(family, folder, DTYPE[family]))
-    rows = Rows(base, config, base.Tokenizer(folder), ROW_LENGTH[family])
+    rows = RowWriter(base, config, base.Tokenizer(folder), ROW_LENGTH[family])
     parts = new_parts(base, config, seed)
     parts["encoder"] = train_encoder(parts["encoder"], base, config, seed, ENCODER_STEPS)
     parts = train_language(parts, base, rows, seed, PHASES[family])

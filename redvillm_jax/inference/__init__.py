@@ -1,1 +1,1 @@
-"""Opens a model and generates answers with it; trains nothing."""
+"""Opens a model and generates answers with it; must not train."""

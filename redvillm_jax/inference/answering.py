@@ -27,7 +27,7 @@ from redvillm_jax.inference.engine import Arrays, Asked, Generation
 from redvillm_jax.inference.prompts import Prompt, check_length, prompt_text
 
 T = TypeVar("T")
-GENERATION = {  # what --help says of each setting
+GENERATION = {  # --help of each setting
     "max_new_tokens": "longest answer in tokens",
     "temperature": "0: take the most likely token; above 0: draw at random",
     "top_k": "draw among the k most likely tokens; 0: among all",

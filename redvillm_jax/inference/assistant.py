@@ -1,4 +1,4 @@
-"""Asks a model about videos and pictures from Python: `redvillm_jax.load`."""
+"""Asks a model about videos and pictures from Python, with `redvillm_jax.load`."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ from redvillm_jax.video.contract import image_projector
 
 DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = whole(1, 2**20)
-LONGEST_SECONDS = 36000.0  # of a video, for the longest text between its tokens; a longer one compiles anew
-TOKENS_AT_ONCE = 4  # while streaming: each call costs some milliseconds beside its tokens
+LONGEST_SECONDS = 36000.0  # sizes the text between a video's tokens; a longer video compiles again
+TOKENS_AT_ONCE = 4  # while streaming; each call takes some milliseconds besides its tokens
 REMEMBERED = 4  # videos whose keys and values are kept for further questions
 
 
@@ -39,11 +39,12 @@ def load(
     dtype: str | None = None,
     tensor: int = 1,
 ) -> "Assistant":
-    """Opens a run, a base folder (with the config of its switches) or an export, and puts it on the machine's devices.
+    """Opens a run, an export or a base folder, and puts the model on the machine's devices.
 
-    base: the base folder of an export that holds projectors alone, or of a run whose base has moved. dtype: of the
-    frozen weights and of all computing, bfloat16, float16 or float32; the config's by default. tensor: how many devices
-    hold one copy of the model together; the others hold further copies. Raises UserError.
+    config: for an untrained model, which has none of its own. base: the base folder of an export that holds projectors
+    alone, or of a run whose base has moved. dtype: of the frozen weights and the computation, bfloat16, float16 or
+    float32; the config's by default. tensor: the number of devices that share one copy of the model; other devices hold
+    further copies. Raises UserError.
     """
     quiet_without_tpu()
     if config is not None:
@@ -54,7 +55,7 @@ def load(
 class Assistant:
     """A model on the devices; `ask` and `stream` answer questions.
 
-    The first question about a video decodes and encodes it, further ones find its keys and values.
+    The first question about a video decodes and encodes it; further questions reuse its keys and values.
     """
 
     def __init__(
@@ -90,9 +91,9 @@ class Assistant:
         self._prefixes: dict[tuple, Prefixes] = {}
 
     def ask(self, video: str | Path | Clip | Picture, question: str | list[str], **generation: Any) -> str | list[str]:
-        """The answer to a question about a video or `Picture`, or the answers to several, decoded together.
+        """Answers one question about a video or `Picture`, or a list of questions, decoded together.
 
-        generation: the fields of `inference.Generation`. Raises UserError.
+        generation: the fields of `engine.Generation`. Raises UserError.
         """
         settings = Generation(**generation)
         questions = [question] if isinstance(question, str) else list(question)
@@ -107,7 +108,7 @@ class Assistant:
         return texts[0] if isinstance(question, str) else texts
 
     def stream(self, video: str | Path | Clip | Picture, question: str, **generation: Any) -> Iterator[str]:
-        """The same answer in pieces, as they are written."""
+        """Yields the answer of `ask` in pieces while it is written."""
         settings = Generation(**generation)
         state = self._start(video, [question], settings)
 
@@ -132,7 +133,7 @@ class Assistant:
 
     @property
     def not_finite(self) -> str:
-        """What to say of an answer whose logits are not finite."""
+        """The message about an answer whose logits are not finite."""
         other = "; float16 overflows where bfloat16 does not: --dtype=bfloat16" if self.dtype == "float16" else ""
         return (
             f"{self.identity['name']} computes numbers that are none (logits NaN or infinite): look for damaged "
@@ -140,16 +141,16 @@ class Assistant:
         )
 
     def text(self, ids: list[int]) -> str:
-        """What an answer's ids say."""
+        """Decodes the ids of an answer."""
         return self.tokenizer.decode(ids).strip()
 
     def video_prompt(self, question: str, arrays: Arrays) -> Prompt:
-        """The prompt of a question about a video: its num_frames and, where text stands between its tokens, seconds."""
+        """Makes the prompt of a question about a video. arrays: num_frames and, if text needs them, seconds."""
         placed = self._place(int(arrays["num_frames"]), arrays.get("seconds"))
         return make_prompt(self.base, self.tokenizer, question, placed, self._most_placed)
 
     def picture_prompt(self, question: str) -> Prompt:
-        """The prompt of a question about a picture. Raises UserError where no projector is for pictures."""
+        """Makes the prompt of a question about a picture. Raises UserError when no projector takes pictures."""
         if not self.takes_pictures:
             raise UserError(
                 "this model has no projector for pictures (its video tokens all go through copies): ask it about videos"
@@ -158,7 +159,7 @@ class Assistant:
         return make_prompt(self.base, self.tokenizer, question, placed, len(placed), picture=True)
 
     def text_prompt(self, question: str) -> Prompt:
-        """The prompt of a question about a video, without any visual token."""
+        """Makes the prompt of a question about a video, without visual tokens."""
         return make_prompt(self.base, self.tokenizer, question, [], 0)
 
     def _start(self, video: str | Path | Clip | Picture, questions: list[str], settings: Generation) -> Any:
@@ -185,7 +186,7 @@ class Assistant:
         return self.inference.start(prompts, keys, prefixes(), settings, range(len(prompts)), rows)
 
     def _read(self, media: Clip | Picture) -> tuple[tuple, Arrays]:
-        """A key of the file as it is now, and its arrays."""
+        """Returns a key that changes with the file, and the file's arrays."""
         try:
             status = os.stat(media.path)
         except OSError as error:
@@ -199,7 +200,7 @@ class Assistant:
 
 
 def check_question(question: str) -> None:
-    """Raises UserError for what is no text, or a text that cannot be asked."""
+    """Raises UserError unless a question is text that UTF-8 can encode."""
     if not isinstance(question, str):
         raise UserError(f"the question is {question!r:.80}, expected a text")
     try:
@@ -209,7 +210,7 @@ def check_question(question: str) -> None:
 
 
 def remember(known: dict, key: Any, value: Any) -> None:
-    """Puts a value in and forgets the oldest ones."""
+    """Adds a value and removes the oldest ones, so that at most REMEMBERED values stay."""
     while len(known) >= REMEMBERED:
         del known[next(iter(known))]
     known[key] = value

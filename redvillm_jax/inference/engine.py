@@ -1,4 +1,4 @@
-"""Questions about videos and pictures, answered in batches: each video is encoded and prefilled once."""
+"""Answers questions about videos and pictures in batches; encodes and prefills each video once."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ Videos = dict[Hashable, tuple[Arrays, Prompt]]
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How answers are generated: `sampler.Sampling`, the longest answer in tokens, and a seed of what is random."""
+    """Settings of generation: the fields of `sampler.Sampling`, the longest answer in tokens, and a random seed."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -54,13 +54,13 @@ class Generation:
 
     @property
     def sampling(self) -> Sampling:
-        """With numbers of one type each: a program is compiled again for another."""
+        """The fields of `Sampling` as float or int, because another type would compile a program again."""
         numbers = float(self.temperature), int(self.top_k), float(self.top_p), float(self.repetition_penalty)
         return Sampling(*numbers)
 
 
 class Asked(NamedTuple):
-    """A question: its prompt, a key of its video, what `Inference.prefill` takes of that, and the question's number."""
+    """A question. video: the key of its video. arrays: of the video, for `Inference.prefill`. number: for its seed."""
 
     prompt: Prompt
     video: Hashable
@@ -69,14 +69,14 @@ class Asked(NamedTuple):
 
 
 class Prefixes(NamedTuple):
-    """Keys and values up to the end of some videos, by key."""
+    """Keys and values of some videos. rows: the row of each video in the cache, by the key of the video."""
 
     cache: generate.Cache
     rows: dict[Hashable, int]
 
 
 class Decoded(NamedTuple):
-    """Token ids without the stop token; whether there was one; whether all logits were finite: else ids say nothing."""
+    """An answer. ids: without the stop token. stopped: there was one. finite: all logits were; else ignore the ids."""
 
     ids: list[int]
     stopped: bool
@@ -84,9 +84,9 @@ class Decoded(NamedTuple):
 
 
 class Inference:
-    """A model's compiled steps: `prefill` videos, `start` rows of questions, `decode` them.
+    """The compiled steps of a model: `prefill` videos, `start` rows of questions, `decode` answers.
 
-    Programs are compiled once per shape; numbers of rows and lengths are rounded up to few shapes.
+    A program is compiled once per shape; numbers of rows and lengths are rounded up, so that there are few shapes.
     """
 
     def __init__(self, model: VideoLLM, mesh: jax.sharding.Mesh, dtype: jnp.dtype, stop_ids: Sequence[int]):
@@ -95,7 +95,7 @@ class Inference:
         self.stop_ids = np.array(stop_ids, np.int32)
         self.vocab_size = model.config.vocab_size
         self.context_class = model.llm.context_class
-        # jit remembers programs by function: these are the object's own
+        # jit caches programs by function: these belong to this object alone
         self._prefill = jax.jit(self._prefill_program)
         self._lay_out = jax.jit(generate.lay_out, static_argnames="num_slots")
         self._place = jax.jit(generate.place, donate_argnums=0)
@@ -120,10 +120,10 @@ class Inference:
         return generate.decode(nnx.merge(self.graphdef, weights), *arguments)
 
     def prefill(self, videos: Videos, rows: int) -> Prefixes:
-        """Encodes videos, at most `rows` of them, and computes keys and values up to the end of each.
+        """Encodes at most `rows` videos and computes the keys and values of their prefixes.
 
-        videos: by key, what `VideoLLM.video_tokens` takes, or {"pictures": (S, S, 3) uint8}, without a batch axis; and
-        any prompt about it (of its context class).
+        videos: by key, (arrays, prompt). arrays: as for `VideoLLM.video_tokens`, or {"pictures": (S, S, 3) uint8},
+        without a batch axis. prompt: any prompt about the video, of the key's context class.
         """
         arrays, prompts = zip(*videos.values(), strict=True)
         names = [name for name in arrays[0] if name != "seconds"]  # times stand in the prompts
@@ -148,10 +148,10 @@ class Inference:
         numbers: Sequence[int],
         rows: int,
     ) -> generate.Decoding:
-        """Begins the answers, at most `rows`; rows that are left have stopped already.
+        """Begins at most `rows` answers; unused rows count as stopped.
 
-        keys: of the prompts' videos in `prefixes`, each of which is forgotten before the next is taken. numbers: one
-        for each prompt, which together with the seed decides what is drawn for it.
+        keys: of the prompts' videos. prefixes: an iterable, to hold one of them in memory at a time. numbers: one per
+        prompt; number and seed decide the random draws of its answer.
         """
         width = bucket(max(len(p.question) for p in prompts), LEAST_QUESTION)
         texts = [p.text_ids for p in prompts]
@@ -177,16 +177,16 @@ class Inference:
             return self._start(self.weights, cache, to_global(questions, self.mesh), *arguments, max_new_tokens=new)
 
     def decode(self, state: generate.Decoding, generation: Generation, until: int) -> generate.Decoding:
-        """Goes on until `until` tokens are chosen in every row that has not stopped; uses up `state`."""
+        """Continues until every row has stopped or has `until` tokens. Donates `state`."""
         with jax.set_mesh(self.mesh):
             return self._decode(self.weights, state, generation.sampling, self.stop_ids, np.int32(until))
 
     def answers(
         self, asked: Iterable[Asked], generation: Generation, *, batch_size: int, video_batch_size: int
     ) -> Iterator[list[tuple[Asked, Decoded]]]:
-        """Yields batches of answers in the order of the questions; those about one video stand side by side.
+        """Yields batches of answers in the order of the questions. Adjacent questions about one video share its prefix.
 
-        `batch_size` questions are decoded and `video_batch_size` videos encoded at once.
+        batch_size: questions decoded at once. video_batch_size: videos encoded at once.
         """
         shards = num_batch_shards(self.mesh)
         rows, video_rows = (-(-size // shards) * shards for size in (batch_size, video_batch_size))
@@ -208,14 +208,14 @@ class Inference:
             yield list(zip(part, self.finished(state, len(part)), strict=True))
 
     def batches(self, asked: Iterable[Asked], rows: int, video_rows: int) -> Iterator[tuple[tuple, tuple, tuple]]:
-        """Questions that are answered at once, with what `grouped` says of each: of pictures or of videos."""
+        """Yields batches of questions, keys and videos (see `grouped`); a batch has pictures or videos, not both."""
         for _, alike in itertools.groupby(asked, lambda one: (one.prompt.width, one.arrays.keys())):
             questions = self.grouped(alike, video_rows)
             while batch := list(itertools.islice(questions, rows)):
                 yield tuple(zip(*batch, strict=True))
 
     def grouped(self, asked: Iterable[Asked], video_rows: int) -> Iterator[tuple[Asked, Hashable, Videos]]:
-        """Each question with the key of its prefix, and all videos that are encoded together with its own."""
+        """Yields each question with the key of its prefix and all videos that are encoded together with its video."""
         videos: Videos = {}
         part: list[tuple[Asked, Hashable]] = []
         for one in asked:
@@ -228,7 +228,7 @@ class Inference:
         yield from ((*question, videos) for question in part)
 
     def finished(self, state: generate.Decoding, rows: int, first: int = 0) -> list[Decoded]:
-        """The answers of the first `rows` rows from token `first` on, each up to its stop token."""
+        """Returns the answers in the first `rows` rows, from token `first` up to the stop token."""
         ids, finite, step = jax.device_get((state.ids, state.finite, state.step))
         answers = []
         for row, sound in zip(ids[:rows, first:step].tolist(), finite.tolist(), strict=False):
@@ -238,12 +238,12 @@ class Inference:
 
 
 def column(values: Sequence[int], rows: int, fill: int = 0) -> np.ndarray:
-    """(rows,) int32 that begins with `values`."""
+    """Returns (rows,) int32 that begins with `values` and is filled up."""
     return np.array([*values, *[fill] * (rows - len(values))], np.int32)
 
 
 def pad(lines: Sequence[Sequence[int]], rows: int, width: int, fill: int) -> np.ndarray:
-    """(rows, width) int32 whose rows begin with `lines`."""
+    """Returns (rows, width) int32; its rows begin with `lines` and are filled up."""
     out = np.full((rows, width), fill, np.int32)
     for row, line in zip(out, lines, strict=False):
         row[: len(line)] = line
@@ -251,7 +251,7 @@ def pad(lines: Sequence[Sequence[int]], rows: int, width: int, fill: int) -> np.
 
 
 def pad_rows(arrays: Sequence[np.ndarray], rows: int) -> np.ndarray:
-    """Arrays of one shape stacked, zeros behind them: (rows, ...)."""
+    """Stacks arrays of one shape and adds zeros: (rows, ...)."""
     first = np.asarray(arrays[0])
     out = np.zeros((rows, *first.shape), first.dtype)
     out[: len(arrays)] = arrays

@@ -40,10 +40,10 @@ from redvillm_jax.video.contract import export_name, fields_with, has_random_sta
 
 
 class OpenedModel(NamedTuple):
-    """A model that can answer, in whatever form it was given; no frozen weight is read yet.
+    """A model that can answer, opened but without its frozen weights in memory.
 
-    config: its switches. settings: what of them decides the model. trained: its projectors as nested dicts of fp32
-    numpy arrays, None for an untrained video LLM, as `load_model` makes it. name: its folder's. fingerprint: see
+    config: its config. settings: the fields that decide the model. trained: its projectors as nested dicts of fp32
+    numpy arrays, None for an untrained video LLM (as `load_model` makes it). name: of its folder. fingerprint: see
     `model_fingerprint`.
     """
 
@@ -58,8 +58,9 @@ class OpenedModel(NamedTuple):
 def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base: str | None = None) -> OpenedModel:
     """Opens a run, a base folder or an export of conversion.to_torch, on a disk or in a bucket.
 
-    A run may have its base elsewhere than its config says, and projectors exported alone need one: `base`. What is
-    untrained needs a config, everything else brings its own. Raises UserError for what is missing or too much.
+    config: required for an untrained model, refused for a trained one, which has its own. base: the base folder;
+    required for projectors exported alone, optional for a run whose base has moved, refused otherwise. Raises
+    UserError.
     """
     check_bucket(model)
     there = as_path(model)
@@ -71,7 +72,7 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
     if untrained and config is None:
         raise UserError(f"{model} is untrained: give its switches with --config, a file of configs/ for its family")
     if not untrained and config is not None:
-        raise UserError(f"--config is for what is untrained, {model} brings its own config: leave it out")
+        raise UserError(f"--config is for an untrained model, {model} brings its own config: leave it out")
     if is_run:
         said, trained = load_trainables(model)
         said = as_trained(said, there / "config.json")
@@ -96,7 +97,7 @@ def open_model(model: str | Path, config: Mapping[str, Any] | None = None, base:
 
 
 def check_run(folder: Path) -> None:
-    """Raises UserError for a folder that is no run either."""
+    """Raises UserError unless a folder is a run; it is known to be neither a base nor an export."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: not a run directory (config.json), a base folder ({BASE_MARK}) or an export ({EXPORT_MARK}); "
@@ -107,7 +108,7 @@ def check_run(folder: Path) -> None:
 
 
 def open_base_of_run(config: Mapping[str, Any], base: str | None) -> Base:
-    """The base that a run was trained on, where its config says or where `base` does."""
+    """Opens the base that a run was trained on, at `base` or else at the path in the run's config."""
     try:
         return open_base(base or config["base"], config["base_fingerprint"])
     except UserError as error:
@@ -117,9 +118,9 @@ def open_base_of_run(config: Mapping[str, Any], base: str | None) -> Base:
 
 
 def open_base_of_folder(folder: Path, export: Mapping[str, Any] | None, base: str | None) -> Base:
-    """The base that a local folder is, or that an export in it belongs to.
+    """Opens a local folder as a base; for projectors exported alone, opens their base at `base`.
 
-    A whole export has the frozen weights of the base it was made from, and so that base's fingerprint.
+    A whole export has the frozen weights of its base, and therefore the fingerprint of that base.
     """
     alone = export is not None and (folder / PROJECTORS).is_file()
     if alone and base is None:
@@ -134,7 +135,7 @@ def open_base_of_folder(folder: Path, export: Mapping[str, Any] | None, base: st
 
 
 def read_trained(folder: Path, base: Base, settings: ModelSettings) -> dict[str, Any]:
-    """The projectors of an export in fp32, as `load_trainables` gives those of a run."""
+    """Reads the projectors of an export in fp32, in the form in which `load_trainables` returns them."""
     tensors, tables = TensorFolder(folder), {}
     video = settings.video
     for stream in video.order(base.config.grid, video.num_frames):
@@ -156,9 +157,9 @@ def read_trained(folder: Path, base: Base, settings: ModelSettings) -> dict[str,
 
 
 def model_fingerprint(base: Base, settings: ModelSettings, trained: Mapping[str, Any] | None) -> str:
-    """64 hexadecimal digits of a model: its base, the switches that shape its answers, its trained weights.
+    """Returns 64 hexadecimal digits of a model's base, trained weights and the switches that decide its answers.
 
-    The same model has the same in every form in which its trained weights are fp32; `dtype` is not part of it.
+    They are the same for a run and its exports if the trained weights are fp32; `dtype` is not part of them.
     """
     name, video = settings.representation, settings.video
     switches = {"video": name, "num_frames": video.num_frames, "sampling": settings.sampling, "int8": settings.int8}

@@ -1,4 +1,4 @@
-"""Prompts as token ids: the part up to the end of the video, and the question behind it."""
+"""Prompts as token ids: the part up to the end of the video, and the question after it."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from redvillm_jax.model.base_folder import Base
 
 
 class Prompt(NamedTuple):
-    """One question with its video or picture.
+    """The prompt of one question about a video or picture.
 
-    before: ids before it; placed: what stands in its place, (token id, -1) for text, (0, slot) for a visual token
-    (see `places.VideoPlaces`); question: ids behind it, up to the answer; width: slots for the ids up to the
-    question, the same for all videos, so that shapes are static.
+    before: token ids before the video. placed: the video's part, (token id, -1) for a text token, (0, slot) for a
+    visual token (see `places.VideoPlaces`). question: token ids after the video, up to the answer. width: slots of
+    `prefix`, the same for all videos, so that shapes are static.
     """
 
     before: list[int]
@@ -22,7 +22,7 @@ class Prompt(NamedTuple):
 
     @property
     def prefix(self) -> list[tuple[int, int]]:
-        """What stands up to the question, in the form of `placed`."""
+        """All tokens before the question, in the form of `placed`."""
         return [*((token, -1) for token in self.before), *self.placed]
 
     @property
@@ -31,12 +31,12 @@ class Prompt(NamedTuple):
 
     @property
     def num_visual(self) -> int:
-        """How many visual tokens it has."""
+        """The number of visual tokens."""
         return sum(slot >= 0 for _, slot in self.placed)
 
     @property
     def text_ids(self) -> list[int]:
-        """The ids of all its text."""
+        """The token ids of all text."""
         return [*(token for token, slot in self.prefix if slot < 0), *self.question]
 
     @property
@@ -47,9 +47,9 @@ class Prompt(NamedTuple):
 def make_prompt(
     base: Base, tokenizer: Any, question: str, placed: list[tuple[int, int]], most: int, *, picture: bool = False
 ) -> Prompt:
-    """The prompt of a question by the base's own template; most: how much stands in the place of the longest video.
+    """Makes the prompt of a question with the base's own template.
 
-    Raises UserError when the question has no text.
+    most: the length of `placed` for the longest video. Raises UserError when the question has no text.
     """
     if not question.strip():
         raise UserError("the question is empty; ask something")
@@ -59,7 +59,7 @@ def make_prompt(
 
 
 def check_length(prompt: Prompt, max_new_tokens: int, base: Base) -> None:
-    """Raises UserError when prompt and answer together have more positions than the base knows."""
+    """Raises UserError when prompt and longest answer together need more positions than the base has."""
     most = base.config.max_position_embeddings
     if prompt.length + max_new_tokens > most:
         raise UserError(
@@ -69,7 +69,7 @@ def check_length(prompt: Prompt, max_new_tokens: int, base: Base) -> None:
 
 
 def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
-    """The prompt as the model reads it, with special tokens, and its visual tokens counted."""
+    """Returns a prompt as text: with special tokens, and visual tokens as their number."""
     before, after = (tokenizer.decode(ids, keep_special=True) for ids in (prompt.before, prompt.question))
     between = ""
     for visual, run in itertools.groupby(prompt.placed, is_visual):
@@ -79,12 +79,12 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def is_visual(place: tuple[int, int]) -> bool:
-    """Whether a visual token stands there."""
+    """Returns whether an entry of `placed` is a visual token."""
     return place[1] >= 0
 
 
 def bucket(number: int, least: int) -> int:
-    """The smallest of least, 2 * least, 4 * least, … that is not below number: few shapes serve all lengths."""
+    """Rounds up to least, 2 * least, 4 * least, …, so that few shapes serve all lengths."""
     size = least
     while size < number:
         size *= 2

@@ -146,7 +146,7 @@ def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: 
     """Reads the base's Config from a folder's config.json and, if it exists, the vision tower's config.json.
 
     remedy: the advice in messages about an unreadable file. Raises UserError for a field that the base does not
-    compute, in these files or in those of the image processors.
+    compute, in these files or in the image processors' files.
     """
     vision = vision or folder / "vision"
     file, apart = folder / "config.json", {}
@@ -239,7 +239,7 @@ def read_slice(base: Base, name: str, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def check_tensors(base: Base, table: Mapping[str, Leaf]) -> None:
-    """Raises UserError that lists what `table` needs and the folder lacks or has in another shape."""
+    """Raises UserError with the tensors of `table` that the folder lacks or has in another shape."""
     missing = [name for name in table if name not in base.published]
     wrong = []
     for name, leaf in table.items():

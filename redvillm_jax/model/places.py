@@ -1,4 +1,4 @@
-"""Where the visual tokens of a video stand: their number, their slots, and the text between them."""
+"""Places a video's visual tokens in a prompt: their number, their slots, and the text between them."""
 
 import functools
 import math

@@ -68,6 +68,6 @@ def check_continues(run: Path, known: Mapping[str, Any], config: Mapping[str, An
     why = "which rows a step has" if name in ROWS else "the steps already done" if name in STEPS else "the model"
     raise UserError(
         f"{run} is a run with {name}={known[name]!r}, this command says {config.get(name)!r} "
-        f"({', '.join(changed)} differ): it decides {why}, and what is trained so far belongs to it; continue with the "
+        f"({', '.join(changed)} differ): it decides {why}, and the trained weights belong to it; continue with the "
         f"same config (but for {', '.join(sorted(FREE))}; num_epochs may grow), or use another --workdir"
     )

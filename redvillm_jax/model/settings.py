@@ -102,7 +102,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_answering(config: Mapping[str, Any], model: str | Path) -> None:
-    """Raises UserError unless the config of what is trained says rightly all that its answers depend on."""
+    """Raises UserError unless a trained model's config has all fields that decide its answers, within bounds."""
     try:
         fields = config_fields(config["family"], config["video"])
         names = [

@@ -1,1 +1,1 @@
-"""Neural network layers that several bases share, and how their published configs are read; names no base."""
+"""Neural network layers that several bases share, and the tables of their published configs; must name no base."""

@@ -1,4 +1,4 @@
-"""Attention within packed rows, fused into one kernel where the device has one."""
+"""Attention within packed rows, by a fused kernel if the device has one."""
 
 import dataclasses
 import re
@@ -18,10 +18,10 @@ GPUS = ("gpu", "cuda", "rocm")
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """What a kernel asks of a device.
+    """The properties of a device that decide its kernel.
 
-    platform: jax's name of it. version: of the platform below jax, which tells CUDA from ROCm. capability: of an
-    NVIDIA GPU, (8, 0) for an A100.
+    platform: jax's name of it. version: of the platform below jax; it tells CUDA from ROCm. capability: of an NVIDIA
+    GPU, (8, 0) for an A100.
     """
 
     platform: str
@@ -30,7 +30,7 @@ class Backend:
 
 
 def backend_of(device: Any) -> Backend:
-    """The backend of a device, or of one that a program is only compiled for."""
+    """Returns the backend of a device, real or compile-only."""
     if device.platform not in GPUS:
         return Backend(device.platform)
     capability = re.findall(r"\d+", str(getattr(device, "compute_capability", "")))
@@ -45,11 +45,11 @@ def choose_kernel(
     head_dim: int,
     window: int | None = None,
 ) -> str:
-    """The kernel for the language model's attention over rows of `row_length` slots.
+    """Chooses the kernel for the language model's attention over rows of `row_length` slots.
 
-    "splash": Pallas, on TPUs. "cudnn": on NVIDIA GPUs. "xla": everywhere, and alone where a layer sees a `window` of
-    fewer keys than a row has. wanted: one of them, or "auto" for the first that can do it. Raises UserError for one
-    that cannot.
+    wanted: "splash" (Pallas, on TPUs), "cudnn" (on NVIDIA GPUs), "xla" (everywhere), or "auto" for the first that can
+    be used. Only xla can be used when a layer sees a `window` of fewer keys than a row has. Raises UserError when the
+    wanted kernel cannot be used.
     """
     narrow = "" if window is None or row_length <= window else f"layers see {window} of a row's {row_length} keys"
     obstacles = {
@@ -65,7 +65,7 @@ def choose_kernel(
 
 
 def splash_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
-    """Why splash attention cannot be used, "" where it can."""
+    """Returns the reason why splash attention cannot be used, or ""."""
     if backend.platform != "tpu":
         return f"it needs a TPU, this is a {backend.platform}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -76,7 +76,7 @@ def splash_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: i
 
 
 def cudnn_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: int, head_dim: int) -> str:
-    """Why cuDNN's flash attention cannot be used, "" where it can (the conditions of jax's own binding to it)."""
+    """Returns the reason why cuDNN's flash attention cannot be used, or ""; the conditions are jax's own."""
     if backend.platform not in GPUS or "cuda" not in backend.version:
         name = backend.platform if backend.platform not in GPUS else backend.version or backend.platform
         return f"it needs an NVIDIA GPU, this is {' '.join(name.split())}"
@@ -94,10 +94,10 @@ def cudnn_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: in
 
 
 def row_attention(group_ids: jax.Array, question_ids: jax.Array, kernel: str) -> jax.Array | Partial:
-    """What `layers.attention` takes as its mask for rows of packed questions.
+    """Returns the `mask` argument of `layers.attention` for rows of packed questions.
 
-    group_ids, question_ids: (B, S) int32 (see `visible`). kernel: a value of `choose_kernel`. The fused ones
-    come back as a function of query, key, value: (B, S, H, D); build it once, outside the scan over layers.
+    group_ids, question_ids: (B, S) int32 (see `visible`). kernel: a value of `choose_kernel`. For a fused kernel the
+    result is a function of query, key, value (B, S, H, D); make it once, outside the scan over layers.
     """
     mask = visible(group_ids, question_ids)
     if kernel == "xla":
@@ -108,7 +108,7 @@ def row_attention(group_ids: jax.Array, question_ids: jax.Array, kernel: str) ->
 
 
 def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
-    """Attention mask of rows that hold several groups, each a shared video prefix with its questions.
+    """Returns the attention mask of rows with several groups, each a shared video prefix with its questions.
 
     group_ids: (B, S) int32, 0 = padding; question_ids: (B, S) int32, 0 = prefix. Returns (B, S, S) bool: a token
     sees itself and the earlier tokens of its own group that belong to the prefix or to its own question; padding
@@ -122,16 +122,16 @@ def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
 
 
 def within_window(mask: jax.Array, window: int) -> jax.Array:
-    """A mask (B, S, S_kv) bool whose queries see the last `window` of their keys alone, their own included.
+    """Limits a mask (B, S, S_kv) bool to the last `window` keys of each query, the query's own key included.
 
-    A query sees its own text, in order and with no position left out, wherever the slots lie: in packed rows, and in
-    caches with empty slots. So the distance between two positions is the number of keys that are seen behind a key.
+    A query sees a text without gaps, in order, although its slots may have gaps, in packed rows and in caches. The
+    distance between two positions is therefore the number of visible keys after a key.
     """
     from_here = jnp.cumsum(mask[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1]
     return mask & (from_here <= window)
 
 
 def cudnn_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """cuDNN's flash attention; mask: (B, S, S) bool."""
+    """Computes attention by cuDNN's flash attention. mask: (B, S, S) bool."""
     query = keep(query, "query")
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")

@@ -1,34 +1,34 @@
-"""What a value of a config may be: each bound is a function that says in words what is expected instead of a value."""
+"""Bounds of config values. A bound is a function of a value; it returns "", or the expected values as text."""
 
 from collections.abc import Callable
 from typing import Any
 
-Bound = Callable[[Any], str]  # what is expected instead of a value, "" where the value is right
+Bound = Callable[[Any], str]  # a value -> "" if it is allowed, else the expected values as text
 
 
 def whole(least: int, most: int) -> Bound:
-    """An integer, both bounds included."""
+    """Allows an int from `least` to `most`."""
     expected = f"a whole number from {least} to {most}"
     return lambda value: "" if type(value) is int and least <= value <= most else expected
 
 
 def number(least: float, most: float, *, above: bool = False) -> Bound:
-    """A number, both bounds included, or more than the lower one."""
+    """Allows a number from `least` to `most`; with `above`, only above `least`."""
     expected = f"a number {'above' if above else 'from'} {least:g} {'up ' if above else ''}to {most:g}"
 
     def bound(value: Any) -> str:
-        fits = type(value) in (int, float) and least <= value <= most  # nan is not
+        fits = type(value) in (int, float) and least <= value <= most  # false for nan
         return "" if fits and not (above and value == least) else expected
 
     return bound
 
 
 def one_of(*values: Any) -> Bound:
-    """One of a few values, of their type."""
+    """Allows one of a few values, of the same type."""
     expected = f"one of {', '.join(map(str, values))}"
     return lambda value: "" if any(type(value) is type(one) and value == one for one in values) else expected
 
 
 def text(value: Any) -> str:
-    """Any string."""
+    """Allows any string."""
     return "" if isinstance(value, str) else "a text"

@@ -1,4 +1,4 @@
-"""CLIP's vision transformer, under the names that transformers 5 gives its weights."""
+"""CLIP's vision transformer; its weights have the names of transformers 5."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ class ClipConfig:
     num_hidden_layers: int
     num_attention_heads: int
     layer_norm_eps: float
-    layers_used: int  # those above the feature layer never run
+    layers_used: int  # the layers above the feature layer never run
 
 
 class ClipAttention(nnx.Module):
@@ -76,7 +76,7 @@ class ClipLayer(nnx.Module):
 
 
 class ClipEmbeddings(nnx.Module):
-    """Patches behind the class token, with their learned positions: (B, H, W, 3) -> (B, 1 + N, D)."""
+    """The class token and the patches, with learned positions: (B, H, W, 3) -> (B, 1 + N, D)."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -91,7 +91,7 @@ class ClipEmbeddings(nnx.Module):
 
 
 class ClipLayers(nnx.Module):
-    """The level that CLIP calls `encoder` in its names."""
+    """The level `encoder` of CLIP's weight names."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.layers = Stack(lambda rngs: ClipLayer(config, rngs=rngs), config.layers_used, rngs=rngs)
@@ -109,7 +109,7 @@ class ClipEncoder(nnx.Module):
         self.encoder = ClipLayers(config, rngs=rngs)
 
     def hidden(self, pixels: jax.Array) -> jax.Array:
-        """The hidden state after the last layer used, class token first: (B, 1 + N, D)."""
+        """Returns the hidden state after the last used layer, class token first: (B, 1 + N, D)."""
         return self.encoder.layers(self.pre_layrnorm(self.embeddings(pixels)))[0]
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ class ClipEncoder(nnx.Module):
 
 
 def unused_shapes(config: ClipConfig, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that never run: the layers above the feature layer and the norm behind them."""
+    """Returns names and shapes of unused weights: the layers above the feature layer and the norm after them."""
     width, intermediate = config.hidden_size, config.intermediate_size
     layer = {f"layer_norm{i}.{leaf}": (width,) for i in (1, 2) for leaf in ("weight", "bias")}
     for proj in ("q_proj", "k_proj", "v_proj", "out_proj"):

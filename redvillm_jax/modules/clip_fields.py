@@ -1,6 +1,6 @@
-"""The tables of CLIP's published files: its vision tower's config.json and its image processor's.
+"""The tables of CLIP's published files: config.json of its vision tower, and the files of its image processor.
 
-Defaults are those of transformers' classes, because its files omit what equals them.
+Defaults are the defaults of transformers' classes, because transformers omits equal values from its files.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ CLIP: Fields = COMMON | {
     "layer_norm_eps": number(1e-5, EPS),
     "num_channels": only(3),
     "hidden_act": only("quick_gelu"),
-    # of CLIP's text half and its loss; a vision tower has no output head to tie
+    # fields of CLIP's text half and its loss; a vision tower has no output head to tie
     **nothing("projection_dim", "vocab_size", "tie_word_embeddings", "logit_scale_init_value"),
 }
 
@@ -49,14 +49,14 @@ WHOLE_CLIP: Fields = COMMON | {  # a CLIP that is published with its text half
 }
 
 CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-KNOWN_CLIPS = {  # what the names of published CLIPs stand for
+KNOWN_CLIPS = {  # the fields of published CLIPs, by name
     "clip-vit-large-patch14": CLIP_LARGE | {"patch_size": 14, "image_size": 224},
     "clip-vit-large-patch14-336": CLIP_LARGE | {"patch_size": 14, "image_size": 336},
 }
 
 
 def read_clip(config: Any, where: str, path: str = "") -> dict[str, Any]:
-    """The numbers of a CLIP vision tower from its own config or from a whole CLIP's."""
+    """Reads the fields of a CLIP vision tower from its own config or from a whole CLIP's."""
     if isinstance(config, dict) and "vision_config" in config:
         config, path = read_fields(config, WHOLE_CLIP, where, path)["vision_config"], f"{path}vision_config."
     values = read_fields(config, CLIP, where, path)
@@ -69,7 +69,7 @@ def read_clip(config: Any, where: str, path: str = "") -> dict[str, Any]:
 
 
 def close(wanted: float | Sequence[float]) -> Field:
-    """A number, or a list of numbers, that must be these to 1e-6."""
+    """A number, or a list of numbers, that must equal `wanted` within 1e-6."""
 
     def accepts(value: Any) -> bool:
         try:
@@ -83,13 +83,13 @@ def close(wanted: float | Sequence[float]) -> Field:
 
 
 def clip_transform(image_size: int, patch_size: int, mean: tuple, std: tuple, *, pads: bool) -> Fields:
-    """The table of a CLIP image processor for pictures of `image_size`; pads: whether pictures are padded to squares.
+    """Returns the table of a CLIP image processor for pictures of `image_size`.
 
-    With `pads` a centre crop finds a square and changes nothing.
+    pads: pictures are padded to squares; a centre crop then changes nothing.
     """
     square = {"height": image_size, "width": image_size}
     return COMMON | {
-        "image_processor": mapping(None),  # processor_config.json holds the other file's fields in it
+        "image_processor": mapping(None),  # processor_config.json holds the fields of the other file here
         "image_processor_type": only(
             *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
             *("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"),

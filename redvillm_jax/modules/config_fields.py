@@ -1,8 +1,7 @@
-"""Tables of the fields of a published config.json: a base reads a field, insists on its value, or ignores it.
+"""Tables of the fields of published config.json files: a base reads a field, requires its value, or ignores it.
 
-A table is a dict from a field's name to its `Field`. `read_fields` checks a file against it. A value that the base
-cannot compute with, and a field that no table has, raise a UserError. A new field needs an entry here or in the table
-of its base.
+A table maps a field's name to its `Field`; `read_fields` checks a file against it. A field with an unsupported value,
+and a field without an entry, raise UserError. Add an entry for a new field here or in the table of its base.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from typing import Any
 
 from data_pipeline.common.errors import UserError
 
-# Bounds far above any model there is: what lies beyond is a damaged file, refused before anything is built.
+# Bounds far above all models: a larger value means a damaged file, which is refused before a module is built.
 LAYERS, HEADS, WIDTH, VOCABULARY, POSITIONS, PIXELS, EPS, THETA = 1024, 4096, 2**20, 2**24, 2**31 - 1, 2**14, 1.0, 1e12
 
 REQUIRED = object()  # the default of a field that every file must have
@@ -22,11 +21,11 @@ READ, FIXED, NOTHING = "read", "must be", "changes nothing"
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """What becomes of one field.
+    """The treatment of one field.
 
-    effect: READ, the base computes with the value; FIXED, the base computes one thing, and another value is
-    refused; NOTHING, the value does not matter to what the base computes. accepts: whether a value is supported;
-    values: the same in words. default: what a file that omits the field means, `REQUIRED` if none may omit it.
+    effect: READ, the base computes with the value; FIXED, the base supports only these values and refuses others;
+    NOTHING, the value does not change the computation. accepts: whether a value is supported. values: the supported
+    values in words. default: the value of files that omit the field, `REQUIRED` if none may omit it.
     """
 
     effect: str
@@ -42,12 +41,12 @@ Fields = Mapping[str, Field]
 
 
 def is_count(value: Any, least: int, most: int) -> bool:
-    """Whether a value is a whole number (no boolean, no text) from `least` to `most`."""
+    """Returns whether a value is a whole number (no boolean, no text) from `least` to `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def count(default: Any, most: int, *, least: int = 1, null: str = "") -> Field:
-    """A whole number that is read; `null` says what null means, where it is allowed."""
+    """A whole number that is read. null: the meaning of null, if it is allowed."""
     values = f"a whole number from {least} to {most}" + (f", or null ({null})" if null else "")
     return Field(READ, values, lambda v: (bool(null) and v is None) or is_count(v, least, most), default)
 
@@ -84,14 +83,14 @@ def one_of(*choices: Any, default: Any) -> Field:
 
 
 def only(*choices: Any, default: Any = REQUIRED, values: str = "") -> Field:
-    """Another value than these is refused; without `default` a file that omits the field means the first."""
+    """One of `choices`; other values are refused. The default is the first choice."""
     words = values or " or ".join(map(shown, choices))
     default = choices[0] if default is REQUIRED else default
     return Field(FIXED, words, lambda v: any(same(v, c) for c in choices), default)
 
 
 def equal_to(words: str) -> Field:
-    """A whole number or null that the base compares with others after reading."""
+    """A whole number or null; the base compares it with other fields after reading."""
     return Field(FIXED, words, lambda v: v is None or is_count(v, 1, 2**31), None)
 
 
@@ -101,12 +100,12 @@ def nothing(*names: str) -> dict[str, Field]:
 
 
 def same(value: Any, choice: Any) -> bool:
-    """Equality that tells true from 1 and false from 0."""
+    """Returns whether two values are equal; true is not 1, and false is not 0."""
     return value == choice and isinstance(value, bool) == isinstance(choice, bool)
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in the file, shortened."""
+    """Formats a value as in the file, shortened."""
     written = json.dumps(value, ensure_ascii=False, default=str)
     return written if len(written) <= 100 else written[:100] + "…"
 
@@ -115,10 +114,10 @@ def shown(value: Any) -> str:
 
 
 def read_fields(config: Any, fields: Fields, where: str, path: str = "") -> dict[str, Any]:
-    """The values of all read and fixed fields by name, defaults for those that `config` omits.
+    """Returns the values of all read and fixed fields by name, with defaults for omitted fields.
 
-    where: the file; path: the keys that lead to `config` in it, such as "text_config.". Raises one UserError that
-    names every refused field with its value and what is supported, or else every field that the table lacks.
+    where: the file. path: the keys that lead to `config` in it, such as "text_config.". Raises one UserError that names
+    all refused fields with their values and the supported ones, or else all fields without an entry in the table.
     """
     if not isinstance(config, dict):
         raise UserError(
@@ -140,14 +139,14 @@ def read_fields(config: Any, fields: Fields, where: str, path: str = "") -> dict
         named = ", ".join(f"{path}{name} ({shown(config[name])})" for name in unknown[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise UserError(
-            f"{where}: not known: {named}{more}; what is not known may change the computation: report it, or remove it "
+            f"{where}: not known: {named}{more}; an unknown field may change the computation: report it, or remove it "
             "from the file if you know that it changes nothing"
         )
     return values
 
 
 def require(holds: bool, where: str, problem: str) -> None:
-    """Raises UserError with `problem` unless it holds: for what concerns several fields at once."""
+    """Raises UserError with `problem` unless a condition on several fields holds."""
     if not holds:
         raise UserError(f"{where}: {problem}")
 
@@ -159,7 +158,7 @@ def check_multiple(values: dict[str, Any], name: str, of: str, where: str, path:
 
 
 def head_size(values: dict[str, Any], where: str, path: str) -> int:
-    """hidden_size / num_attention_heads; raises UserError where rotary positions cannot turn such heads."""
+    """Returns hidden_size / num_attention_heads. Raises UserError unless rotary positions can rotate such heads."""
     check_multiple(values, "hidden_size", "num_attention_heads", where, path)
     heads = values["num_attention_heads"]
     size = values["hidden_size"] // heads
@@ -168,7 +167,7 @@ def head_size(values: dict[str, Any], where: str, path: str) -> int:
     return size
 
 
-# ---- what transformers writes into every config.json
+# ---- fields that transformers writes into every config.json
 
 COMMON = nothing(
     *("_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
@@ -179,13 +178,13 @@ COMMON = nothing(
     *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "tokenizer_class", "prefix"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "is_decoder"),
     *("cross_attention_hidden_size", "tie_encoder_decoder", "initializer_range", "initializer_factor"),
-    # how answers were sampled elsewhere: this project's commands have their own settings
+    # settings of sampling; this project's commands have their own
     *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
     *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
     *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
     *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    # dropout acts while the model itself trains; here the encoder and the language model are frozen
+    # dropout acts only in training of the encoder and the language model, which are frozen here
     *("attention_dropout", "dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop"),
 ) | {
     "quantization_config": only(None, values="null (the weights as they were before they were quantised)"),

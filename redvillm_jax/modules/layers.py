@@ -1,4 +1,4 @@
-"""Layers that the bases share; weights keep PyTorch's layout and leaf names, so checkpoints need no transposes."""
+"""Layers that the bases share. Weights have PyTorch's layout and leaf names, so checkpoints need no transposes."""
 
 import math
 from collections.abc import Callable
@@ -18,9 +18,9 @@ KEPT = ("query", "key", "value", "context", "residual", "gate", "up")  # activat
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
-    """Shards axis 0 of an activation over the batch axes of the current mesh; without a mesh, returns it as is.
+    """Shards axis 0 of an activation over the batch axes of the current mesh; does nothing without a mesh.
 
-    Without these pins XLA shards activations along features and moves them instead of weights.
+    Without such constraints XLA shards activations along features and moves activations instead of weights.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -28,7 +28,7 @@ def pin_batch(x: jax.Array) -> jax.Array:
 
 
 def num_batch_parts() -> int:
-    """Into how many parts the current mesh splits axis 0 of an activation; 1 without a mesh."""
+    """Returns the number of parts into which the current mesh splits axis 0 of an activation; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -39,10 +39,10 @@ def keep(x: jax.Array, name: str) -> jax.Array:
 
 
 def gather_weights(weights: Any) -> Any:
-    """Brings weights that are split over the batch axes to every device.
+    """Gathers weights that are split over the batch axes on every device.
 
-    Said where they are used, in each block, it moves them one layer at a time; left to itself XLA moves activations
-    through windows of each product. With a "tensor" axis the weights stay split and the partitioner decides.
+    Call it in each block, so that XLA moves weights one layer at a time; otherwise XLA moves activations through
+    windows of each product. With a "tensor" axis of several devices it does nothing, and the partitioner decides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["tensor"] > 1:
@@ -51,10 +51,10 @@ def gather_weights(weights: Any) -> Any:
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """An einsum of two arrays of one dtype that is computed alike on every device, and so are its gradients.
+    """Computes an einsum of two arrays of one dtype with the same precision on every device, gradients included.
 
-    fp32 is multiplied in fp32, which a TPU does only where it is told to. dtype: of the result (default: of x).
-    Halves whose result is wider are summed in it; the gradient comes back through a product of halves.
+    dtype: of the result (default: of x). fp32 is multiplied in fp32; a TPU would not by default. 16-bit inputs with a
+    wider result are summed in its dtype, and their gradient is a product of 16-bit inputs, too.
     """
     precision = None
     if x.dtype == jnp.float32:
@@ -65,9 +65,9 @@ def product(subscripts: str, x: jax.Array, y: jax.Array, dtype: jax.typing.DType
 
 
 def levels(integers: Array) -> Array:
-    """The fp32 numbers that int8 weights stand for, up to scales: 0 … ±254, denser near 0, where most weights lie.
+    """Returns the fp32 numbers of int8 weights, before scales: 0 … ±254, denser near 0, where most weights lie.
 
-    Rounded to the nearest of them, normally distributed weights lose three quarters of what equal steps lose.
+    Rounding normally distributed weights to these levels gives three quarters of the error of equal steps.
     """
     x = integers.astype(np.float32)
     return x + x * x * x * (1 / 127**2)
@@ -76,8 +76,8 @@ def levels(integers: Array) -> Array:
 class Linear(nnx.Module):
     """`x @ weight.T + bias` in the dtype of x; weight: (out, in), as torch stores it.
 
-    A frozen weight may be int8, of which `levels` makes numbers, with a scale: (out,) and an input_scale: (1, in)
-    (see `redvillm_jax.modules.quantize`).
+    A frozen weight may be int8 (see `levels`), with a scale (out,) and an input_scale (1, in) from
+    `redvillm_jax.modules.quantize`.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, rngs: nnx.Rngs):
@@ -86,18 +86,18 @@ class Linear(nnx.Module):
         self.scale = self.input_scale = None
 
     def __call__(self, x: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """x: (..., in) -> (..., out); `dtype`: of the result, summed in it (default: of x)."""
+        """x: (..., in) -> (..., out). dtype: of the result and the sum (default: of x)."""
         dtype = dtype or x.dtype
         if self.scale is None:
             y = product("...i,oi->...o", x, self.weight[...].astype(x.dtype), dtype)
-        else:  # scaled in fp32: the largest levels' products would overflow float16
+        else:  # scaled in fp32, because products of the largest levels overflow float16
             weight = (levels(self.weight[...]) * self.input_scale[...]).astype(x.dtype)
             y = (product("...i,oi->...o", x, weight, jnp.float32) * self.scale[...]).astype(dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):
-    """Rows of weight: (num_embeddings, features) looked up by id."""
+    """Looks up rows of weight (num_embeddings, features) by id."""
 
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
@@ -152,7 +152,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Equal blocks whose weights carry a leading layer axis; one block is traced and scanned over.
+    """Equal blocks; their weights have a leading layer axis, and a scan runs one traced block over it.
 
     `make_block(rngs)` builds one block; `block(x, *args, *of_layer, cache)` returns `(x, cache)` (see `update_cache`).
     """
@@ -162,11 +162,12 @@ class Stack(nnx.Module):
         self.num_layers = num_layers
 
     def __call__(self, x: jax.Array, *args, of_layer: tuple = (), cache=None, remat: str = "none"):
-        """Runs all blocks; `args` are shared by them, `cache` has a leading layer axis and comes back updated.
+        """Runs all blocks. Returns x and the updated cache.
 
-        of_layer: arrays with a leading layer axis (or None), of which each block gets its own part.
-        remat: what the backward pass finds stored; "none": all it needs, "full": each block's input alone, else
-        that and the activations of `KEPT` that are named, separated by commas. The rest is computed again.
+        args: the same for all blocks. of_layer: arrays with a leading layer axis (or None); each block gets its own
+        part. cache: with a leading layer axis. remat: the activations stored for the backward pass: "none" recomputes
+        nothing, "full" stores each block's input alone, names out of `KEPT`, separated by commas, are stored besides
+        that input.
         """
         graphdef, weights = nnx.split(self.block)
         numbers = None if cache is None else jnp.arange(self.num_layers)
@@ -179,20 +180,20 @@ class Stack(nnx.Module):
 
         if remat != "none":
             names = () if remat == "full" else remat.split(",")
-            # A scan's iterations are apart already: no barrier has to keep XLA from merging what is recomputed.
+            # No barrier is needed: XLA does not merge computations of different iterations of a scan.
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
-        # The cache is carried, not scanned over: written where it lies, where a scan's output would be a copy of it.
+        # The cache is carried and updated in place; as an output of the scan it would be copied.
         return jax.lax.scan(body, (x, cache), (weights, of_layer, numbers))[0]
 
 
 def attention(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | Callable | None = None
 ) -> jax.Array:
-    """Scaled dot-product attention with an fp32 softmax.
+    """Computes scaled dot-product attention with an fp32 softmax.
 
     query: (B, S, H, D); key, value: (B, S_kv, H or a divisor of it, D); mask: (B, S, S_kv) bool, True = visible, or a
-    fused kernel of `redvillm_jax.modules.attention` that knows what is visible. Returns (B, S, H, D). A row that sees
-    nothing gets a finite, meaningless result.
+    fused kernel of `redvillm_jax.modules.attention` with its own mask. Returns (B, S, H, D); a query that sees no key
+    gets a finite, meaningless result.
     """
     key, value = keep(key, "key"), keep(value, "value")
     if callable(mask):
@@ -206,7 +207,7 @@ def attention(
     def in_fp32(*halves: jax.Array) -> jax.Array:
         return attend(*(half.astype(jnp.float32) for half in halves)).astype(jnp.float16)
 
-    if query.dtype == jnp.float16:  # CPUs and TPUs have no product of halves that sums in fp32
+    if query.dtype == jnp.float16:  # CPUs and TPUs have no float16 product that sums in fp32
         return jax.lax.platform_dependent(query, key, value, cpu=in_fp32, tpu=in_fp32, default=attend)
     return attend(query, key, value)
 
@@ -228,11 +229,11 @@ def update_cache(
     cache_index: int | jax.Array,
     num_slots: int,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-    """Writes key and value: (B, S, H, D) of one layer at slot `cache_index`.
+    """Writes key and value (B, S, H, D) of one layer to the cache, from slot `cache_index` on.
 
-    cache: keys and values of all layers, (num_layers, B, H, D, S_max) each, and the layer's number; slots come last
-    because attention's products read them so. Returns the two updated, and what the layer has in its first slots:
-    (B, num_slots, H, D) each.
+    cache: keys and values of all layers, (num_layers, B, H, D, S_max) each, and the layer's number; slots are the last
+    axis because attention's products read them so. Returns the updated keys and values of all layers, and the layer's
+    keys and values in its first slots, (B, num_slots, H, D) each.
     """
     *arrays, layer = cache
     updated = tuple(
@@ -251,9 +252,9 @@ def update_cache(
 def rotary_angles(
     position_ids: jax.Array, head_dim: int, base: float | jax.Array, scale: np.ndarray | None = None
 ) -> jax.Array:
-    """Angles of rotary position embeddings: (B, S) -> (B, S, head_dim / 2) fp32.
+    """Computes the angles of rotary position embeddings: (B, S) -> (B, S, head_dim / 2) fp32.
 
-    base may be (B, 1, 1). scale: what the frequencies are multiplied with, (head_dim / 2,) fp32.
+    base may be (B, 1, 1). scale: a factor for each frequency, (head_dim / 2,) fp32.
     """
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     positions = position_ids[..., None].astype(jnp.float32)
@@ -265,8 +266,8 @@ def rotary_angles(
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotates the half-split pairs (j, j + D/2) of x: (B, S, H, D) in fp32 and returns them in the dtype of x.
 
-    angles: (B, S, D/2) fp32. The halves change places in a product with a permutation, which is exact: half a vector
-    register cannot be moved cheaply on a TPU. The gradient is the rotation back.
+    angles: (B, S, D/2) fp32. A product with a permutation matrix swaps the halves; it is exact, and cheaper on a TPU
+    than moving half a vector register. The gradient is the inverse rotation.
     """
     halves = np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1)
     swapped = product("...d,de->...e", x, jnp.asarray(halves, x.dtype), jnp.float32)
@@ -293,7 +294,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:
-    """images: (..., 3) uint8 -> (pixels / 255 - mean) / std in `dtype`."""
+    """Normalizes images (..., 3) uint8: (pixels / 255 - mean) / std in `dtype`."""
     pixels = images.astype(jnp.float32) / 255.0
     return ((pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)).astype(dtype)
 

@@ -1,6 +1,7 @@
-"""The LLaMA decoder with the options that its descendants publish, under transformers' names.
+"""The LLaMA decoder with the options of its descendants; its weights have transformers' names.
 
-Mistral adds a window, Qwen2 biases and a window in some layers, LLaMA 3 grouped keys and scaled rotary frequencies.
+Mistral adds a window; Qwen2 adds biases, and a window in some layers; LLaMA 3 adds grouped keys and scaled rotary
+frequencies.
 """
 
 import dataclasses
@@ -27,15 +28,15 @@ from redvillm_jax.modules.layers import (
     update_cache,
 )
 
-KINDS = ("full", "window")  # what a layer's attention sees: all keys before a query, or the last ones
+KINDS = ("full", "window")  # the keys that a layer's attention sees: all before a query, or the last ones
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for longer texts, as transformers' rope_parameters say it.
+    """The scaling of rotary frequencies for longer texts, with the fields of transformers' rope_parameters.
 
-    kind: "linear", all of them by `factor`; "llama3", those whose wavelength is long beside the trained length, with a
-    smooth passage to those that stay.
+    kind: "linear" divides all frequencies by `factor`; "llama3" divides only low ones, whose wavelength is long
+    compared with the trained length, with a smooth transition to the others.
     """
 
     kind: str
@@ -62,17 +63,17 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     tie_word_embeddings: bool = False  # the embedding table makes the logits, too
-    layer_kinds: tuple[str, ...] = ()  # of `KINDS`, one for each layer; (): all full
-    sliding_window: int = 0  # how many keys a layer of the kind "window" sees, the query's own included
+    layer_kinds: tuple[str, ...] = ()  # out of `KINDS`, one for each layer; (): all full
+    sliding_window: int = 0  # number of keys that a "window" layer sees, the query's own included
 
     @property
     def window(self) -> int | None:
-        """How many keys the narrowest layer sees; None: all."""
+        """The number of keys that the narrowest layer sees; None: all."""
         return self.sliding_window if "window" in self.layer_kinds else None
 
 
 def frequency_scale(scaling: RopeScaling, head_dim: int, theta: float) -> np.ndarray:
-    """What each rotary frequency is multiplied with: (head_dim / 2,) fp32."""
+    """Returns the factor of each rotary frequency: (head_dim / 2,) fp32."""
     if scaling.kind == "linear":
         return np.full(head_dim // 2, 1 / scaling.factor, np.float32)
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -83,7 +84,7 @@ def frequency_scale(scaling: RopeScaling, head_dim: int, theta: float) -> np.nda
 
 
 class LlamaAttention(nnx.Module):
-    """Causal self-attention with rotary positions; fewer key-value heads than heads are allowed."""
+    """Causal self-attention with rotary positions; there may be fewer key-value heads than heads."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -118,7 +119,7 @@ class LlamaMLP(nnx.Module):
 class LlamaLayer(nnx.Module):
     """One pre-norm decoder layer: (B, S, K) -> (B, S, K) and the updated cache.
 
-    windowed: () bool, which of both masks is this layer's; None: the first is every layer's.
+    windowed: () bool, whether this layer uses window_mask; None: all layers use attention_mask.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -136,7 +137,7 @@ class LlamaLayer(nnx.Module):
 
 
 class LlamaModel(nnx.Module):
-    """The level that LLaMA calls `model` in its names."""
+    """The level `model` of LLaMA's weight names."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -145,7 +146,7 @@ class LlamaModel(nnx.Module):
 
 
 class LlamaDecoder(nnx.Module):
-    """A decoder with its output head: what the contract of a base calls an LLM."""
+    """A decoder with its output head; an LLM in the contract of a base."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.model = LlamaModel(config, rngs=rngs)
@@ -163,13 +164,13 @@ class LlamaDecoder(nnx.Module):
         return self.model.embed_tokens(token_ids).astype(dtype)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values: (num_layers, batch, num_key_value_heads, head_dim, length) each."""
+        """Makes empty keys and values: (num_layers, batch, num_key_value_heads, head_dim, length) each."""
         c = self.config
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, c.head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
-        """Prompts of one class share the keys of what they share: all of them."""
+        """Returns the class of a prompt. Prompts of one class can share the cache of a prefix; here all can."""
         return 0
 
     def __call__(
@@ -183,12 +184,11 @@ class LlamaDecoder(nnx.Module):
         context_length: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Decoder body and final norm.
+        """Runs the decoder's body and its final norm. Returns hidden states (B, S, K) and the updated cache.
 
-        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
-        cache, how many of its slots are seen; the new keys and values go to slots cache_index … cache_index + S - 1.
-        context_length is of no use here (LLaMA's rotary base does not depend on it). Returns hidden states
-        (B, S, K) and the updated cache.
+        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a cache,
+        the number of its slots to read. New keys and values go to slots cache_index … cache_index + S - 1.
+        context_length is not used: LLaMA's rotary base does not depend on it.
         """
         c = self.config
         scale = None if c.rope_scaling is None else frequency_scale(c.rope_scaling, c.head_dim, c.rope_theta)
@@ -199,9 +199,10 @@ class LlamaDecoder(nnx.Module):
         return self.model.norm(x), cache
 
     def layer_masks(self, mask: jax.Array, row_length: int) -> tuple:
-        """The mask of all layers, None, None; or the full mask, the window's, and whose layers that is: (layers,) bool.
+        """Returns (mask of all layers, None, None), or (full mask, window mask, (layers,) bool: the window layers).
 
-        mask: that of `__call__`. A fused kernel knows no window: it is for rows that a window sees whole.
+        mask: attention_mask of `__call__`. Raises ValueError for a fused kernel, which has no window, on rows longer
+        than the window.
         """
         c = self.config
         if callable(mask) and c.window is not None and row_length > c.window:

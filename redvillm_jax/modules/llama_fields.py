@@ -1,6 +1,6 @@
-"""The tables of published decoders that are LLaMA's computation with options: LLaMA, Mistral, Qwen2.
+"""The tables of published decoders that compute as LLaMA with options: LLaMA, Mistral, Qwen2.
 
-Defaults are those of transformers' classes, because its files omit what equals them.
+Defaults are the defaults of transformers' classes, because transformers omits equal values from its files.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from redvillm_jax.modules.config_fields import (
 )
 from redvillm_jax.modules.llama import LlamaConfig, RopeScaling
 
-KINDS = {"full_attention": "full", "sliding_attention": "window"}  # transformers' names of a layer's kind
+KINDS = {"full_attention": "full", "sliding_attention": "window"}  # transformers' names -> names in `llama.KINDS`
 
 ROPE: Fields = {  # transformers 5's rope_parameters, and rope_scaling before it
     "rope_type": one_of("default", "linear", "llama3", default=None),
@@ -79,11 +79,11 @@ MISTRAL: Fields = LLAMA | {
 
 
 def are_kinds(value: Any) -> bool:
-    """Whether a value is null or a list of transformers' names of layers' kinds."""
+    """Returns whether a value is null or a list of transformers' names of layer kinds."""
     return value is None or (isinstance(value, list) and all(isinstance(v, str) and v in KINDS for v in value))
 
 
-QWEN2: Fields = LLAMA | {  # its queries, keys and values have biases, which no field says
+QWEN2: Fields = LLAMA | {  # no field states that its queries, keys and values have biases
     "model_type": only("qwen2"),
     "vocab_size": count(151936, VOCABULARY),
     "intermediate_size": count(22016, WIDTH),
@@ -99,7 +99,7 @@ DECODERS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2}
 
 
 def read_rope(values: dict[str, Any], where: str, path: str, fields: Fields) -> tuple[float, RopeScaling | None]:
-    """The rotary base and scaling from the fields that may hold them; raises UserError when those differ."""
+    """Returns the rotary base and scaling from the fields that may hold them. Raises UserError when those differ."""
     thetas, scalings = {"rope_theta": values["rope_theta"]}, {}
     for name in ("rope_parameters", "rope_scaling"):
         if values[name]:
@@ -114,7 +114,7 @@ def read_rope(values: dict[str, Any], where: str, path: str, fields: Fields) -> 
 
 
 def rope_scaling(said: dict[str, Any], where: str, path: str) -> RopeScaling | None:
-    """The scaling that a rope object asks for; None: none."""
+    """Returns the scaling of a rope object, or None."""
     kinds = {said[name] for name in ("rope_type", "type")} - {None}
     require(len(kinds) <= 1, where, f"{path}rope_type is {said['rope_type']} but {path}type is {said['type']}")
     kind = kinds.pop() if kinds else "default"
@@ -131,9 +131,9 @@ def rope_scaling(said: dict[str, Any], where: str, path: str) -> RopeScaling | N
 
 
 def read_llama(config: Any, where: str, path: str = "", fields: Fields = LLAMA, rope: Fields = ROPE) -> dict[str, Any]:
-    """The values of a decoder's fields; heads, their size, the rotary base and its scaling are settled.
+    """Reads the fields of a decoder and fills in key-value heads, head size, rotary base and scaling.
 
-    fields, rope: the tables of the config and of the rope objects in it. Raises UserError for what they refuse.
+    fields, rope: the tables of the config and of the rope objects in it. Raises UserError for refused values.
     """
     values = read_fields(config, fields, where, path)
     said = values["head_dim"]
@@ -146,7 +146,7 @@ def read_llama(config: Any, where: str, path: str = "", fields: Fields = LLAMA, 
 
 
 def model_table(config: Any, tables: dict[str, Fields], where: str, path: str) -> Fields:
-    """The table of the decoder that `model_type` names, a LLaMA where it is left out."""
+    """Returns the table of the decoder that `model_type` names; a config without it is a LLaMA."""
     kind = config.get("model_type", "llama") if isinstance(config, dict) else "llama"
     known = isinstance(kind, str) and kind in tables
     require(known, where, f"{path}model_type is {shown(kind)}, supported: {' or '.join(map(shown, tables))}")
@@ -154,7 +154,7 @@ def model_table(config: Any, tables: dict[str, Fields], where: str, path: str) -
 
 
 def read_decoder(config: Any, where: str, path: str = "") -> LlamaConfig:
-    """The decoder that the config of a LLaMA, Mistral or Qwen2 describes, whichever `model_type` says."""
+    """Reads the config of a LLaMA, Mistral or Qwen2, by its `model_type`."""
     values = read_llama(config, where, path, model_table(config, DECODERS, where, path))
     names = {field.name for field in dataclasses.fields(LlamaConfig)}
     kinds, window = layer_kinds(values, where, path)
@@ -164,7 +164,7 @@ def read_decoder(config: Any, where: str, path: str = "") -> LlamaConfig:
 
 
 def layer_kinds(values: dict[str, Any], where: str, path: str) -> tuple[tuple[str, ...], int]:
-    """The kind of every layer, () where all are full, and the window's size."""
+    """Returns the kind of every layer, () if all are full, and the window's size."""
     layers, window = values["num_hidden_layers"], values["sliding_window"]
     if window is None or not values.get("use_sliding_window", True):
         return (), 0

@@ -1,4 +1,4 @@
-"""OpenCLIP's vision transformer without a class token, whose learned positions fit any grid, as Qwen-VL has it."""
+"""OpenCLIP's vision transformer as Qwen-VL has it: no class token, learned positions resized to any grid."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ class OpenClipConfig:
     """Sizes of a vision transformer."""
 
     patch_size: int
-    num_positions: int  # learned, of a square grid
+    num_positions: int  # learned positions, of a square grid
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -74,7 +74,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionBlocks(nnx.Module):
-    """The level that the vision tower calls `transformer` in its names."""
+    """The level `transformer` of the vision tower's weight names."""
 
     def __init__(self, config: OpenClipConfig, *, rngs: nnx.Rngs):
         make_block = lambda rngs: VisionBlock(config, rngs=rngs)  # noqa: E731
@@ -97,7 +97,7 @@ class OpenClipEncoder(nnx.Module):
         self.patch_size = config.patch_size
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """Patches with their positions, before the first norm: (B, N, D)."""
+        """Embeds patches with their positions, before the first norm: (B, N, D)."""
         rows, cols = (side // self.patch_size for side in pixels.shape[1:3])
         positions = grid_positions(self.positional_embedding[...], jnp.arange(rows * cols), rows, cols)
         return self.conv1(pixels) + positions.astype(pixels.dtype)

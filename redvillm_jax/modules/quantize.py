@@ -1,4 +1,4 @@
-"""Frozen matrices in 8 bits, so that a 7B language model takes 7 GB instead of 14."""
+"""Quantizes frozen matrices to 8 bits: a 7B language model takes 7 GB instead of 14."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,11 @@ from flax import nnx
 
 from redvillm_jax.modules.layers import Linear, levels
 
-SCHEME = "cubic levels, scales of inputs"  # in the fingerprint of a model in 8 bits: other rounding gives other answers
+# Part of the fingerprint of a model in 8 bits, because other rounding gives other answers.
+SCHEME = "cubic levels, scales of inputs"
 LEVELS = levels(np.arange(-127, 128))
-LARGEST = 2**8  # scale of an input: times the last level it still is a float16
-STEPS = 2**15 - 1  # of a 16-bit number that finds the nearest level in a table
+LARGEST = 2**8  # the largest scale of an input; its product with the last level fits float16
+STEPS = 2**15 - 1  # of the 16-bit index into the table of nearest levels
 NEAREST = np.zeros(2**16, np.int8)
 NEAREST[np.arange(-STEPS, STEPS + 1)] = (
     np.searchsorted((LEVELS[1:] + LEVELS[:-1]) / 2, np.arange(-STEPS, STEPS + 1) * LEVELS[-1] / STEPS) - 127
@@ -18,11 +19,11 @@ NEAREST[np.arange(-STEPS, STEPS + 1)] = (
 
 
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """weight: (out, in) -> int8 of the same shape, scale: (out,) and input_scale: (1, in), both float32.
+    """Quantizes weight (out, in): int8 of the same shape, scale (out,) and input_scale (1, in), both float32.
 
-    weight ≈ levels(int8) * input_scale * scale[:, None]. Rounded to the nearest level; the largest value of an output
-    becomes 127. An input's scale is the size of its weights, so that an input with small ones, whose activations
-    are often large, is rounded as finely as the others.
+    weight ≈ levels(int8) * input_scale * scale[:, None], rounded to the nearest level; the largest value of an output
+    becomes 127. An input's scale is the size of its weights: inputs with small weights, whose activations are often
+    large, are rounded as finely as the others.
     """
     weight = np.asarray(weight, np.float32)
     tiny = np.finfo(np.float32).tiny

@@ -34,7 +34,7 @@ class QwenConfig:
     head_dim: int
     layer_norm_epsilon: float
     rotary_emb_base: float
-    seq_length: int  # the trained length, beyond which dynamic NTK and logn act
+    seq_length: int  # the trained length; dynamic NTK and logn act beyond it
     use_dynamic_ntk: bool
     use_logn_attn: bool
 
@@ -86,7 +86,7 @@ class QwenBlock(nnx.Module):
 
 
 class QwenModel(nnx.Module):
-    """The level that Qwen calls `transformer` in its names."""
+    """The level `transformer` of Qwen's weight names."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.wte = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -95,10 +95,10 @@ class QwenModel(nnx.Module):
 
 
 def ntk_base(config: QwenConfig, context_length: jax.Array) -> jax.Array:
-    """The rotary base for prompts of context_length: (B,) tokens, as (B, 1, 1) fp32.
+    """Computes the rotary base (B, 1, 1) fp32 for prompts of context_length (B,) tokens.
 
-    Published rule: alpha = max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), base * alpha ** (d / (d - 2)).
-    Counting the doublings of seq_length that fit gives the exponent in integers.
+    Published rule: alpha = max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1), base * alpha ** (d / (d - 2)). Here
+    the exponent is an integer, the count of doublings of seq_length below the length.
     """
     doublings = (context_length[:, None] > config.seq_length * 2 ** jnp.arange(16)).sum(-1)
     alpha = 2.0 ** (doublings + 1) - 1
@@ -106,7 +106,7 @@ def ntk_base(config: QwenConfig, context_length: jax.Array) -> jax.Array:
 
 
 class QwenDecoder(nnx.Module):
-    """A decoder with its output head: what the contract of a base calls an LLM."""
+    """A decoder with its output head; an LLM in the contract of a base."""
 
     def __init__(self, config: QwenConfig, *, rngs: nnx.Rngs):
         self.transformer = QwenModel(config, rngs=rngs)
@@ -115,7 +115,7 @@ class QwenDecoder(nnx.Module):
 
     @property
     def head(self) -> Linear:
-        """What makes the logits."""
+        """The module whose weight makes the logits."""
         return self.lm_head
 
     def embed(self, token_ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -123,13 +123,13 @@ class QwenDecoder(nnx.Module):
         return self.transformer.wte(token_ids).astype(dtype)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Empty keys and values: (num_layers, batch, num_attention_heads, head_dim, length) each."""
+        """Makes empty keys and values: (num_layers, batch, num_attention_heads, head_dim, length) each."""
         c = self.config
         shape = (c.num_hidden_layers, batch, c.num_attention_heads, c.head_dim, length)
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
     def context_class(self, context_length: int) -> int:
-        """Prompts of one class share the keys of what they share: those with one rotary base."""
+        """Returns the class of a prompt. Prompts of one class have one rotary base, so can share a prefix's cache."""
         c = self.config
         return sum(context_length > c.seq_length * 2**i for i in range(16)) if c.use_dynamic_ntk else 0
 
@@ -144,13 +144,13 @@ class QwenDecoder(nnx.Module):
         context_length: jax.Array | None = None,
         remat: str = "none",
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Decoder body and final norm.
+        """Runs the decoder's body and its final norm. Returns hidden states (B, S, K) and the updated cache.
 
-        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a
-        cache, how many of its slots are seen; the new keys and values go to slots cache_index … cache_index + S - 1.
-        context_length: (B,) int32, the length of the prompt, while prefilling and decoding alike: turns on
-        dynamic NTK (by that length) and logn (queries at positions from seq_length on are scaled), which the
-        published model uses outside training. Returns hidden states (B, S, K) and the updated cache.
+        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a cache,
+        the number of its slots to read. New keys and values go to slots cache_index … cache_index + S - 1.
+        context_length: (B,) int32, the length of the whole prompt, in prefill and in decoding; None in training. It
+        turns on dynamic NTK (by that length) and logn (scales queries at positions from seq_length on), as in the
+        published model.
         """
         c = self.config
         base, query_scale = c.rotary_emb_base, None

@@ -20,7 +20,7 @@ PATTERN = "|".join(
     )
 )
 
-SPECIAL_TOKENS = (  # their ids follow the ranks of the file
+SPECIAL_TOKENS = (  # their ids come after the ranks of the file
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|extra_{i}|>" for i in range(205)),
     *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = (  # their ids follow the ranks of the file
 
 
 class QwenTokenizer:
-    """Byte-level BPE from the folder's qwen.tiktoken; strings that look like special tokens are plain text.
+    """Byte-level BPE from the folder's qwen.tiktoken; special tokens in a text are read as plain text.
 
     Raises UserError when the file is missing or not in tiktoken's format.
     """
@@ -50,21 +50,21 @@ class QwenTokenizer:
         self.num_ranks = len(ranks)
         self.specials = {token: self.num_ranks + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
-        self.size = self.encoding.n_vocab  # ids that text can become, special ones included
+        self.size = self.encoding.n_vocab  # the number of ids, special tokens included
         self.stop_ids = tuple(map(self.special, ("<|im_end|>", "<|im_start|>", "<|endoftext|>")))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without markers at its ends."""
+        """Returns the token ids of a text, without markers at its ends."""
         return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def decode(self, token_ids: list[int], keep_special: bool = False) -> str:
-        """The text of ids; special tokens are dropped, or spelled out with `keep_special`.
+        """Returns the text of ids, without special tokens, or with them spelled out (`keep_special`).
 
-        Ids of the vocabulary's rows that belong to no token are dropped.
+        Ids without a token, of padding rows of the vocabulary, are dropped.
         """
         last = self.encoding.max_token_value if keep_special else self.num_ranks - 1
         return self.encoding.decode([i for i in token_ids if i <= last])
 
     def special(self, token: str) -> int:
-        """The id of a special token such as "<|im_end|>"."""
+        """Returns the id of a special token such as "<|im_end|>"."""
         return self.specials[token]

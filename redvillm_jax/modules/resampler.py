@@ -1,4 +1,4 @@
-"""Learned queries that attend to any number of features, and positions resized to their grid (Qwen-VL's resampler)."""
+"""Qwen-VL's resampler: learned queries attend to any number of features, with positions resized to their grid."""
 
 import math
 
@@ -12,10 +12,10 @@ EPS = 1e-6
 
 
 def bicubic_weights(index: jax.Array, target: int | jax.Array, source: int) -> jax.Array:
-    """Rows `index` of torch's bicubic resampling from `source` to `target` points: (...) -> (..., source) fp32.
+    """Returns rows `index` of the matrix of torch's bicubic resampling from `source` to `target` points.
 
-    torch's kernel has a = -0.75 (jax.image's -0.5), no antialiasing, and repeats the border. `target` may be
-    traced and broadcasts against `index`.
+    index (...) gives (..., source) fp32. torch's kernel has a = -0.75 (jax.image's has -0.5), no
+    antialiasing, and repeats the border. `target` may be traced and broadcasts against `index`.
     """
     a = -0.75
     x = (index + 0.5) * (source / target) - 0.5
@@ -31,12 +31,12 @@ def bicubic_weights(index: jax.Array, target: int | jax.Array, source: int) -> j
 
 
 def interpolate(weights: jax.Array, table: jax.Array) -> jax.Array:
-    """weights: (..., S) fp32 times table: (S, D) -> (..., D) fp32."""
+    """Multiplies weights (..., S) fp32 and table (S, D): (..., D) fp32."""
     return product("...s,sd->...d", weights, table.astype(jnp.float32))
 
 
 def grid_positions(table: jax.Array, index: jax.Array, rows: int | jax.Array, cols: int | jax.Array) -> jax.Array:
-    """Cells `index` (raster order) of a square position table resized to rows x cols: (...) -> (..., D) fp32."""
+    """Resizes a square position table to rows x cols; returns cells `index` (...), raster order: (..., D) fp32."""
     side = math.isqrt(len(table))
     down = bicubic_weights(index // cols, rows, side)
     across = bicubic_weights(index % cols, cols, side)
@@ -45,7 +45,7 @@ def grid_positions(table: jax.Array, index: jax.Array, rows: int | jax.Array, co
 
 
 def sin_cos_positions(num_positions: int, features: int) -> jax.Array:
-    """The resampler's fixed table for a square grid: [sin c, cos c, sin r, cos r] per cell, (N, features)."""
+    """Makes the fixed table for a square grid: [sin c, cos c, sin r, cos r] per cell, (N, features)."""
     side = math.isqrt(num_positions)
     frequency = 10000.0 ** -(jnp.arange(features // 4) / (features // 4))
     row, col = jnp.divmod(jnp.arange(num_positions), side)
@@ -66,7 +66,7 @@ class MultiheadAttention(nnx.Module):
         self.num_heads = num_heads
 
     def project_in(self, x: jax.Array, block: int) -> jax.Array:
-        """x through block 0 (query), 1 (key) or 2 (value) of the packed weights."""
+        """Projects x by block 0 (query), 1 (key) or 2 (value) of the packed weights."""
         width = x.shape[-1]
         rows = slice(block * width, (block + 1) * width)
         weight, bias = (param[rows].astype(x.dtype) for param in (self.in_proj_weight, self.in_proj_bias))
@@ -79,7 +79,7 @@ class MultiheadAttention(nnx.Module):
         return self.out_proj(merge_heads(attention(q, k, v, mask)))
 
     def values(self, x: jax.Array) -> jax.Array:
-        """What attention over the single key x returns, for each x: (..., width)."""
+        """Returns, for each x, attention over x as the only key: (..., width)."""
         return self.out_proj(self.project_in(x, 2))
 
 
@@ -95,7 +95,7 @@ class Resampler(nnx.Module):
         self.ln_kv = LayerNorm(width, eps=EPS)
 
     def position_table(self) -> jax.Array:
-        """The fixed positions of the queries' grid: (n_queries, K); no gradient reaches them."""
+        """Returns the fixed positions of the queries' grid, (n_queries, K), without gradient."""
         return jax.lax.stop_gradient(self.pos_embed[...])
 
     def __call__(self, features: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
@@ -107,5 +107,5 @@ class Resampler(nnx.Module):
         return self.attn(broadcast_rows(query, batch), kv + positions.astype(dtype), kv, mask)
 
     def values(self, features: jax.Array) -> jax.Array:
-        """Every feature alone, as the only key: features: (B, M, D) -> (B, M, K)."""
+        """Maps every feature as if it were the only key: (B, M, D) -> (B, M, K)."""
         return self.attn.values(self.ln_kv(self.kv_proj(features)))

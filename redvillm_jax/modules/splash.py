@@ -1,7 +1,7 @@
-"""Splash attention over packed rows: jax's Pallas kernels for TPUs, given the blocks of a mask of our own.
+"""Splash attention over packed rows: jax's Pallas kernels for TPUs, with masks computed at run time.
 
-jax's public way to these kernels takes masks that are known when the program is traced; masks of packed rows are not,
-and lie in one long sequence here. So this file uses what the kernels are made of, which is not public.
+This file uses private parts of jax. The public interface to these kernels takes masks that are known when the program
+is traced, but the masks of packed rows are data, and here all rows of a batch are one long sequence.
 """
 
 import jax
@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.modules.layers import BATCH_AXES, keep
 
-CHECKED = {"jax": "0.10.2"}  # the version that this file was last run with
+CHECKED = {"jax": "0.10.2"}  # the version that this file was checked with
 LANES = 128  # the kernels' blocks and heads come in multiples of a vector register's width
 
 
 def splash_blocks(row_length: int) -> splash.BlockSizes:
-    """The kernels' blocks: the largest that divide the row and fit a v4's 16 MB of vector memory."""
+    """Returns the kernels' block sizes: the largest that divide the row and fit a v4's 16 MB of vector memory."""
     large, small = (
         max(size for size in range(LANES, most + 1, LANES) if row_length % size == 0) for most in (1024, 512)
     )
@@ -39,14 +39,14 @@ def splash_blocks(row_length: int) -> splash.BlockSizes:
 
 
 def splash_masks(mask: jax.Array) -> list[MaskInfo]:
-    """What the forward, the dq and the dkv kernel need of mask: (B, S, S) bool.
+    """Returns the mask infos of the forward, dq and dkv kernels for a mask (B, S, S) bool, the same for all heads.
 
-    The rows lie one behind the other in one sequence, and a block is only ever paired with blocks of its own row;
-    blocks without a visible pair are skipped. All heads share this.
+    The rows of the batch form one sequence; a block is paired only with blocks of its own row, and blocks without a
+    visible pair are skipped.
     """
     sizes, b = splash_blocks(mask.shape[1]), len(mask)
     infos = []
-    for process, block_q, block_kv, axis in (  # axis: the one that a kernel walks over within a row
+    for process, block_q, block_kv, axis in (  # axis: the kernel loops over it within a row
         (process_dynamic_mask, sizes.block_q, sizes.block_kv, 2),
         (process_dynamic_mask, sizes.block_q_dq, sizes.block_kv_dq, 2),
         (process_dynamic_mask_dkv, sizes.block_q_dkv, sizes.block_kv_dkv, 1),
@@ -65,9 +65,9 @@ def splash_masks(mask: jax.Array) -> list[MaskInfo]:
 
 
 def splash_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Pallas splash attention on the devices that have the rows; heads are split over the tensor axis.
+    """Computes splash attention on the devices of the rows; heads are split over the tensor axis.
 
-    mask: (B, S, S) bool; every slot must see one.
+    mask: (B, S, S) bool; every slot must see at least one slot.
     """
     query = keep(query * query.shape[-1] ** -0.5, "query")
 

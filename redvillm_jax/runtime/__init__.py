@@ -1,1 +1,1 @@
-"""Devices, processes, the command line and log files; knows nothing of models."""
+"""Devices, processes, the command line and log files; must not import models."""

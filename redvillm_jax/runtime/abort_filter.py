@@ -1,6 +1,6 @@
-"""Passes a process's stderr on, and turns jax's abort over a lost process into one line.
+"""Passes a process's stderr on, and replaces jax's abort after the loss of a process by one line.
 
-Runs beside the process, because that is gone when its last lines are to be read (`distributed.explain_aborts`).
+Runs as a process of its own, because the other has ended when its last lines are read (`distributed.explain_aborts`).
 """
 
 import os
@@ -8,16 +8,16 @@ import re
 import select
 import signal
 
-CHECKED = {"jax": "0.10.2"}  # the version whose lines were last read
+CHECKED = {"jax": "0.10.2"}  # the version whose lines were checked last
 STDIN, STDERR = 0, 2
 PATIENCE_SECONDS = 10
-UNCLEAR = re.compile(rb"[EFW]\d")  # the beginning of a line that may become one of jax's
+UNCLEAR = re.compile(rb"[EFW]\d")  # the possible beginning of a line of jax
 FROM_JAX = re.compile(rb"^[EFW]\d{4} .*(coordination_service|preemption_sync_manager|client\.h)", re.MULTILINE)
 AGAIN = "start the same command again in every process, and it continues"
 
 
 def verdict(text: str) -> str | None:
-    """What jax's last lines mean, None where they say something else."""
+    """Returns the meaning of jax's last lines, or None if they are not about a lost process."""
     if "RegisterTask" in text and "DEADLINE_EXCEEDED" in text:
         remedy = "start all of them, with the same JAX_COORDINATOR_ADDRESS and no firewall between"
         return f"the processes of this run did not find each other in time: {remedy}"
@@ -30,8 +30,8 @@ def verdict(text: str) -> str | None:
 
 
 def main() -> None:
-    """Copies stdin to stderr as it comes; jax's own complaints wait for PATIENCE_SECONDS whether stdin ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a machine that is shut down sends it to all, and the other saves
+    """Copies stdin to stderr. Holds jax's error lines back for PATIENCE_SECONDS, in case stdin ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a shutdown sends SIGTERM to all; the other process may still save
     text, held = b"", b""
     while True:
         if held and not select.select([STDIN], [], [], PATIENCE_SECONDS)[0]:

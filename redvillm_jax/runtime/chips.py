@@ -1,4 +1,4 @@
-"""TPU slices by the names that users know, and what one chip of each kind can do."""
+"""TPU slices by their usual names, and the rates of TPU chips and GPUs."""
 
 import dataclasses
 import glob
@@ -16,9 +16,9 @@ from redvillm_jax.runtime import jax_private
 class Chip:
     """Published rates of one chip.
 
-    device_kind: jax's name of it; peak_flops: bf16, per second; hbm: bytes; hbm_bandwidth, link_bandwidth (one
-    link, one direction): bytes per second; clock: Hz, of the compiler's cycle estimates; scoped_vmem: KiB that the
-    compiler may use for one operation's tiles (its default of 16 MiB leaves matrix units waiting where there is more).
+    device_kind: jax's name of it. peak_flops: bf16, per second. hbm: bytes. hbm_bandwidth, link_bandwidth (one link,
+    one direction): bytes per second. clock: Hz, of the compiler's cycle estimates. scoped_vmem: KiB that the compiler
+    may use for the tiles of one operation; None: its default, 16 MiB, with which matrix units of some chips wait.
     """
 
     kind: str
@@ -37,7 +37,7 @@ CHIPS = {
     "v5p": Chip("v5p", "TPU v5", 459e12, 95 * 2**30, 2765e9, 90e9, 1.75e9, 32768),
     "v6e": Chip("v6e", "TPU v6 lite", 918e12, 32 * 2**30, 1640e9, 90e9, 1.75e9, None),
 }
-GPU_PEAKS = {  # dense bf16 by a part of the name, the first that fits
+GPU_PEAKS = {  # dense bf16 flops per second; the first name that is part of device_kind counts
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -54,30 +54,30 @@ SIZES |= {"v5p": SIZES["v4"], "v6e": SIZES["v5e"]}
 NAMES = tuple(f"{kind}-{chips * CORES_IN_NAME[kind]}" for kind in CHIPS for chips in SIZES[kind])
 
 
-QUIET_LIBTPU = {  # no search for a TPU, no remarks about its absence
+QUIET_LIBTPU = {  # libtpu then does not look for a TPU, and logs nothing
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v4-8",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-COMPILE_ONLY = QUIET_LIBTPU | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # and no lock on a TPU
+COMPILE_ONLY = QUIET_LIBTPU | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # and takes no lock on a TPU
 TPU_NODES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def quiet_without_tpu() -> None:
-    """Keeps libtpu from writing of a TPU that this machine does not have; call it before jax looks for devices.
+    """Silences libtpu on a machine without a TPU; call it before jax looks for devices.
 
-    On a machine with one, and where the user has set a variable, nothing changes: all that libtpu says is seen.
+    Does nothing on a machine with a TPU, or if the user has set one of the variables.
     """
     if jax_private.num_tpu_chips() or any(map(glob.glob, TPU_NODES)):
         return
-    if not any(name in os.environ for name in QUIET_LIBTPU if name != "TPU_SKIP_MDS_QUERY"):  # jax sets that itself
+    if not any(name in os.environ for name in QUIET_LIBTPU if name != "TPU_SKIP_MDS_QUERY"):  # jax sets this one itself
         os.environ.update(QUIET_LIBTPU)
 
 
 def peak_flops(device: Any) -> float | None:
-    """bf16 flops per second of a device, None where they are not known."""
+    """Returns the bf16 flops per second of a device, None if they are not known."""
     known = {chip.device_kind: chip.peak_flops for chip in CHIPS.values()}
     if device.platform == "tpu":
         return known.get(device.device_kind)
@@ -85,13 +85,13 @@ def peak_flops(device: Any) -> float | None:
 
 
 def compiler_options(device: Any) -> dict[str, str]:
-    """XLA options that a train step for this device is compiled with."""
+    """Returns the XLA options for compiling a train step for this device."""
     vmem = {chip.device_kind: chip.scoped_vmem for chip in CHIPS.values()}.get(device.device_kind)
     return {"xla_tpu_scoped_vmem_limit_kib": str(vmem)} if vmem else {}
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the grid of a slice such as "v5e-16"; an unknown one is a UserError."""
+    """Returns the chip and the grid of a slice such as "v5e-16". Raises UserError for an unknown slice."""
     if name not in NAMES:
         raise UserError(f"--topology={name}: unknown, expected one of {', '.join(NAMES)}")
     kind, size = name.split("-")
@@ -99,10 +99,10 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def tpu_devices(name: str) -> list[Any]:
-    """Compile-only devices of a slice, one per chip, from libtpu on a machine that need not have a TPU.
+    """Returns the devices of a slice, one per chip, to compile for; the machine needs libtpu but no TPU.
 
-    Settles for the process that jax computes on the CPU, and that libtpu looks for no TPU. Raises UserError
-    without libtpu.
+    From then on, jax computes on the CPU in this process, and libtpu does not look for a TPU. Raises UserError without
+    libtpu.
     """
     os.environ.update(COMPILE_ONLY)
     jax.config.update("jax_platforms", "cpu")

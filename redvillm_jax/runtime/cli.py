@@ -18,20 +18,20 @@ from data_pipeline.common.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = {path.stem: path for path in sorted((ROOT / "configs").glob("[a-z]*.py")) if path.stem != "common"}
-KINDS = ("family", "video")  # the fields that decide which other fields a config has
+KINDS = ("family", "video")  # these fields decide which other fields a config has
 OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 Complete = Callable[[ConfigDict], ConfigDict]
-Override = tuple[str, str, str | None]  # as it is written, the field, its text; None: a switch without a value
+Override = tuple[str, str, str | None]  # the argument, the field, its text; None: a switch without a value
 
 
 def parse(parser: Parser, argv: Sequence[str], complete: Complete | None = None) -> argparse.Namespace:
-    """The command line of a command that takes a config: its flags, and `config`, a plain nested dict or None.
+    """Parses the command line of a command with a config: its flags, and `config`, a plain nested dict or None.
 
-    `complete` gets the config of the file with the command line's `family` and `video`, and returns it with the fields
-    that these two bring; the other overrides may then set those, too. The last --config counts, and overrides may
-    stand before it. `--help` shows the fields of the config that is given. Raises UserError for every mistake.
+    complete(config): adds the fields of the config's `family` and `video`; overrides of these two are applied before
+    it, all others after it. The last --config counts, and overrides may stand before it. `--help` shows the fields of
+    the given config. Raises UserError for every mistake.
     """
     add_check_files(parser)
     text = "--config.NAME=VALUE sets one of its fields; with --config=FILE, --help shows them all."
@@ -49,7 +49,7 @@ def parse(parser: Parser, argv: Sequence[str], complete: Complete | None = None)
 
 
 def split(argv: Sequence[str]) -> tuple[str | None, list[Override], list[str]]:
-    """What the last --config says, the overrides in their order, and the other arguments."""
+    """Returns the value of the last --config, the overrides in their order, and the other arguments."""
     file, overrides, rest = None, [], []
     waiting = list(argv)
     while waiting:
@@ -72,7 +72,7 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[Override], list[str]]:
 
 
 def read_config(file: str, overrides: Sequence[Override] = (), complete: Complete | None = None) -> dict[str, Any]:
-    """The config of a file with overrides, as a plain nested dict; see `parse`."""
+    """Reads the config of a file with overrides, as a plain nested dict; see `parse`."""
     config = load_config(file)
     if complete is not None:
         for _, name, text in overrides:
@@ -83,15 +83,15 @@ def read_config(file: str, overrides: Sequence[Override] = (), complete: Complet
         override(config, file, written, name, text)
     try:
         return json.loads(config.to_json())
-    except Exception as error:  # a value that is none of JSON's
+    except Exception as error:  # a value that JSON does not have
         raise UserError(f"--config={file}: {type(error).__name__}: {in_one_line(error)} (see --help)") from error
 
 
 def load_config(file: str) -> ConfigDict:
-    """What `get_config` of a config file returns; what stands behind a colon is its argument.
+    """Calls `get_config` of a config file, with the text after a colon as its argument.
 
-    One of the project's own may be given from any folder, by its name (llava) or its path in the project
-    (configs/llava.py). Raises UserError: a config file is code, so whatever it raises is about it.
+    The project's own files may be given from any folder, by name (llava) or path in the project (configs/llava.py).
+    Raises UserError, also for any exception of the file, because a config file is code.
     """
     name, colon, argument = file.partition(":")
     path, bundled = Path(name), BUNDLED.get(name.removeprefix("configs/").removesuffix(".py"))
@@ -119,7 +119,7 @@ def load_config(file: str) -> ConfigDict:
 
 
 def override(config: ConfigDict, file: str, written: str, name: str, text: str | None) -> None:
-    """Sets a field by its dotted name to what a text says in the field's type. Raises UserError."""
+    """Sets a field, by its dotted name, from a text in the field's type. Raises UserError."""
     known = list(field_names(config))
     if name not in known:
         raise UserError(f"{written}: --config={file} has no field {name!r}{did_you_mean(name, known)}")
@@ -145,7 +145,7 @@ def override(config: ConfigDict, file: str, written: str, name: str, text: str |
 
 
 def value_of(text: str, kind: type) -> Any:
-    """A text as a value of a field's type. Raises ValueError or SyntaxError."""
+    """Converts a text to a field's type. Raises ValueError or SyntaxError."""
     if kind is bool:
         if text.lower() not in BOOLEANS:
             raise ValueError(f"expected true or false, got {text!r}")
@@ -159,7 +159,7 @@ def value_of(text: str, kind: type) -> Any:
 
 
 def field_names(config: ConfigDict, path: str = "") -> Iterator[str]:
-    """Dotted names of all fields."""
+    """Yields the dotted names of all fields."""
     for name, value in config.items():
         yield f"{path}{name}"
         if isinstance(value, ConfigDict):
@@ -167,7 +167,7 @@ def field_names(config: ConfigDict, path: str = "") -> Iterator[str]:
 
 
 def shown(config: dict[str, Any], path: str = "--config.") -> Iterator[str]:
-    """All fields as they are written on a command line."""
+    """Yields all fields in the form of command line arguments."""
     for name, value in sorted(config.items()):
         if isinstance(value, dict):
             yield from shown(value, f"{path}{name}.")
@@ -176,5 +176,5 @@ def shown(config: dict[str, Any], path: str = "--config.") -> Iterator[str]:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an exception says."""
+    """Returns the message of an exception in one line."""
     return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").split())[:300]

@@ -1,4 +1,4 @@
-"""Runs of several processes: the hosts of a TPU pod or of a cluster, or processes on one machine.
+"""Connects the processes of a run: the hosts of a TPU pod or of a cluster, or processes on one machine.
 
 Processes that compute together can only end together. A process that fails tells the others the reason, and they end
 at once. A process that is killed is noticed after SILENCE_SECONDS. Either way each process prints one line that names
@@ -27,10 +27,10 @@ from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.jax_private import SIGTERM_NOTICE, look_up
 from redvillm_jax.runtime.xla_messages import out_of_memory, small_memory
 
-PORT = "8476"  # Google Cloud's default firewall lets it through, but not the one jax would take (jax#35905)
+PORT = "8476"  # Google Cloud's default firewall allows it, but not jax's own choice (jax#35905)
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 WAIT_SECONDS = 300  # for the other processes at start-up
-SILENCE_SECONDS = 60  # without a sign of life from a process, before the others give up
+SILENCE_SECONDS = 60  # of silence of a process, before the others give up
 NEWS = "redvillm_jax/ended"
 STDERR = 2  # the file descriptor that jax's C++ code writes to
 
@@ -38,7 +38,7 @@ STDERR = 2  # the file descriptor that jax's C++ code writes to
 def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool = False) -> None:
     """Runs `main(argv)` as a command in every process of a run (see `data_pipeline.common.errors.run`).
 
-    saves_when_stopped: whether it asks `stopping` for SIGTERM in every step; otherwise SIGTERM ends it.
+    saves_when_stopped: it asks `stopping` for SIGTERM after every step; otherwise SIGTERM ends it.
     """
     reason = ""
 
@@ -52,7 +52,7 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
         except (Exception, KeyboardInterrupt) as error:
             if jax_private.is_connected():
                 if isinstance(error, jax.errors.JaxRuntimeError):
-                    time.sleep(SILENCE_SECONDS + 15)  # another's end is often the cause, and then that is told instead
+                    time.sleep(SILENCE_SECONDS + 15)  # often another process ended first, and `listen` reports that one
                 reason = " ".join(f"{error}".split())[:500] or type(error).__name__
             raise
 
@@ -65,7 +65,7 @@ def command(main: Callable[[list[str]], int | None], *, saves_when_stopped: bool
 
 
 def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
-    """`main(argv)`; a device without room for it is a UserError."""
+    """Runs `main(argv)`. Raises UserError when a device has too little memory."""
     try:
         return main(argv)
     except jax.errors.JaxRuntimeError as error:
@@ -81,11 +81,11 @@ def with_memory_explained(main: Callable[[list[str]], int | None], argv: list[st
 
 
 def connect(saves_when_stopped: bool = False) -> None:
-    """Connects this process with the others of its run, if there are any; call it before jax computes anything.
+    """Connects this process with the other processes of its run, if any; call it before jax computes anything.
 
-    jax finds the others on a TPU pod and on clusters that it knows. Elsewhere VARIABLES say the host of process 0, how
-    many processes there are and which one this is. The port is the host's (host:port), JAX_COORDINATOR_PORT, or PORT.
-    Raises UserError when only some of VARIABLES are set, or the port is taken.
+    jax finds the others on a TPU pod and on clusters that it knows. Elsewhere set VARIABLES: the host of process 0, the
+    number of processes, and the index of this process. The port is given with the host (host:port), by
+    JAX_COORDINATOR_PORT, or is PORT. Raises UserError when only some of VARIABLES are set, or the port is taken.
     """
     port = os.environ.setdefault("JAX_COORDINATOR_PORT", PORT)
     jax.config.update("jax_enable_preemption_service", saves_when_stopped)
@@ -108,7 +108,7 @@ def connect(saves_when_stopped: bool = False) -> None:
     except ValueError:
         if given:
             raise
-        restore_stderr()  # nothing says that there are others
+        restore_stderr()  # there are no other processes
         return
     over = threading.Event()
     listener = threading.Thread(target=listen, args=(over,), daemon=True)
@@ -117,7 +117,7 @@ def connect(saves_when_stopped: bool = False) -> None:
 
 
 def check_free(port: str) -> None:
-    """Raises UserError when something listens on a port of this machine, where jax would crash."""
+    """Raises UserError when a port of this machine is taken; jax would crash."""
     try:
         socket.create_server(("", int(port))).close()
     except (OSError, ValueError, OverflowError) as error:
@@ -125,9 +125,9 @@ def check_free(port: str) -> None:
 
 
 def explain_aborts() -> Callable[[], None]:
-    """Sends stderr through `abort_filter.py`: jax aborts the process with a stack trace when another one is gone.
+    """Sends stderr through `abort_filter.py`, because jax aborts with a stack trace when another process is gone.
 
-    Returns what undoes it.
+    Returns a function that undoes it.
     """
     script, pipe = Path(__file__).with_name("abort_filter.py"), subprocess.PIPE
     reader = subprocess.Popen(
@@ -145,9 +145,9 @@ def explain_aborts() -> Callable[[], None]:
 
 
 def listen(over: threading.Event) -> None:
-    """Until `over`, looks for another process's last words, repeats them and ends this process with its exit code.
+    """Until `over`, waits for the last message of another process; prints it and ends this process with its exit code.
 
-    It also ends a process that goes on for `stopping.STOP_SECONDS` after SIGTERM has come to one that would save.
+    Also ends this process if it still runs `stopping.STOP_SECONDS` after SIGTERM came to a process of the run.
     """
     deadline = math.inf
     while not over.wait(1):
@@ -163,12 +163,12 @@ def listen(over: threading.Event) -> None:
 
 
 def leave(code: int, reason: str) -> NoReturn:
-    """Ends this process and, through `listen`, all others; a regular exit would wait for them."""
+    """Ends this process and, through `listen`, all others; a normal exit would wait for them."""
     try:
         jax_private.tell_all(NEWS, f"{code} {me()} has ended: {reason}")
         if jax_private.process()[0] == 0:
-            time.sleep(3)  # what the others listen to lives in this process
-    except jax.errors.JaxRuntimeError:  # another's last words are there already, or nobody can hear
+            time.sleep(3)  # this process stores the message that the others read
+    except jax.errors.JaxRuntimeError:  # another process was first, or none can read it
         pass
     sys.stdout.flush()
     sys.stderr.flush()
@@ -176,27 +176,27 @@ def leave(code: int, reason: str) -> NoReturn:
 
 
 def me() -> str:
-    """This process in words."""
+    """Names this process: number, count and machine."""
     number, count = jax_private.process()
     return f"process {number} of {count} on {os.uname().nodename}"
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once: logs, configs, reports."""
+    """Returns whether this process writes the files that are written once: logs, configs, reports."""
     return jax.process_index() == 0
 
 
 def locked(path: str | Path, **how: bool) -> contextlib.AbstractContextManager[None]:
-    """`data_pipeline.common.locks.locked` in the first process of a run, nothing in the others."""
+    """Locks as `data_pipeline.common.locks.locked` in the first process of a run; does nothing in the others."""
     return locks.locked(path, **how) if is_first() else contextlib.nullcontext()
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process has come here; `what` names the place."""
+    """Waits until every process calls it with the same `what`."""
     if jax.process_count() > 1:
         jax_private.wait_for_all(what)
 
 
 def true_everywhere(fact: bool) -> bool:
-    """Whether every process says True; each gets the same answer."""
+    """Returns, in every process, whether `fact` is True in all of them."""
     return bool(jax_private.allgather(fact).all()) if jax.process_count() > 1 else fact

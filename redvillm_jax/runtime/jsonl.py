@@ -1,6 +1,6 @@
-"""JSON Lines files that grow while a run works and outlive its end, on local disks and in buckets.
+"""Appends to JSON Lines files during a run, on local disks and in buckets.
 
-`data_pipeline.common.artefacts.read_lines` reads them.
+Read them with `data_pipeline.common.artefacts.read_lines`.
 """
 
 import json
@@ -11,23 +11,23 @@ from typing import Any
 
 from data_pipeline.common.files import as_path, in_bucket, write_text
 
-BUCKET_SECONDS = 10  # between two writes of an object, which is written as a whole and at most once a second
+BUCKET_SECONDS = 10  # between two writes of an object; each writes it whole, and buckets allow one per second
 
 
 def open_lines(path: str | Path, kept: Sequence[dict[str, Any]]) -> "LineFile | LineObject":
-    """Opens a file for appending; it holds `kept` and nothing else then."""
+    """Opens a file for appending, after replacing its content by the lines `kept`."""
     path, text = as_path(path), as_text(kept)
     write_text(path, text)
     return LineObject(path, text) if in_bucket(path) else LineFile(path)
 
 
 def as_text(lines: Sequence[dict[str, Any]]) -> str:
-    """Objects as JSON lines."""
+    """Formats objects as JSON lines."""
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 class LineFile:
-    """Appends lines, each flushed at once."""
+    """A local file that grows; each write is flushed at once."""
 
     def __init__(self, path: Path):
         self.file = path.open("a", encoding="utf-8")
@@ -38,14 +38,14 @@ class LineFile:
         self.file.flush()
 
     def flush(self) -> None:
-        """What was written is in the file."""
+        """Does nothing: `write` flushes."""
 
     def close(self) -> None:
         self.file.close()
 
 
 class LineObject:
-    """The same for an object in a bucket: it cannot grow and is written again, with all its lines, now and then."""
+    """An object in a bucket. It cannot grow, so all lines are written again, at most every BUCKET_SECONDS."""
 
     def __init__(self, path: Path, text: str):
         self.path, self.texts, self.written, self.time = path, [text], 1, time.monotonic()
@@ -57,7 +57,7 @@ class LineObject:
             self.flush()
 
     def flush(self) -> None:
-        """What was written is in the bucket: called before a checkpoint, after which a killed run would go on."""
+        """Writes all lines to the bucket. Call it before a checkpoint: a killed run continues after its checkpoint."""
         if self.written < len(self.texts):
             write_text(self.path, "".join(self.texts))
             self.written, self.time = len(self.texts), time.monotonic()

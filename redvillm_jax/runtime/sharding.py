@@ -1,4 +1,4 @@
-"""The device mesh and where arrays lie on it."""
+"""Makes the device mesh, and shards arrays over it."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1}  # all weights on every dev
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A ("data", "fsdp", "tensor") mesh over the devices; one size may be -1 for what the others leave.
+    """Makes a ("data", "fsdp", "tensor") mesh over the devices; one size may be -1 for the rest of the devices.
 
     Raises UserError when the sizes do not multiply to the number of devices, and for TPUs of several slices.
     """
@@ -40,10 +40,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def weight_sharding(
     mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]
 ) -> Callable[[str, tuple[int, ...], bool], NamedSharding]:
-    """How weights lie on the mesh: the first rule whose regex is found in the name decides.
+    """Returns place(name, shape, stacked), the sharding of a weight by the first rule whose regex is found in its name.
 
-    Returns place(name, shape, stacked); `stacked` leaves have a leading layer axis, which is never split. An
-    axis that a dimension is not divisible by is left out of its spec. A name without a rule raises ValueError.
+    stacked: the leaf has a leading layer axis, which is never split. A dimension that an axis does not divide is not
+    split by it. place raises ValueError for a name without a rule.
     """
 
     def place(name: str, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
@@ -58,31 +58,31 @@ def weight_sharding(
 
 
 def extent(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
-    """Into how many parts an entry of a PartitionSpec splits a dimension."""
+    """Returns the number of parts into which an entry of a PartitionSpec splits a dimension."""
     axes = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
     return int(np.prod([mesh.shape[name] for name in axes]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over all batch axes."""
+    """Returns the sharding of a batch: rows over all batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Returns the number of parts into which the rows of a batch are split."""
     return extent(mesh, BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, num_rows: int, devices: Iterable[jax.Device] | None = None) -> list[int]:
-    """Which of a batch's rows lie on some devices, by default on this process's, in ascending order.
+    """Returns the rows of a batch that lie on some devices, by default on this process's, in ascending order.
 
-    Where the tensor axis crosses hosts, several processes have the same rows. They need not stand side by side, and
-    processes need not have equally many.
+    The rows need not be adjacent, and processes may have different numbers of rows. If the tensor axis crosses hosts,
+    several processes have the same rows.
     """
     held = batch_sharding(mesh).devices_indices_map((num_rows,))
     devices = mesh.local_devices if devices is None else devices
@@ -90,9 +90,9 @@ def local_rows(mesh: Mesh, num_rows: int, devices: Iterable[jax.Device] | None =
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays of this process's `local_rows` of a batch -> arrays of the batch, sharded over all processes' devices."""
+    """Makes the arrays of a batch, sharded over the devices of all processes, from this process's `local_rows`."""
     sharding, parts = batch_sharding(mesh), num_batch_shards(mesh)
-    local_parts = local_rows(mesh, parts)  # of a batch with a single row in each part
+    local_parts = local_rows(mesh, parts)  # with one row in each part
 
     def spread(rows: np.ndarray) -> jax.Array:
         size, rest = divmod(len(rows), len(local_parts))

@@ -13,7 +13,7 @@ from redvillm_jax.runtime.consensus import Failed, gather, together
 
 
 def require_shared(flag: str, folder: str | Path) -> None:
-    """Raises UserError in every process unless all of them see the one folder that they write to."""
+    """Raises UserError in every process unless all of them write to one and the same folder."""
     if jax.process_count() == 1:
         return
     try:
@@ -23,7 +23,7 @@ def require_shared(flag: str, folder: str | Path) -> None:
 
 
 def check_folder(workdir: epath.Path) -> str:
-    """Every process can write, read, rename, list and delete below `workdir`, and sees what the others wrote."""
+    """Checks that every process can write, read, rename, list and delete below `workdir`, and sees all files."""
     folder = workdir / f"check-{gather(secrets.token_hex(4))[0]}"
     mine, count = jax.process_index(), jax.process_count()
 
@@ -38,7 +38,7 @@ def check_folder(workdir: epath.Path) -> str:
         for process in range(count):
             if f"{process}.txt" not in listed:
                 raise Failed(
-                    f"{workdir} lacks what process {process} wrote: it must be one folder that all processes see, "
+                    f"{workdir} lacks the file of process {process}: it must be one folder that all processes see, "
                     "in a bucket (gs://) or on a disk that all machines mount"
                 )
             if (folder / f"{process}.txt").read_text() != f"{folder.name} {process}":
@@ -55,6 +55,6 @@ def check_folder(workdir: epath.Path) -> str:
         for part in (write, read, delete):
             together(part)
     finally:
-        with contextlib.suppress(Exception):  # what went wrong has been said
+        with contextlib.suppress(Exception):  # the failure itself is reported already
             folder.rmtree(missing_ok=True)
     return f"{workdir}: {count} process(es) wrote, read, renamed, listed and deleted"

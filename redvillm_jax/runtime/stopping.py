@@ -1,4 +1,4 @@
-"""Handles SIGTERM, which schedulers and preempted machines send: a run saves before its process ends."""
+"""Handles SIGTERM, the signal of schedulers and preempted machines: a run saves before its process ends."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ import jax
 from redvillm_jax.runtime.jax_private import asks_to_stop
 
 EXIT_CODE = 143  # 128 + SIGTERM, as for a process that does not save
-STOP_SECONDS = 300  # after SIGTERM for the step and the save; whatever takes longer will not end
+STOP_SECONDS = 300  # for the step and the save after SIGTERM; longer than both ever take
 UNSAVED_CODE = 1
 
 
 @contextlib.contextmanager
 def deferred_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Within it SIGTERM does not end the process; yields asked(step) -> whether to save and end after that step.
+    """A context in which SIGTERM does not end the process; yields asked(step): whether to save and end after the step.
 
-    With several processes each must ask after every step: one SIGTERM anywhere stops all after the same step. A step
-    or a save that has not ended after STOP_SECONDS ends the process with a line.
+    With several processes, each must call asked after every step; one SIGTERM stops all after the same step. The
+    process ends with a line if the step and the save take longer than STOP_SECONDS.
     """
-    if jax.process_count() > 1:  # jax's own handler, set up by `distributed.connect`, which also counts the seconds
+    if jax.process_count() > 1:  # jax handles SIGTERM; `distributed.listen` counts the seconds
         yield asks_to_stop()
         return
     received = []
@@ -38,9 +38,9 @@ def deferred_sigterm() -> Iterator[Callable[[int], bool]]:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Within it the process ends STOP_SECONDS after SIGTERM, for which it has a handler.
+    """A context in which the process ends STOP_SECONDS after SIGTERM; SIGTERM must have a handler.
 
-    A handler runs when the main thread is back in Python, which may be never; a thread hears of signals by a socket.
+    A handler runs only when the main thread is back in Python, perhaps never; so a thread reads signals from a socket.
     """
     heard, tell = socket.socketpair()
     tell.setblocking(False)
@@ -67,8 +67,8 @@ def limited() -> Iterator[None]:
 
 
 def unsaved() -> str:
-    """What to say at the end of a process that cannot save."""
+    """Returns the message of a process that ends without saving."""
     return (
-        f"SIGTERM came {STOP_SECONDS} seconds ago and a step or a save has still not ended: what came after the newest "
-        "checkpoint is lost; the same command continues from there"
+        f"SIGTERM came {STOP_SECONDS} seconds ago and a step or a save has still not ended: all steps after the newest "
+        "checkpoint are lost; the same command continues from there"
     )

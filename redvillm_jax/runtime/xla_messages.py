@@ -1,17 +1,17 @@
-"""What XLA's complaints about memory mean: their wording is no interface, and is read nowhere else."""
+"""Reads XLA's messages about memory. Their wording is no interface, so no other module reads them."""
 
 import re
 
-CHECKED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the versions whose messages were last read
+CHECKED = {"jax": "0.10.2", "libtpu": "0.0.42.1"}  # the versions whose messages were checked last
 
 
 def out_of_memory(said: str) -> bool:
-    """Whether a complaint is about memory of any kind."""
+    """Returns whether a message is about memory of any kind."""
     return "RESOURCE_EXHAUSTED" in said
 
 
 def small_memory(said: str) -> str:
-    """In words, which of a chip's small memories a program overflows by the compiler's complaint; "" for others."""
+    """Describes which small memory of a chip a program overflows, by the compiler's message; "" for others."""
     found = re.search(r"RESOURCE_EXHAUSTED.*?(?:memory space |space=)([vs])mem", said, re.DOTALL)
     if not found:
         return ""
@@ -23,7 +23,7 @@ def small_memory(said: str) -> str:
 
 
 def needed_bytes(said: str) -> float | None:
-    """What a program needs, by the compiler's complaint about memory: the largest size in it; None for others."""
+    """Returns the bytes that a program needs: the largest size in the compiler's message; None for other messages."""
     if not out_of_memory(said) or "hbm" not in said.lower():
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -1,1 +1,1 @@
-"""Rows, optimizer, train step and checkpoints of a run; knows nothing of answering."""
+"""Rows, optimizer, train step and checkpoints of a run; must not import inference."""

@@ -1,7 +1,8 @@
-"""Training checkpoints: trainable weights, optimizer state and step; never a frozen weight.
+"""Saves and restores training checkpoints: trainable weights, optimizer state and step, but no frozen weights.
 
-`<run>/checkpoints/<step>/` is Orbax's, with two files of our own in it: run.json says what the weights belong to, and
-SHA256SUMS (see `seal`) tells a damaged checkpoint before Orbax reads it, which would trust it or use up all memory.
+Orbax writes `<run>/checkpoints/<step>/`; this module adds two files. run.json names the base and the data of the
+weights. SHA256SUMS (see `checksums.seal`) shows damage before Orbax reads a checkpoint; Orbax would trust it or use up
+all memory.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from redvillm_jax.training.orbax_files import LAST_FILE, METADATA, STEP, folder_
 
 FOLDER = "checkpoints"
 DESCRIPTION = "run.json"
-DAMAGED = ".corrupt"  # stands behind the step in the name of a checkpoint that was set aside
+DAMAGED = ".corrupt"  # the ending of the name of a checkpoint that was set aside
 UNSEALED = (METADATA, LAST_FILE)
 
 
 def folder(run: str | Path) -> epath.Path:
-    """Where a run's checkpoints are, on a disk or in a bucket."""
+    """Returns the folder of a run's checkpoints, on a disk or in a bucket."""
     return epath.Path(absolute(run)) / FOLDER
 
 
 def open_checkpoints(run: str | Path, *, keep: int) -> ocp.training.Checkpointer:
-    """The run's checkpoints, `<run>/checkpoints/<step>/`; the newest `keep` stay on disk."""
+    """Opens a run's checkpoints for saving; the newest `keep` stay on disk."""
     silence_log()
     return ocp.training.Checkpointer(
         folder(run),
@@ -47,7 +48,7 @@ def open_checkpoints(run: str | Path, *, keep: int) -> ocp.training.Checkpointer
 
 
 def manifest(state: Any) -> dict[str, list[int]]:
-    """Shapes by dotted path, to compare a checkpoint with a run before anything is read."""
+    """Returns the shapes of a state by dotted path, to compare a checkpoint with a run before arrays are read."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves}
 
@@ -60,9 +61,9 @@ def save(
     config: Mapping[str, Any],
     identity: Mapping[str, str],
 ) -> None:
-    """Saves `state` = {"trainable": …, "optimizer": …} in the background; a step that exists is left as it is.
+    """Saves `state` = {"trainable": …, "optimizer": …} in the background; does nothing if the step exists.
 
-    identity: fingerprints of what the weights belong to, "base" and "data".
+    identity: the fingerprints "base" and "data" of the run.
     """
     if any(known.step == step for known in checkpoints.checkpoints):
         return
@@ -76,7 +77,7 @@ def save(
 
 
 def describe_and_seal(directory: epath.Path, step: int, description: str) -> None:
-    """Adds the two files of our own, when all of Orbax's are written and before the folder gets its final name."""
+    """Adds run.json and SHA256SUMS, after Orbax's files are written and before the folder gets its final name."""
     if is_first():
         where = folder_of_unfinished(directory, step)
         (where / DESCRIPTION).write_text(description)
@@ -84,9 +85,10 @@ def describe_and_seal(directory: epath.Path, step: int, description: str) -> Non
 
 
 def saved_steps(run: str | Path) -> list[int]:
-    """The steps of a run's checkpoints, the newest first; in a bucket an unfinished one lacks Orbax's last file.
+    """Returns the steps of a run's finished checkpoints, the newest first.
 
-    What has another name than Orbax gives a step, or is no folder, is none.
+    Files, and folders whose names are no steps, are ignored. In a bucket an unfinished checkpoint lacks Orbax's last
+    file.
     """
     there = [p for p in entries(run) if re.fullmatch(STEP, p.name)]
     whole = (p for p in there if ((p / LAST_FILE).exists() if in_bucket(run) else p.is_dir()))
@@ -94,7 +96,7 @@ def saved_steps(run: str | Path) -> list[int]:
 
 
 def entries(run: str | Path) -> list[epath.Path]:
-    """All that lies in the folder of a run's checkpoints."""
+    """Lists the folder of a run's checkpoints. Raises UserError when it is a file."""
     where = folder(run)
     if where.is_file():
         raise UserError(f"{where}: is a file, expected a folder or nothing: move it away, then run this again")
@@ -104,12 +106,12 @@ def entries(run: str | Path) -> list[epath.Path]:
 def restore(
     run: str | Path, state: Mapping[str, Any], *, identity: Callable[[Mapping[str, Any]], Mapping[str, str]]
 ) -> tuple[int, Mapping[str, Any]]:
-    """The newest whole checkpoint as (step, state), shapes and shardings those of `state`; (0, state) without one.
+    """Reads the newest intact checkpoint as (step, state), with the shapes and shardings of `state`; or (0, state).
 
-    identity(config): the fingerprints that this run would have had with the config that a checkpoint was saved with.
-    One that fits but is damaged is renamed to `<step>.corrupt`, with a line, and the one before is read. Every process
-    must call this. Raises UserError when a checkpoint belongs to another base, to other questions or videos, or to
-    other trainable weights, when a whole one cannot be read, and when there are but damaged ones.
+    Every process must call it. identity(config): this run's fingerprints under the config of a checkpoint. A damaged
+    checkpoint of this run is renamed to `<step>.corrupt`, with a line on stderr, and the one before is read. Raises
+    UserError when a checkpoint belongs to another base, to other questions or videos, or to other trainable weights;
+    when an intact checkpoint cannot be read; and when all are damaged.
     """
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(state))
     found = None
@@ -129,7 +131,7 @@ def restore(
 
 
 def refuse_damaged(run: str | Path) -> None:
-    """Raises UserError for a run without a checkpoint that had some, all of which were set aside."""
+    """Raises UserError for a run without checkpoints if damaged ones were set aside."""
     if aside := sorted(p.name for p in entries(run) if re.fullmatch(rf"\d+{DAMAGED}(\.\d+)?", p.name)):
         raise UserError(
             f"{folder(run)}: every checkpoint is damaged ({', '.join(aside[:3])}); put back a copy of one, or, "
@@ -138,7 +140,7 @@ def refuse_damaged(run: str | Path) -> None:
 
 
 def unlisted(where: epath.Path) -> str:
-    """Why Orbax cannot list what a checkpoint holds, which it does for all when it opens a run; "" if it can."""
+    """Returns the reason why Orbax cannot list a checkpoint, or ""; Orbax lists all of them when it opens a run."""
     try:
         with alone():
             ocp.checkpointables_metadata(where)
@@ -150,7 +152,7 @@ def unlisted(where: epath.Path) -> str:
 
 
 def load(where: epath.Path, abstract: Any) -> Any:
-    """Reads the arrays of a whole checkpoint as `abstract` says; every process for itself."""
+    """Reads the arrays of an intact checkpoint in the shapes and shardings of `abstract`; each process on its own."""
     try:
         with alone():
             return ocp.load_checkpointables(where, abstract)
@@ -160,7 +162,7 @@ def load(where: epath.Path, abstract: Any) -> Any:
 
 
 def newest(checkpoints: ocp.training.Checkpointer) -> str:
-    """The folder of the newest whole checkpoint, in words; waits for one that is being saved."""
+    """Returns the folder of the newest checkpoint as text, or "none"; waits for a save in progress."""
     checkpoints.wait()
     return str(checkpoints.latest.path) if checkpoints.latest else "none"
 
@@ -168,7 +170,7 @@ def newest(checkpoints: ocp.training.Checkpointer) -> str:
 def check_fits(
     where: epath.Path, wanted: Mapping[str, Any], identity: Callable[[Mapping[str, Any]], Mapping[str, str]]
 ) -> None:
-    """Raises UserError unless what a checkpoint says of itself fits this run; `wanted` is the run's manifest."""
+    """Raises UserError unless a checkpoint's run.json fits this run. wanted: the run's manifest."""
     saved = read_description(where)
     ours = identity(saved["config"])
     for name, meaning in (("base", "base"), ("data", "data (questions, videos or their order)")):
@@ -185,12 +187,12 @@ def check_fits(
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The keys whose values are not the same in both."""
+    """Returns the keys whose values differ."""
     return sorted(key for key in a.keys() | b if a.get(key) != b.get(key))
 
 
 def set_aside(where: epath.Path, problem: str) -> None:
-    """Renames a damaged checkpoint, so that nobody takes it for a whole one and somebody can look at it."""
+    """Renames a damaged checkpoint: it is then not restored, and can be examined."""
     if is_first():
         names = (f"{where.name}{DAMAGED}{suffix}" for suffix in ("", *(f".{i}" for i in range(2, 1000))))
         aside = next(path for name in names if not (path := where.parent / name).exists())
@@ -201,7 +203,7 @@ def set_aside(where: epath.Path, problem: str) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Within it Orbax waits for no other process, which would be for ever where one fails."""
+    """A context in which Orbax waits for no other process; if one failed, it would wait for ever."""
     me, context = jax.process_index(), ocp.Context()
     context.multiprocessing.primary_host = me
     context.multiprocessing.active_processes = {me}
@@ -211,15 +213,15 @@ def alone() -> Iterator[None]:
 
 
 def read_description(where: epath.Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: "config", "identity", "manifest"."""
+    """Reads a checkpoint's run.json: "config", "identity", "manifest"."""
     return read_object(where / DESCRIPTION, CHECKPOINT)
 
 
 def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config of a run and its trained projectors as nested dicts of numpy arrays, from the newest checkpoint.
+    """Reads a run's config and, from the newest checkpoint, its trained projectors as nested dicts of numpy arrays.
 
-    Returns (config, {"spatial": {…}, "temporal": {…}, …}); the config also says the checkpoint's "step" and the
-    "base_fingerprint" that it was trained on. Raises UserError when the run has no checkpoint, or a damaged one.
+    Returns (config, {"spatial": {…}, "temporal": {…}, …}); the config also has the checkpoint's "step" and the
+    "base_fingerprint" of its base. Raises UserError when the run has no checkpoint, or the newest is damaged.
     """
     run = as_path(run)
     check_bucket(run)
@@ -237,6 +239,6 @@ def load_trainables(run: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
     trained = load(where, {"trainable": abstract})["trainable"]
     said = read_description(where)
-    # The checkpoint's own word, which its hashes cover, goes before config.json's; folders may have moved since.
+    # The checkpoint's config overrides config.json, because hashes cover it; but folders may have moved since.
     config |= {key: said["config"][key] for key in (config.keys() & said["config"].keys()) - {"base", "data"}}
     return config | {"step": steps[0], "base_fingerprint": said["identity"]["base"]}, trained

@@ -1,6 +1,6 @@
-"""A folder that lists the hashes of its files, so that a damaged one is known before anything trusts it.
+"""Writes the hashes of a folder's files to SHA256SUMS, and finds damaged files by them.
 
-`sha256sum -c SHA256SUMS` in the folder checks the same. Files that somebody has put beside them do not matter.
+`sha256sum -c SHA256SUMS` in the folder checks the same. Files that are not in the list do not matter.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ SUMS = "SHA256SUMS"
 
 
 def seal(folder: epath.Path, leave_out: Sequence[str] = ()) -> None:
-    """Writes SHA256SUMS for all files below `folder`, apart from those named in `leave_out`."""
+    """Writes SHA256SUMS for all files below `folder`, except the names in `leave_out`."""
     lines = [f"{sha256(folder / name)}  {name}\n" for name in file_names(folder, leave_out)]
-    count = f"# {len(lines)} files\n"  # a comment for sha256sum; without it a list that is cut would look like a whole
+    count = f"# {len(lines)} files\n"  # a comment for sha256sum; it shows that a list is complete
     (folder / SUMS).write_text("".join([count, *lines]))
 
 
 def damaged(folder: epath.Path, leave_out: Sequence[str] = ()) -> list[str]:
-    """The names of files that are gone or not what `seal` found; SHA256SUMS if that is itself.
+    """Returns the names of files that are missing or have changed since `seal`; SHA256SUMS if the list itself has.
 
     Raises UserError for a file that cannot be read.
     """
@@ -39,18 +39,18 @@ def damaged(folder: epath.Path, leave_out: Sequence[str] = ()) -> list[str]:
             f"{folder}: {error.filename or 'a file'} cannot be read ({error.strerror}); is the disk well, and may this "
             "user read it?"
         ) from None
-    if not lines[:1] or not re.fullmatch(r"# \d+ files", lines[0]):  # of a list without a count
+    if not lines[:1] or not re.fullmatch(r"# \d+ files", lines[0]):  # a list without a count
         return sorted(wrong | {name for name in there - sums.keys() if not hidden(name)})
     return sorted(wrong) if lines[0] == f"# {len(sums)} files" else [SUMS]
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or a folder above it is one that listings hide, such as .DS_Store."""
+    """Returns whether a file, or a folder above it, is hidden (begins with a dot, as .DS_Store)."""
     return any(part.startswith(".") for part in name.split("/"))
 
 
 def file_names(folder: epath.Path, leave_out: Sequence[str]) -> list[str]:
-    """All files below a folder but SHA256SUMS, relative to it."""
+    """Returns all files below a folder, relative to it, except SHA256SUMS and the names in `leave_out`."""
     names = []
     for path in folder.iterdir():
         if path.is_dir():
@@ -61,6 +61,6 @@ def file_names(folder: epath.Path, leave_out: Sequence[str]) -> list[str]:
 
 
 def sha256(path: epath.Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Finds the cause of a failed training: the first bad step of a few, and its rows."""
+"""Finds the first bad step of a failed training, and its bad rows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from data_pipeline.common.errors import UserError
 from data_pipeline.packing import Row, Step
 
-EXPLODED = 3  # times the loss of a model that knows nothing: no training comes back from there
+EXPLODED = 3  # times the loss of uniform guesses; training does not recover from such a loss
 NAMED = 3  # rows in a message
 
 
@@ -21,10 +21,11 @@ def check_steps(
     name_row: Callable[[Row], str],
     last_good: Callable[[], str],
 ) -> None:
-    """Raises UserError, naming step, rows and the last good checkpoint, when a step has gone wrong.
+    """Raises UserError with step, rows and the last good checkpoint if a step is bad.
 
-    values: per step, from the one counted `first` on (from 0), its loss, grad_norm and row_losses (R,). Wrong is what
-    is not a number, and a loss of more than EXPLODED times ln(vocab_size). name_row: what to call a row.
+    A step is bad when its loss or gradient norm is not finite, or its loss is above EXPLODED times ln(vocab_size).
+    values: loss, grad_norm and row_losses (R,) of consecutive steps. first: the index of their first step, from 0.
+    name_row: returns a row's name for the message.
     """
     limit = EXPLODED * math.log(vocab_size)
     for step, metrics in enumerate(values, start=first):
@@ -49,7 +50,7 @@ def check_steps(
 
 
 def in_words(row: Row, videos: Sequence[Mapping[str, Any]], instructions: Sequence[Mapping[str, Any]]) -> str:
-    """A row: its videos, by index in `videos`, each with the ids of its questions, by index in `instructions`."""
+    """Names a row: its videos, each with the ids of its questions. The row holds indices into both sequences."""
     return ", ".join(
         f"{videos[video]['video']}: {' '.join(instructions[q]['id'] for q in questions)}" for video, questions in row
     )

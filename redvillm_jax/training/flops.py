@@ -1,8 +1,8 @@
-"""The model flops of a train step: 4·N·D, of which the forward pass and the backward pass take 2·N·D each.
+"""Counts the model flops of a train step: 4·N·D, 2·N·D each for the forward pass and the backward pass.
 
-N counts weights and D tokens, with 2 flops per multiply-add. Full training takes 6·N·D (arXiv 2001.08361, section 2.1),
-but frozen matrices need no gradient of their own, so the backward pass costs as much as the forward pass.
-Rematerialisation and attention are not counted.
+N is the number of weights and D of tokens; a multiply-add is 2 flops. Full training takes 6·N·D (arXiv 2001.08361,
+section 2.1); frozen matrices need no gradient of their own, so that the backward pass costs as much as the forward
+pass. Rematerialization and attention are not counted.
 """
 
 from flax import nnx
@@ -11,27 +11,27 @@ from redvillm_jax.modules.layers import Linear
 
 
 def matrix_sizes(llm: nnx.Module) -> tuple[int, int]:
-    """Weights in the matrices of the decoder's body and of its output head; arrays or shapes."""
+    """Counts the weights in the matrices of a decoder's body, and in its output head. llm: of arrays or shapes."""
     matrices = [module for _, module in nnx.iter_modules(llm) if isinstance(module, Linear) and module is not llm.head]
     return sum(matrix.weight.size for matrix in matrices), llm.head.weight.size
 
 
 def step_flops(matrices: tuple[int, int], tokens: float, supervised: float) -> float:
-    """Model flops of a step on `tokens` slots, `supervised` of which have logits."""
+    """Returns the model flops of a step on `tokens` slots, `supervised` of them with logits."""
     body, head = matrices
     return 4 * (body * tokens + head * supervised)
 
 
 def attention_pairs(row_length: int) -> int:
-    """Pairs of slots that a causal mask lets see each other; packing shows fewer."""
+    """Counts the visible pairs of slots under a causal mask; packed rows have fewer."""
     return row_length * (row_length + 1) // 2
 
 
 def kernel_flops(rows: int, row_length: int, num_heads: int, head_dim: int) -> dict[str, float]:
-    """Flops of one call of each splash attention kernel (by the beginning of its name) under a causal mask.
+    """Returns the flops of one call of each splash attention kernel, by the beginning of its name, under a causal mask.
 
-    Matrix products per visible pair: 2 forward; 3 for the gradient of the queries, 4 for keys and values, which
-    both compute the scores again.
+    Matrix products per visible pair: 2 in the forward pass; 3 for the gradient of the queries and 4 for the gradient of
+    keys and values, which both compute the scores again.
     """
     product = 2 * rows * attention_pairs(row_length) * num_heads * head_dim
     return {"splash_mha_fwd": 2 * product, "splash_mha_dq": 3 * product, "splash_mha_dkv": 4 * product}

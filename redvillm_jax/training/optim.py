@@ -1,4 +1,4 @@
-"""AdamW for the projectors: groups by regex, fixed leaves untouched, the schedule of Hugging Face's cosine."""
+"""Makes AdamW for the projectors: groups by regex, frozen leaves, warm-up and cosine as Hugging Face has them."""
 
 import math
 import re
@@ -12,7 +12,7 @@ FROZEN = "frozen"
 
 
 def label_tree(params: Any, rules: Sequence[tuple[str, str]]) -> Any:
-    """The group of every leaf: the first rule (regex, group) that matches its dotted path, e.g. "spatial.query".
+    """Returns the group of every leaf, by the first rule (regex, group) that matches its dotted path ("spatial.query").
 
     Raises ValueError for a leaf that no rule matches.
     """
@@ -28,12 +28,12 @@ def label_tree(params: Any, rules: Sequence[tuple[str, str]]) -> Any:
 
 
 def warmup_cosine(peak: float, total_steps: int, warmup_ratio: float) -> optax.Schedule:
-    """Linear from 0 over ceil(warmup_ratio * total_steps) steps, then a half cosine to 0.
+    """Returns a schedule: linear from 0 over ceil(warmup_ratio * total_steps) steps, then a half cosine to 0.
 
-    As transformers' get_cosine_schedule_with_warmup, which Video-ChatGPT trained with: step 0 has rate 0.
+    Step 0 has rate 0, as in transformers' get_cosine_schedule_with_warmup, the schedule of Video-ChatGPT.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
-    longer = max(total_steps, warmup + 1)  # optax needs a decay, also where the run ends with the warmup
+    longer = max(total_steps, warmup + 1)  # optax needs a decay step, even if the run ends with the warm-up
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, longer)
 
 
@@ -46,10 +46,10 @@ def make_optimizer(
     warmup_ratio: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW(0.9, 0.999, 1e-8) per group after one clip by the norm over all groups; "frozen" leaves get zero.
+    """Makes AdamW(0.9, 0.999, 1e-8) per group, after one clip by the norm over all groups.
 
-    labels: the groups of `label_tree`; learning_rate and weight_decay: by group. Frozen leaves are zeroed before
-    the norm is taken, so they do not count in it.
+    labels: of `label_tree`. learning_rate, weight_decay: by group. The gradients of "frozen" leaves are set to zero
+    before the norm is computed, and their updates are zero.
     """
     groups = {
         group: optax.adamw(

@@ -1,4 +1,4 @@
-"""The train step of a config: the same for a run that trains and for a plan that only compiles it."""
+"""Makes the train step and the encode step of a config, for runs and for plans that only compile them."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from redvillm_jax.training.step import make_train_step, split_trainable
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What of a config decides the steps of a run (`configs/common.py` says what each field means).
+    """The config fields that decide the steps of a run; `configs/common.py` explains each.
 
     learning_rate_scale, weight_decay: by optimizer group.
     """
@@ -44,9 +44,10 @@ def recipe_of(config: Mapping[str, Any]) -> Recipe:
 
 
 class Training(NamedTuple):
-    """step(trainable, optimizer, frozen, batch), what it takes, and the optimizer group of each trainable leaf.
+    """A train step with its first state.
 
-    state: {"trainable": …, "optimizer": …}, arrays, or shapes for a base without weights. frozen: the rest.
+    step(trainable, optimizer, frozen, batch): the jitted step. state: {"trainable": …, "optimizer": …}, arrays, or
+    shapes for a base without weights. frozen: all other weights. labels: the optimizer group of each trainable leaf.
     """
 
     step: Callable
@@ -65,15 +66,15 @@ def make_training(
     num_steps: int,
     row_length: int,
 ) -> Training:
-    """The jitted train step for a model of `build.load_model` on rows of `row_length` slots, and its first state.
+    """Makes the train step, with its first state, for a model of `build.load_model` on rows of `row_length` slots.
 
-    Raises UserError when nothing would train.
+    Raises UserError when no weight would train.
     """
     graphdef, trainable, frozen = split_trainable(model)
     labels = label_tree(trainable, group_rules(base, settings))
     if set(jax.tree.leaves(labels)) <= {FROZEN}:
         raise UserError(
-            f"nothing of config.video={settings.representation} trains with these fields: ask it untrained, or let a "
+            f"nothing of config.video={settings.representation} trains with these fields: use it untrained, or let a "
             "projector train"
         )
     optimizer = make_optimizer(
@@ -106,7 +107,7 @@ def make_training(
 
 
 def make_encode_step(model: VideoLLM, dtype: jax.typing.DTypeLike) -> tuple[Callable, Any]:
-    """A jitted step(weights, frames, num_frames) -> pooled streams by name, and the encoder's weights for it.
+    """Makes a jitted step(weights, frames, num_frames) that returns pooled streams by name; returns it and its weights.
 
     frames: (B, T, H, W, 3) uint8; num_frames: (B,) int32.
     """
@@ -121,7 +122,7 @@ def make_encode_step(model: VideoLLM, dtype: jax.typing.DTypeLike) -> tuple[Call
 
 
 def group_rules(base: Base, settings: ModelSettings) -> list[tuple[str, str]]:
-    """Which trainable leaf belongs to which optimizer group; the first match counts."""
+    """Returns (pattern of a trainable leaf's path, optimizer group); the first match counts."""
     fixed = base.module.frozen_projector(**settings.projector_options)
     video = settings.video
     return [
@@ -132,10 +133,10 @@ def group_rules(base: Base, settings: ModelSettings) -> list[tuple[str, str]]:
 
 
 def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> tuple:
-    """Shardings of (trainable, optimizer state): moments lie like their weights, counters everywhere."""
+    """Returns shardings of (trainable, optimizer state): moments as their weights, counters replicated."""
     weights = jax.tree.map(lambda x: x.sharding, trainable)
 
-    def masked(leaf: Any) -> bool:  # what another group's part of the state has instead
+    def masked(leaf: Any) -> bool:  # in place of a leaf of another group
         return isinstance(leaf, optax.MaskedNode)
 
     return weights, optax.tree.map_params(

@@ -1,4 +1,4 @@
-"""Questions as token rows: the prompt of each video and question, checked, counted and shown."""
+"""Makes token rows of instructions: tokenizes and checks the prompts, plans the rows of every epoch, shows rows."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.places import VideoPlaces
 
-PACKED_ROW = 2048  # slots of a packed row, unless one question needs more
-SHORT_ROW, LONG_ROW = 8, 128  # rows are padded to a multiple of this many slots; long ones for the TPU's kernel
+PACKED_ROW = 2048  # slots of a packed row, or more if a question needs them
+SHORT_ROW, LONG_ROW = 8, 128  # the slots of a row are a multiple of this; the TPU kernel needs 128 for long rows
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """What of a config decides the rows of a run (`configs/common.py` says what each field means)."""
+    """The config fields that decide the rows of a run; `configs/common.py` explains each."""
 
     language: str
     labels: str
@@ -42,7 +42,7 @@ def row_settings(config: Mapping[str, Any]) -> RowSettings:
 
 
 def make_prefix(before: Sequence[tuple[int, bool]], placed: Sequence[tuple[int, int]]) -> Prefix:
-    """The tokens before the video, then what stands in its place: (token id, -1) for text, (0, slot) for the video."""
+    """Joins the tokens before a video, (token id, supervised), and its part of the prompt (`VideoPlaces.place`)."""
     return Prefix(
         ids=np.array([token for token, _ in (*before, *placed)], np.int32),
         video_tokens=np.array([-1] * len(before) + [slot for _, slot in placed], np.int32),
@@ -51,10 +51,11 @@ def make_prefix(before: Sequence[tuple[int, bool]], placed: Sequence[tuple[int, 
 
 
 class RowPlan(NamedTuple):
-    """A run's questions, the steps of all epochs, `row_fn(row)` -> arrays, static sizes, and what identifies it.
+    """The rows of all steps of a run.
 
-    prefixes: by the video's number in the store; questions: by number, with their tokens. fingerprint(num_epochs): 64
-    hexadecimal digits of this plan with so many epochs, which may be fewer or more.
+    instructions: of the store, in the wanted language. prefixes: by the index of a video in the store. questions: their
+    tokens, by the index of the instruction. row_fn(row): the arrays of a row. bounds, slots_per_row: static sizes.
+    fingerprint(num_epochs): 64 hexadecimal digits of this plan for any number of epochs.
     """
 
     instructions: list[dict[str, Any]]
@@ -68,9 +69,9 @@ class RowPlan(NamedTuple):
 
 
 def plan_rows(settings: RowSettings, base: Base, store: VideoStore, tokenizer: Any, places: VideoPlaces) -> RowPlan:
-    """Tokenises a store's questions in the wanted language and plans the rows of every epoch.
+    """Tokenizes a store's instructions in the wanted language and plans the rows of every epoch.
 
-    Raises UserError for questions that cannot be trained on.
+    Raises UserError for instructions that cannot be trained on.
     """
     instructions = in_language(store, settings.language)
     before, questions = tokenize(base.module, tokenizer, base.config, instructions, labels=settings.labels)
@@ -82,7 +83,7 @@ def plan_rows(settings: RowSettings, base: Base, store: VideoStore, tokenizer: A
     times = [tuple(store.seconds(i)) if places.has_text else None for i in range(len(store.videos))]
     prefixes = [prefix(video["num_frames"], at) for video, at in zip(store.videos, times, strict=True)]
     index = {v["video"]: i for i, v in enumerate(store.videos)}
-    videos = np.array([index[row["video"]] for row in instructions])
+    videos = np.array([index[instruction["video"]] for instruction in instructions])
     prefix_lengths = np.array([len(p.ids) for p in prefixes])
     lengths = np.array([len(q.ids) for q in questions])
     longest = int((prefix_lengths[videos] + lengths).max())
@@ -110,7 +111,7 @@ def plan_rows(settings: RowSettings, base: Base, store: VideoStore, tokenizer: A
         return list(itertools.chain.from_iterable(map(epoch_steps, range(num_epochs))))
 
     def fingerprint(num_epochs: int) -> str:
-        texts = [(row["id"], row["question"], row["answer"]) for row in instructions]
+        texts = [tuple(instruction[field] for field in ("id", "question", "answer")) for instruction in instructions]
         files = [(video["video"], video["sha256"], video["num_frames"]) for video in store.videos]
         return digest((all_steps(num_epochs), texts, files))
 
@@ -126,7 +127,7 @@ def lay_out(
     tokens_per_video: int,
     fingerprint: Callable[[int], str],
 ) -> RowPlan:
-    """The plan of rows that holds these steps."""
+    """Returns the plan of rows for these steps."""
     bounds = row_bounds(steps, prefixes, questions)
     slots_per_row = pad_row(bounds.slots_per_row)
     row_fn = functools.partial(
@@ -142,9 +143,9 @@ def lay_out(
 
 
 def supervised_tokens(plan: RowPlan) -> list[int]:
-    """How many supervised tokens a step's loss is the mean of, for each step.
+    """Counts the supervised tokens of each step, over which its loss is the mean.
 
-    Those that stand before a video count once for each of its questions.
+    Supervised tokens before a video count once for each of its questions.
     """
     prefixes = [int(prefix.supervised[1:].sum()) for prefix in plan.prefixes]
     questions = [int(question.supervised.sum()) for question in plan.questions]
@@ -155,17 +156,16 @@ def supervised_tokens(plan: RowPlan) -> list[int]:
 
 
 def digest(identity: Any) -> str:
-    """64 hexadecimal digits of what a plan depends on."""
+    """Returns 64 hexadecimal digits of all that a plan depends on."""
     return hashlib.sha256(repr(identity).encode()).hexdigest()
 
 
 def in_language(store: VideoStore, language: str) -> list[dict[str, Any]]:
-    """The store's questions in a language, "" for all. Raises UserError if there are none."""
-    chosen = [row for row in store.instructions if language in ("", row["language"])]
+    """Returns the store's instructions in a language, "" for all. Raises UserError if there are none."""
+    chosen = [instruction for instruction in store.instructions if language in ("", instruction["language"])]
     if not chosen:
-        found = ", ".join(
-            f"{n} in {name!r}" for name, n in Counter(row["language"] for row in store.instructions).items()
-        )
+        counts = Counter(instruction["language"] for instruction in store.instructions)
+        found = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
         raise UserError(
             f"{store.path}: has no question in config.language={language!r}, it has {found}; choose one of these, "
             "or prepare a store with other questions"
@@ -174,7 +174,7 @@ def in_language(store: VideoStore, language: str) -> list[dict[str, Any]]:
 
 
 def pad_row(slots: int) -> int:
-    """The number of slots that rows of at most `slots` tokens are given."""
+    """Returns the number of slots for rows of at most `slots` tokens."""
     multiple = SHORT_ROW if slots < 8 * LONG_ROW else LONG_ROW
     return -(-slots // multiple) * multiple
 
@@ -182,32 +182,33 @@ def pad_row(slots: int) -> int:
 def tokenize(
     base: Family, tokenizer: Any, config: Any, instructions: Sequence[Mapping[str, Any]], *, labels: str
 ) -> tuple[list[tuple[int, bool]], list[Question]]:
-    """Tokenises every instruction with the base's own chat template.
+    """Tokenizes every instruction with the base's own chat template.
 
-    Returns what stands before every video, and one Question per instruction. Raises UserError when a text does
-    not survive encoding and decoding, an id is beyond the embedding, or an answer has no supervised token.
+    Returns the tokens before every video, (token id, supervised), and one Question per instruction. Raises UserError
+    when a text changes by encoding and decoding, an id is beyond the embedding, or an answer has no token.
     """
     before: list[tuple[int, bool]] = []
     questions = []
-    for row in tqdm(instructions, desc="tokenise", unit="question", delay=3, dynamic_ncols=True):
-        for text in (row["question"], row["answer"]):
-            check_round_trip(tokenizer, text, row["id"])
-        before, after = base.prompt(tokenizer, config, row["question"], row["answer"], labels=labels)
+    for instruction in tqdm(instructions, desc="tokenise", unit="question", delay=3, dynamic_ncols=True):
+        name, question, answer = instruction["id"], instruction["question"], instruction["answer"]
+        for text in (question, answer):
+            check_round_trip(tokenizer, text, name)
+        before, after = base.prompt(tokenizer, config, question, answer, labels=labels)
         ids, supervised = zip(*after, strict=True)
         largest = max(token for token, _ in (*before, *after))
         if largest >= config.vocab_size:
             raise UserError(
-                f"question {row['id']!r}: token id {largest} is beyond the base's {config.vocab_size} embeddings; "
+                f"question {name!r}: token id {largest} is beyond the base's {config.vocab_size} embeddings; "
                 "the tokenizer files do not belong to these weights"
             )
-        if not tokenizer.encode(row["answer"]):
-            raise UserError(f"question {row['id']!r}: the answer has no token to learn; give it a text or remove it")
+        if not tokenizer.encode(answer):
+            raise UserError(f"question {name!r}: the answer has no token to learn; give it a text or remove it")
         questions.append(Question(ids=np.array(ids, np.int32), supervised=np.array(supervised, bool)))
     return before, questions
 
 
 def check_round_trip(tokenizer: Any, text: str, where: str) -> None:
-    """Raises UserError unless decode(encode(text)) is the text, up to NFC and white space at its ends."""
+    """Raises UserError unless decode(encode(text)) is the text, except for NFC and white space at its ends."""
     back = tokenizer.decode(tokenizer.encode(text))
     if unicodedata.normalize("NFC", back).strip() != unicodedata.normalize("NFC", text).strip():
         raise UserError(
@@ -217,7 +218,7 @@ def check_round_trip(tokenizer: Any, text: str, where: str) -> None:
 
 
 def show_rows(tokenizer: Any, batch: Mapping[str, np.ndarray], count: int) -> str:
-    """The first `count` rows of a batch as text: visual tokens counted, supervised tokens between ⟦ and ⟧."""
+    """Formats the first `count` rows of a batch: visual tokens as their number, supervised text between ⟦ and ⟧."""
     blocks = []
     for r in range(min(count, len(batch["token_ids"]))):
         length = int((batch["group_ids"][r] > 0).sum())

@@ -1,4 +1,4 @@
-"""One training step: gradients of the projectors alone, everything else an argument that is only read."""
+"""Makes the train step: it computes gradients of the projectors alone and only reads all other weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from redvillm_jax.runtime.sharding import replicated
 
 
 def split_trainable(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
-    """(graphdef, trainable, frozen); trainable is the nested dict of arrays below `projectors`."""
+    """Splits a model into (graphdef, trainable, frozen); trainable is the nested dict of arrays below `projectors`."""
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path[0] == "projectors", ...)
     return graphdef, nnx.to_pure_dict(trainable)["projectors"], nnx.to_pure_dict(frozen)
 
 
 def join(graphdef: nnx.GraphDef, trainable: dict, frozen: dict) -> nnx.Module:
-    """The model again from the parts of `split_trainable`."""
+    """Joins the parts of `split_trainable` to a model."""
     return nnx.merge(graphdef, {"projectors": trainable}, frozen)
 
 
@@ -32,11 +32,11 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     compiler_options: Mapping[str, str],
 ) -> Callable:
-    """A jitted step(trainable, optimizer_state, frozen, batch) -> (trainable, optimizer_state, metrics).
+    """Makes a jitted step(trainable, optimizer_state, frozen, batch) -> (trainable, optimizer_state, metrics).
 
-    `frozen_leaves`: True for leaves of `trainable` that never train; they do not count in the reported norm.
-    Trainable weights and optimizer state are donated. `compiler_options` are XLA's. metrics: loss and grad_norm,
-    fp32 scalars, and row_losses, (R,) fp32, which `loss_fn` returns beside the loss.
+    loss_fn: returns the loss and row_losses (R,) fp32. frozen_leaves: True for leaves of `trainable` that never train;
+    the reported norm omits them. compiler_options: for XLA. metrics: loss and grad_norm, fp32 scalars, and row_losses.
+    The step donates trainable weights and optimizer state.
     """
 
     def step(trainable, optimizer_state, frozen, batch):

@@ -13,9 +13,9 @@ from redvillm_jax.training.flops import step_flops
 
 
 class Speed:
-    """Counts steps with `add`; `rates` gives what was reached since the last call and starts anew.
+    """Counts steps with `add`; `rates` returns the rates since its last call and starts again.
 
-    matrices: those of `flops.matrix_sizes`. mfu is left out where the devices' peak is not known.
+    matrices: of `flops.matrix_sizes`. Without a known peak of the devices there is no mfu.
     """
 
     def __init__(self, matrices: tuple[int, int], mesh: jax.sharding.Mesh):
@@ -30,7 +30,7 @@ class Speed:
         self.since, self.questions, self.tokens, self.supervised = time.perf_counter(), 0, 0, 0
 
     def add(self, step: Step, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a step; of its batch this process has the rows that it reads, taken as typical of the others."""
+        """Counts a step. batch: this process's rows of it; the tokens of all rows are scaled up from them."""
         self.questions += sum(len(group) for row in step for _, group in row)
         self.tokens += int((batch["group_ids"] > 0).sum()) * self.scale
         self.supervised += int((batch["target_weights"] > 0).sum()) * self.scale

@@ -55,7 +55,7 @@ def make_optimizer(
         group: optax.adamw(
             warmup_cosine(learning_rate[group], total_steps, warmup_ratio), weight_decay=weight_decay[group]
         )
-        for group in set(jax.tree.leaves(labels)) - {FROZEN}
+        for group in sorted(set(jax.tree.leaves(labels)) - {FROZEN})
     }
     frozen = jax.tree.map(lambda label: label == FROZEN, labels)
     return optax.chain(

@@ -73,3 +73,14 @@ def test_the_clip_is_over_all_groups_together():
     clipped = 10 / np.sqrt(4 * 10**2)
     assert any(np.allclose(leaf, 0.1 * clipped) for leaf in first_moments)
     assert isinstance(optimizer(), optax.GradientTransformation)
+
+
+def test_groups_have_one_order_in_every_process():
+    """A set of names has another order in each process, and so would the program that each of several hosts lowers."""
+    names = [f"group_{i}" for i in range(16)]
+    params = {name: jnp.ones(1) for name in names}
+    labels = label_tree(params, [(name + "$", name) for name in names])
+    rates = dict.fromkeys(names, 1e-3)
+    tx = make_optimizer(labels, learning_rate=rates, weight_decay=rates, total_steps=9, warmup_ratio=0.0, clip_norm=1.0)
+    *_, groups = tx.init(params)
+    assert list(groups.inner_states) == [*sorted(names), FROZEN]

@@ -53,7 +53,7 @@ def test_normal_weights_lose_less_than_by_equal_steps():
     assert lost / np.linalg.norm(weight) < 0.007
 
 
-def test_inputs_with_small_weights_lose_no_larger_share_than_the_others():
+def test_open_model_with_small_weights_lose_no_larger_share_than_the_others():
     """Scales of outputs alone would lose three quarters of the smallest."""
     rng = np.random.default_rng(0)
     sizes = 2.0 ** rng.integers(-6, 3, 256)

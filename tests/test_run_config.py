@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import NUM_FRAMES
 from helpers import plan_of
-from test_inputs import change_json, write_run
+from test_open_model import change_json, write_run
 from test_train import make_config
 
 from configs import demo, llava, qwen

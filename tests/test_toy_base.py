@@ -12,7 +12,7 @@ import pytest
 from conftest import TOY
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from test_inputs import export, load, visual_tokens
+from test_open_model import export, load, visual_tokens
 from test_train import leaves, losses, make_config
 
 import redvillm_jax

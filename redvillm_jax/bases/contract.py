@@ -23,7 +23,7 @@ def no_tensors(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def squash(config: Any) -> str:
-    """`picture_fit` of a base that sees the whole picture, its aspect ratio not kept."""
+    """The default of `picture_fit`: the whole picture, squashed into a square."""
     return "squash"
 
 
@@ -181,5 +181,5 @@ def import_family(name: str) -> ModuleType:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an exception says, shortened."""
+    """An exception's message in one line, shortened."""
     return " ".join(str(error).split())[:200]

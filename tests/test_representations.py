@@ -25,7 +25,7 @@ from data_pipeline.pipeline import batches
 from data_pipeline.store import open_store
 from redvillm_jax import evaluate, train
 from redvillm_jax.inference.assistant import Assistant
-from redvillm_jax.inference.open_model import open_model
+from redvillm_jax.inference.open_model import model_fingerprint, open_model
 from redvillm_jax.model.base_folder import open_base, sized_base
 from redvillm_jax.model.build import load_model
 from redvillm_jax.model.places import VideoPlaces
@@ -223,11 +223,14 @@ def test_streams_of_another_pooling_are_refused(bases, stores, tmp_path, monkeyp
         train.train(config | {"toy_overview": "max"}, tmp_path / "run")
     with pytest.raises(UserError, match=r"was made with video=tests\.toy_video, this model needs red_villm"):
         train.train(make_config("llava", bases["llava"], tmp_path / "streams"), tmp_path / "run")
+    base, settings = open_base(bases["llava"]), model_settings(config)
+    fingerprint = model_fingerprint(base, settings, None)
     code = tmp_path / "video.py"
     code.write_text("# changed\n")
     monkeypatch.setattr(load_video("tests.toy_video"), "__file__", str(code))
     with pytest.raises(UserError, match="was made with video_code="):
         train.train(config, tmp_path / "run")
+    assert model_fingerprint(base, settings, None) != fingerprint, "other code, other answers"
 
 
 HEAD = """

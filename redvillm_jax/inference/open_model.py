@@ -36,7 +36,7 @@ from redvillm_jax.model.settings import ModelSettings, check_answering, check_ba
 from redvillm_jax.model.weights import name_table
 from redvillm_jax.modules.quantize import SCHEME
 from redvillm_jax.training.checkpoint import load_trainables
-from redvillm_jax.video.contract import export_name, fields_with, has_random_start
+from redvillm_jax.video.contract import export_name, fields_with, has_random_start, pooling_fields
 
 
 class OpenedModel(NamedTuple):
@@ -162,8 +162,8 @@ def model_fingerprint(base: Base, settings: ModelSettings, trained: Mapping[str,
     They are the same for a run and its exports if the trained weights are fp32; `dtype` is not part of them.
     """
     name, video = settings.representation, settings.video
-    switches = {"video": name, "num_frames": video.num_frames, "sampling": settings.sampling, "int8": settings.int8}
-    switches |= fields_with(name, video, "streams", "tokens") | dict(settings.projector_options)
+    switches = {"num_frames": video.num_frames, "sampling": settings.sampling, "int8": settings.int8}
+    switches |= pooling_fields(name, video) | fields_with(name, video, "tokens") | dict(settings.projector_options)
     if trained is None:
         switches |= fields_with(name, video, "start")
         if has_random_start(video, base.config.grid):

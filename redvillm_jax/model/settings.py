@@ -18,7 +18,7 @@ from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import one_of
 from redvillm_jax.video.contract import Representation, load_video, make_video, pooling_fields
 
-ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # besides the fields of the representation and the base
+ANSWERING = ("video", "num_frames", "sampling", "dtype", "int8", "seed")  # and fields of the video and base modules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.tables import table_row
 from redvillm_jax.model.base_folder import open_base
 from redvillm_jax.model.build import load_model
-from redvillm_jax.model.settings import model_settings
+from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.runtime.sharding import make_mesh
 
 NEEDED = ("pixels", "text_ids", "image_ids", "video_prefix_ids", "video_suffix_ids")
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
     reference = dict(np.load(args.reference))
     if missing := [name for name in NEEDED if name not in reference]:
         raise UserError(f"{args.reference}: holds no {', '.join(missing)}; make it with benchmarks.dump_torch")
-    config = family_config(base.family)
+    num_frames = len(reference["frames" if "frames" in reference else "pixels"])
+    config = plain_config(family_config(base.family)) | {"num_frames": num_frames}
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         got = stages(load_model(base, model_settings(config), mesh, dtype=jnp.float32), base, reference)

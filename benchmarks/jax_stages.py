@@ -137,7 +137,8 @@ def text_layers(model: VideoLLM, ids: jax.Array) -> Arrays:
     qwen = hasattr(llm, "transformer")
     stack, base = (llm.transformer.h, c.rotary_emb_base) if qwen else (llm.model.layers, c.rope_theta)
     angles = rotary_angles(jnp.arange(ids.shape[1])[None], c.head_dim, base)
-    args = (angles, *[None] * qwen, causal(jnp.ones_like(ids)), 0)
+    mask = causal(jnp.ones_like(ids))
+    args = (angles, None, mask, 0) if qwen else (angles, mask, None, 0, None)  # no logn scale; no window
     layers = compiled(stack, layer_outputs, llm.embed(ids, FP32), *args)
     return {f"text_layer_{i}": x for i, x in enumerate(layers)}
 

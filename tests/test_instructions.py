@@ -318,7 +318,7 @@ def test_files_with_ids_in_common_get_prefixes(files):
 
 
 def test_mixture_mistakes(files):
-    with pytest.raises(UserError, match=r"c\.jsonl, .*c\.jsonl: id \"c/c\" comes twice \(2 do\): give each file once"):
+    with pytest.raises(UserError, match=r"c\.jsonl, .*c\.jsonl: id \"c/c\" comes twice \(2 ids do\): give each"):
         read_mixture([f"{files}/c.jsonl", f"{files}/other/c.jsonl"])
     with pytest.raises(UserError, match=r"c\.jsonl:0.001: the weight leaves none of 2 questions"):
         read_mixture([f"{files}/c.jsonl:0.001"])

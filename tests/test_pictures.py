@@ -11,6 +11,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.media.pictures import read_picture
 from data_pipeline.media.reading import Clip, Reading, read_media
 from redvillm_jax.bases import llava, qwen_vl
+from redvillm_jax.bases.contract import load_family
 from redvillm_jax.modules.attention import visible
 
 torch = pytest.importorskip("torch")
@@ -71,7 +72,7 @@ def test_which_base_takes_which():
         "pad",
         "pad",
     ]
-    assert qwen_vl.picture_fit(qwen_vl.SIZES["7b"]) == "squash"
+    assert load_family("qwen_vl").picture_fit(qwen_vl.SIZES["7b"]) == "squash"
 
 
 def filled(mode: str, pixel: tuple) -> Image.Image:

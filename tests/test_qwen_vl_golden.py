@@ -23,6 +23,7 @@ from redvillm_jax.bases import qwen_vl
 from redvillm_jax.model.base_folder import Base, load_part, open_base
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
+from redvillm_jax.video import red_villm
 from tests.helpers import ParityTable, greedy
 
 SEED = 20261121
@@ -141,7 +142,9 @@ def load(base: Base, **changes: int) -> VideoLLM:
     encoder, projector, llm = (
         load_part(base, part, dtype=jnp.float32, sharding=place) for part in ("encoder", "projector", "llm")
     )
-    return VideoLLM(qwen_vl, base.config, None, encoder=encoder, projectors={"spatial": projector}, llm=llm)
+    return VideoLLM(
+        qwen_vl, base.config, red_villm.Video(1), encoder=encoder, projectors={"spatial": projector}, llm=llm
+    )
 
 
 @pytest.fixture(scope="module")

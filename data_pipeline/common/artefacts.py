@@ -93,14 +93,14 @@ EXPORT = Form(
 
 # ---- runs: redvillm_jax.train
 
-_SWITCHES = ("streams", "stream_order", "temporal_init", "short_video", "labels", "video", "sampling")
-_COUNTS = ("num_frames", "spatial_pool", "row_length", "num_epochs", "batch_questions", "log_every", "checkpoint_every")
-RUN = Form(
+_TEXTS = ("family", "data", "video", "sampling", "labels", "language", "dtype", "remat")
+_COUNTS = ("num_frames", "row_length", "num_epochs", "batch_questions", "log_every", "checkpoint_every")
+RUN = Form(  # the fields of a base and a representation are checked by `redvillm_jax.model.settings`
     {
         "base": str,
-        **{f"{name}?": str for name in (*_SWITCHES, "family", "data", "language", "dtype", "remat")},
+        **{f"{name}?": str for name in _TEXTS},
         **{f"{name}?": int for name in (*_COUNTS, "seed", "num_workers", "keep_checkpoints")},
-        **{f"{name}?": bool for name in ("temporal_module", "train_spatial", "extra_mlp", "pack", "int8")},
+        **{f"{name}?": bool for name in ("pack", "int8")},
         **{f"{name}?": float for name in ("learning_rate", "warmup_ratio", "clip_norm")},
         **{f"{name}?": Each(float) for name in ("learning_rate_scale", "weight_decay")},
         "mesh?": Each(int),

@@ -90,8 +90,7 @@ def plan_rows(settings: RowSettings, base: Base, store: VideoStore, tokenizer: A
     if longest > base.config.max_position_embeddings:
         raise UserError(
             f"the longest question takes {longest} tokens with its video, the base knows "
-            f"{base.config.max_position_embeddings} positions: use fewer frames or a representation with fewer tokens "
-            "(red_villm: spatial_pool=2), or drop it"
+            f"{base.config.max_position_embeddings} positions: use fewer frames or fewer tokens of each, or drop it"
         )
 
     @functools.cache

@@ -36,6 +36,7 @@ from redvillm_jax.runtime.sharding import make_mesh
 from redvillm_jax.training.recipe import make_training, recipe_of
 from redvillm_jax.video import contract, image_grid, slow_fast
 from redvillm_jax.video.contract import load_video, make_video
+from redvillm_jax.video.red_villm import ExtraMLP
 
 SLOW_FAST = {"video": "slow_fast", "slow_frames": 2, "fast_side": 2}
 KINDS = {
@@ -253,6 +254,7 @@ class Video(Representation):
     ("change", "message"),
     [
         (lambda s: "1 / 0", r"cannot be imported \(ZeroDivisionError: division by zero\)"),
+        (lambda s: "raise OSError('two\\nlines')", "OSError: two lines"),
         (lambda s: s.replace("FIELDS, GROUPS", "NONE, GROUPS"), "has no FIELDS"),
         (lambda s: s.replace("FIELDS, GROUPS = {}", "FIELDS, NONE = {}"), "has no GROUPS"),
         (lambda s: s.replace("(Representation)", ""), "has no dataclass Video below contract.Representation"),
@@ -309,6 +311,9 @@ def test_a_name_that_is_none(name, message):
             lambda self, grid, n: (contract.Stream("image", "image", grid),) * (1 + n),
             "other streams or projectors",
         ),
+        ("projectors", lambda self: {"image": "image", "b": "copy"}, "GROUPS lacks the projector b"),
+        ("projectors", lambda self: {"image": "image", "b": "image"}, "several projectors start from the image LLM"),
+        ("extra", lambda self, name: ExtraMLP, "stream image has an extra module, but GROUPS lacks extra_mlp"),
         ("projectors", lambda self: {"image": "zero"}, "starts from 'zero', expected one of image, copy, random"),
     ],
 )
@@ -325,6 +330,16 @@ def test_every_field_of_every_representation_acts():
         for field, (default, bound, effect) in load_video(name).FIELDS.items():
             assert config[field] == default and not bound(default) and effect in contract.EFFECTS
             assert getattr(make_video(name, config), field) == default
+
+
+def test_tokens_that_frames_share_lose_no_slot(monkeypatch):
+    """A merge over time: four frames become two tokens, which no frame has alone."""
+    kind = load_video("tests.toy_video").Video
+    monkeypatch.setattr(kind, "merge", lambda self, name, x, layout: x[:, :2] if name == "each" else x)
+    settings = model_settings(config_of("llava", "tests.toy_video") | {"num_frames": 4})
+    places = VideoPlaces(sized_base("llava", "tiny"), settings)
+    assert places.most == 18 and places.slots(4) == list(range(18))
+    assert [block.frame for block in places.blocks(4)] == [None, None]
 
 
 def test_packed_text_is_in_the_rows(bases, stores):

@@ -177,6 +177,7 @@ def lost(path: Path) -> None:
 
 
 def in_use(path: Path, found: Found) -> UserError:
+    """Returns the error of a run that finds the lock held."""
     return UserError(f"{path}: {who(found)} is writing here: wait until it ends, or choose another output")
 
 

@@ -14,7 +14,7 @@ from redvillm_jax.model.settings import ModelSettings
 from redvillm_jax.model.video_llm import VideoLLM
 from redvillm_jax.model.weights import PARTS, fill
 from redvillm_jax.runtime.sharding import weight_sharding
-from redvillm_jax.video.contract import contradiction, stream_shapes
+from redvillm_jax.video.contract import contradiction, load_video, stream_shapes
 
 
 def load_model(
@@ -32,7 +32,8 @@ def load_model(
     representation contradicts itself on the base's grid.
     """
     video, options = settings.video, settings.projector_options
-    if problem := contradiction(video, base.config.grid, shapes_of_streams(base, settings)):
+    groups = load_video(settings.representation).GROUPS
+    if problem := contradiction(video, groups, base.config.grid, shapes_of_streams(base, settings)):
         raise UserError(f"config.video={settings.representation}: {problem} (redvillm_jax/video/contract.py)")
     place = weight_sharding(mesh, base.module.SHARDING)
     rngs = None if base.path is None else nnx.Rngs(settings.seed)

@@ -1,6 +1,7 @@
 """Places a video's visual tokens in a prompt: their number, their slots, and the text between them."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -59,7 +60,7 @@ def token_layout(projector: nnx.Module, layout: Layout) -> Layout:
 
 
 class Block(NamedTuple):
-    """Adjacent tokens: of a stream, or of one frame of a stream. frame: None for a stream without frames."""
+    """Adjacent tokens: of one frame of a stream, or of a whole stream, whose `frame` is None."""
 
     stream: str
     frame: int | None
@@ -75,13 +76,12 @@ def blocks(video: Representation, projector: nnx.Module, grid: tuple[int, int], 
     found, start = [], 0
     longest = video.order(grid, video.num_frames)
     for stream, long in zip(video.order(grid, num_frames), longest, strict=True):
-        parts = stream.layout[0] if len(stream.layout) == 3 else 1
-        count = num_tokens(video, projector, stream)
-        size = count // max(parts, 1)
-        for part in range(parts):
-            at = start + part * size
-            if size:
-                found.append(Block(stream.name, part if len(stream.layout) == 3 else None, range(at, at + size)))
+        frames, count = stream.layout[0] if len(stream.layout) == 3 else 0, num_tokens(video, projector, stream)
+        if frames and count % frames == 0:
+            ends = range(start, start + count + 1, count // frames)
+            found += [Block(stream.name, i, range(*pair)) for i, pair in enumerate(itertools.pairwise(ends))]
+        elif count:  # no frames, or `merge` has made tokens that several frames share
+            found.append(Block(stream.name, None, range(start, start + count)))
         start += num_tokens(video, projector, long)
     return found
 

@@ -19,6 +19,7 @@ from redvillm_jax.runtime.chips import compiler_options
 from redvillm_jax.runtime.sharding import replicated
 from redvillm_jax.training.optim import FROZEN, label_tree, make_optimizer
 from redvillm_jax.training.step import make_train_step, split_trainable
+from redvillm_jax.video.contract import EXTRA_GROUP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def group_rules(base: Base, settings: ModelSettings) -> list[tuple[str, str]]:
     return [
         *((rf"{name}\.{pattern}", FROZEN) for name in video.projectors() for pattern in fixed),
         *((rf"{name}\.", name if name in video.trained() else FROZEN) for name in video.projectors()),
-        (EXTRA_PREFIX, "extra_mlp"),
+        (EXTRA_PREFIX, EXTRA_GROUP),
     ]
 
 

@@ -24,6 +24,7 @@ from redvillm_jax.modules.bounds import Bound
 
 EFFECTS = ("streams", "tokens", "start", "training")
 STARTS = ("image", "copy", "random")
+EXTRA_GROUP = "extra_mlp"  # the optimizer group of all extra modules
 TAKEN = (  # names of other arrays of stores and batches
     *("frames", "num_frames", "video", "videos", "timestamps", "seconds", "pictures"),
     *("token_ids", "position_ids", "group_ids", "question_ids", "video_tokens"),
@@ -114,9 +115,9 @@ class Representation:
     def text(self, name: str, frame: int | None, seconds: float | None) -> str:
         """Returns the text before a stream's tokens, or, for a layout with frames, before the tokens of each frame.
 
-        frame: counted from 0 within the stream, None for a stream without frames. seconds: the time of the frame
-        `frame_of(name, frame, …)`, counted from the video's first frame; None if the file has no times, or for a stream
-        without frames.
+        frame: counted from 0 within the stream; None for a stream without frames, or whose tokens frames share.
+        seconds: the time of the frame `frame_of(name, frame, …)`, counted from the video's first frame; None if the
+        file has no times, or `frame` is None.
         """
         return ""
 
@@ -174,8 +175,13 @@ def stream_shapes(video: Representation, grid: tuple[int, int], width: int, imag
     return {name: x.shape[1:] for name, x in jax.eval_shape(video.pool, features, count).items()}
 
 
-def contradiction(video: Representation, grid: tuple[int, int], shapes: Mapping[str, tuple]) -> str:
-    """Returns how a representation's methods contradict each other on a grid, or "". shapes: of `stream_shapes`."""
+def contradiction(
+    video: Representation, groups: tuple[str, ...], grid: tuple[int, int], shapes: Mapping[str, tuple]
+) -> str:
+    """Returns how a representation contradicts itself on a grid, or "".
+
+    groups: the module's GROUPS. shapes: of `stream_shapes`.
+    """
     longest = video.order(grid, video.num_frames)
     for n in (0, 1):
         if [stream[:2] for stream in video.order(grid, n)] != [stream[:2] for stream in longest]:
@@ -191,8 +197,14 @@ def contradiction(video: Representation, grid: tuple[int, int], shapes: Mapping[
             return (
                 f"pool gives the stream {name} {shapes[name][0]} features, its layout {layout} has {math.prod(layout)}"
             )
+        if video.extra(name) and EXTRA_GROUP not in groups:
+            return f"stream {name} has an extra module, but GROUPS lacks {EXTRA_GROUP}"
     if unknown := set(video.projectors().values()) - set(STARTS):
         return f"a projector starts from {min(unknown)!r}, expected one of {', '.join(STARTS)}"
+    if list(video.projectors().values()).count("image") > 1:
+        return "several projectors start from the image LLM's own, one may; let the others be copies"
+    if ungrouped := sorted(set(video.projectors()) - set(groups)):
+        return f"GROUPS lacks the projector {ungrouped[0]}"
     return ""
 
 
@@ -238,9 +250,10 @@ def load_video(name: str) -> ModuleType:
         )
     try:
         module = importlib.import_module(f"redvillm_jax.video.{name}" if name in known else name)
-    except Exception as error:
+    except Exception as error:  # a user's module may raise anything
+        said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"config.video={name}: cannot be imported ({type(error).__name__}: {error}); its folder must be the "
+            f"config.video={name}: cannot be imported ({type(error).__name__}: {said}); its folder must be the "
             "current one or in PYTHONPATH"
         ) from error
     if missing := unmet_requirement(module):

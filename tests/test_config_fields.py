@@ -16,9 +16,8 @@ from redvillm_jax.bases import llava, qwen_vl
 from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.bases.llava import LLAMA, MISTRAL
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, clip_transform
+from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, clip_transform, read_transform
 from redvillm_jax.modules.config_fields import FIXED, NOTHING, READ, read_fields
-from redvillm_jax.modules.transform_fields import read_transform
 from tests.test_llava import tiny_transformers
 
 # ---- one field changed in what transformers has written

@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer against transformers' own class, and the tables of its files."""
+"""SigLIP's vision transformer against transformers' own class, and the table of its config."""
 
 import dataclasses
 import json
@@ -11,14 +11,12 @@ import pytest
 import torch
 from flax import nnx
 from transformers import SiglipVisionConfig, SiglipVisionModel
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from data_pipeline.common.errors import UserError
 from redvillm_jax.model.weights import name_table
 from redvillm_jax.modules.config_fields import READ
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder, unused_shapes
-from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip, siglip_transform
-from redvillm_jax.modules.transform_fields import read_transform
+from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip
 from redvillm_jax.modules.vit import SHARDING
 from tests.helpers import ParityTable, fill
 
@@ -122,18 +120,3 @@ def test_the_published_fields_are_read_or_refused():
     ]:
         with pytest.raises(UserError, match=f"config.json: .*vision_config.{field}"):
             read_siglip({field: value}, "config.json", "vision_config.")
-
-
-def test_the_transform_of_its_processor_is_accepted():
-    written = json.loads(SiglipImageProcessorPil(size={"height": 384, "width": 384}).to_json_string())
-    table = siglip_transform(384)
-    assert read_transform(written, table, "preprocessor_config.json")["size"] == written["size"]
-    for field, value in [
-        ("size", {"height": 224, "width": 224}),
-        ("resample", 2),
-        ("image_mean", [0.48, 0.46, 0.41]),
-        ("do_center_crop", True),
-        ("image_processor_type", "CLIPImageProcessor"),
-    ]:
-        with pytest.raises(UserError, match=field):
-            read_transform(written | {field: value}, table, "preprocessor_config.json")

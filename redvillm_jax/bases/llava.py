@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
-from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, clip_transform, read_clip
+from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, clip_transform, read_clip, read_transform
 from redvillm_jax.modules.config_fields import (
     COMMON,
     LAYERS,
@@ -44,7 +44,6 @@ from redvillm_jax.modules.llama import LlamaConfig, LlamaDecoder
 from redvillm_jax.modules.llama_fields import LLAMA as ANY_LLAMA
 from redvillm_jax.modules.llama_fields import MISTRAL as ANY_MISTRAL
 from redvillm_jax.modules.llama_fields import model_table, read_llama
-from redvillm_jax.modules.transform_fields import read_transform
 
 PUBLISHED = "mmaaz60/LLaVA-7B-Lightening-v1-1 with openai/clip-vit-large-patch14, or llava-hf/llava-1.5-7b-hf"
 

@@ -1,4 +1,4 @@
-"""The tables of SigLIP's published files: the vision tower's config, and the files of its image processor.
+"""The table of a SigLIP vision tower in config.json.
 
 Defaults are the defaults of transformers' classes, because transformers omits equal values from its files.
 """
@@ -21,7 +21,6 @@ from redvillm_jax.modules.config_fields import (
     read_fields,
     require,
 )
-from redvillm_jax.modules.transform_fields import transform
 
 SIGLIP: Fields = COMMON | {
     "model_type": only("siglip_vision_model"),
@@ -38,8 +37,6 @@ SIGLIP: Fields = COMMON | {
     "tie_last_hidden_states": only(None, False),  # true would normalise the last layer's output
 }
 
-MEAN = STD = (0.5, 0.5, 0.5)
-
 
 def read_siglip(config: Any, where: str, path: str = "", fields: Fields = SIGLIP) -> dict[str, Any]:
     """Reads the fields of a SigLIP vision tower. Raises UserError for refused values."""
@@ -48,16 +45,3 @@ def read_siglip(config: Any, where: str, path: str = "", fields: Fields = SIGLIP
     side, patch = values["image_size"], values["patch_size"]
     require(side >= patch, where, f"{path}image_size is {side}, supported: at least {path}patch_size = {patch}")
     return values
-
-
-def siglip_transform(image_size: int, *processors: str, resample: int = 3) -> Fields:
-    """Returns the table of an image processor that squashes pictures into squares of `image_size`.
-
-    processors, resample: of `transform`; SigLIP's own processor is accepted, too.
-    """
-    return transform("Siglip", *processors, resample=resample, mean=MEAN, std=STD) | {
-        "size": only({"height": image_size, "width": image_size}),
-        "default_to_square": only(True, False),  # a size with two sides is a square already
-        "do_center_crop": only(False, None),
-        "crop_size": only(None),
-    }

@@ -477,7 +477,7 @@ PROCESSORS = {  # class -> its arguments, the fields of its processor, the table
         {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
         {"image_seq_len": 64},
         IDEFICS3,
-        {"size": {"longest_edge": 2048}},
+        {"size": {"longest_edge": 2048}, "do_image_splitting": True},
     ),
     "gemma3.Gemma3": ({"size": {"height": 896, "width": 896}}, {"image_seq_length": 256}, GEMMA3, {}),
 }
@@ -514,7 +514,7 @@ def test_what_the_processors_of_other_families_write_is_accepted(name):
         (IDEFICS3, "size", {"height": 512, "width": 512}),
         (IDEFICS3, "size", 2048),
         (IDEFICS3, "max_image_size", {"longest_edge": 364}),
-        (IDEFICS3, "do_image_splitting", False),
+        (IDEFICS3, "do_image_splitting", None),
         (IDEFICS3, "image_seq_len", 169),
         (IDEFICS3, "resample", 3),
         (GEMMA3, "do_pan_and_scan", True),

@@ -13,6 +13,7 @@ from redvillm_jax.modules.config_fields import (
     READ,
     Field,
     Fields,
+    flag,
     is_count,
     mapping,
     nothing,
@@ -92,7 +93,7 @@ def idefics3_transform(image_size: int, tokens: int, mean: Colour, std: Colour) 
             {"longest_edge": 4 * 364},
         ),
         "max_image_size": only({"longest_edge": image_size}),
-        "do_image_splitting": only(True),
+        "do_image_splitting": flag(True),
         "resample": only(1, values="1 (Lanczos)"),
         "image_seq_len": only(tokens),
         # do_pad fills up batches of pictures with different numbers of tiles

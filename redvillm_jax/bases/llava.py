@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
 from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, read_clip
 from redvillm_jax.modules.config_fields import (
@@ -470,11 +471,15 @@ def prompt(
 ) -> tuple[Segment, Segment]:
     """Returns the tokens before and after the visual tokens, for videos and pictures alike.
 
-    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
+    A folder's own chat template goes first. Without one, LLaVA-1.5 has
+    `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
     `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`; the tokenizer of its training drops
     blanks and line breaks beside its markers. Without an answer the second part ends at the start of the answer. The
-    answer and `</s>` are supervised, with both values of `labels`, because LLaVA's own fine-tuning supervises the same.
+    answer and the token behind it are supervised, with both values of `labels`, because LLaVA's own fine-tuning
+    supervises the same.
     """
+    if tokenizer.template is not None:
+        return chat_prompt(tokenizer, question, answer, picture_token="<image>")
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
     if config.image_markers:
         start, end = ([tokenizer.special(marker)] for marker in ("<im_start>", "<im_end>"))

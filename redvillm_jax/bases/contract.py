@@ -65,6 +65,7 @@ class Family:
 
     Pictures and text
       MEAN, STD          of RGB pixels / 255
+      BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       RESIZE             makes a frame a square: a key of `data_pipeline.media.decode.RESIZE`
       picture_fit        (config) -> makes a picture a square: a key of `data_pipeline.media.pictures.FIT`
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
@@ -99,6 +100,7 @@ class Family:
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
     picture_fit: Callable[[Any], str] = squash
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
+    BOTH_DIRECTIONS: bool = False
 
 
 CONFIG = {  # attribute of a Config -> its meaning
@@ -110,13 +112,13 @@ CONFIG = {  # attribute of a Config -> its meaning
     "max_position_embeddings": "tokens of the longest text",
     "num_attention_heads": "heads of the language model",
     "head_dim": "width of such a head",
-    "window": "number of keys that its narrowest layer sees, None: all before a query",
+    "window": "number of positions that its window layers see, None: all layers see all before a query",
 }
 LLM_METHODS = {  # method or property of an LLM -> its meaning
     "embed": "(token_ids (B, S), dtype) -> (B, S, K)",
     "init_cache": "(batch, length, dtype) -> empty keys and values, (layers, batch, heads, head_dim, length) each",
     "context_class": "(length of a prompt) -> its class; prompts of one class can share the cache of a prefix",
-    "__call__": "(embeds, position_ids, mask, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
+    "__call__": "(embeds, position_ids, masks, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
     "logits": "(hidden (..., K)) -> (..., vocab_size) fp32",
     "head": "the module whose weight makes the logits: a Linear, or a tied Embedding; never in 8 bits",
 }

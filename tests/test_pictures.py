@@ -15,7 +15,6 @@ from data_pipeline.media.reading import Clip, Reading, read_media
 from data_pipeline.media.resizing import resizer
 from redvillm_jax.bases import llava, qwen_vl
 from redvillm_jax.bases.contract import load_family
-from redvillm_jax.modules.attention import visible
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402
@@ -258,7 +257,8 @@ def picture_logits(base, model, pictures: np.ndarray) -> tuple[np.ndarray, list[
     embeds = model.embed(ids, jnp.array([slots]), tokens)
     ones = jnp.ones(ids.shape, jnp.int32)
     positions = jnp.arange(ids.shape[1])[None]
-    hidden, _ = model.llm(embeds, positions, visible(ones, 0 * ones), context_length=jnp.array([ids.shape[1]]))
+    masks = model.masks(ones, 0 * ones, positions, jnp.array([slots]))
+    hidden, _ = model.llm(embeds, positions, masks, context_length=jnp.array([ids.shape[1]]))
     return np.asarray(model.llm.logits(hidden)), before, after
 
 

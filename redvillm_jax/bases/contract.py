@@ -64,6 +64,7 @@ class Family:
       frame_fit          (config) -> how a frame becomes a square: a rule of `data_pipeline.media.resizing.resizer`
       picture_fit        (config) -> how a picture becomes a square: a key of `data_pipeline.media.pictures.FIT` or a
                          rule of frames; by default the frames' rule
+      BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
       check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
                          tokenizer that can make no prompt is refused before
@@ -96,6 +97,7 @@ class Family:
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
     picture_fit: Callable[[Any], str] | None = None
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
+    BOTH_DIRECTIONS: bool = False
 
     def __post_init__(self):
         if self.picture_fit is None:
@@ -111,13 +113,13 @@ CONFIG = {  # attribute of a Config -> its meaning
     "max_position_embeddings": "tokens of the longest text",
     "num_attention_heads": "heads of the language model",
     "head_dim": "width of such a head",
-    "window": "number of keys that its narrowest layer sees, None: all before a query",
+    "window": "number of positions that its window layers see, None: all layers see all before a query",
 }
 LLM_METHODS = {  # method or property of an LLM -> its meaning
     "embed": "(token_ids (B, S), dtype) -> (B, S, K)",
     "init_cache": "(batch, length, dtype) -> empty keys and values, (layers, batch, heads, head_dim, length) each",
     "context_class": "(length of a prompt) -> its class; prompts of one class can share the cache of a prefix",
-    "__call__": "(embeds, position_ids, mask, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
+    "__call__": "(embeds, position_ids, masks, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
     "logits": "(hidden (..., K)) -> (..., vocab_size) fp32",
     "head": "the module whose weight makes the logits: a Linear, or a tied Embedding; never in 8 bits",
 }

@@ -35,7 +35,7 @@ from redvillm_jax.demo.moving_shapes import Scene, picture_scene, render
 from redvillm_jax.demo.shape_stories import KINDS, Document, cell_labels, document
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer, write_qwen_tokenizer
 from redvillm_jax.model.weights import fill, name_table, random_parts, tensors_of
-from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import Linear, normalize
 from redvillm_jax.training.optim import warmup_cosine
 
@@ -310,7 +310,8 @@ def predict(llm: nnx.Module, tokens: jax.Array, batch: Mapping[str, jax.Array]) 
     visual = tokens.reshape(-1, tokens.shape[-1])[jnp.maximum(batch["video_tokens"], 0)]
     text = llm.embed(batch["token_ids"], tokens.dtype)
     embeds = jnp.where((batch["video_tokens"] >= 0)[..., None], visual, text)
-    hidden, _ = llm(embeds, batch["position_ids"], visible(batch["group_ids"], batch["question_ids"]))
+    masks = row_attention(*(batch[name] for name in ("group_ids", "question_ids", "position_ids")))
+    hidden, _ = llm(embeds, batch["position_ids"], masks)
     return llm.logits(jnp.take_along_axis(hidden, batch["target_slots"][..., None], axis=1))
 
 

@@ -143,7 +143,7 @@ def describe(
     return {
         "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "image_size": config.image_size,
-        "resize": base.RESIZE,
+        "resize": base.frame_fit(config),
         "parameters": sum(int(np.prod(tensors[published[name]].shape)) for name in own),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_pipeline.common.cli import Parser, local_path, number
 from data_pipeline.common.errors import run
 from data_pipeline.common.files import written_whole
-from data_pipeline.media.decode import RESIZE
+from data_pipeline.media.resizing import resizer
 from data_pipeline.packing import Prefix, Question, fill_row
 from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.demo.moving_shapes import Scene, picture_scene, render
@@ -201,7 +201,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Famil
 
     Returns pictures (B, S, S, 3) uint8 and cells (B, N, 4) int32.
     """
-    resize, side = RESIZE[base.RESIZE], config.grid[0]
+    resize, side = resizer(base.frame_fit(config)), config.grid[0]
     return {
         "pictures": np.stack([resize(render(scene, rng)[0], config.image_size) for scene in scenes]),
         "cells": np.stack([cell_labels(scene, side) for scene in scenes]),

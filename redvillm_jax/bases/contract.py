@@ -61,10 +61,10 @@ class Family:
 
     Pictures and text
       MEAN, STD          of RGB pixels / 255
-      BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       frame_fit          (config) -> how a frame becomes a square: a rule of `data_pipeline.media.resizing.resizer`
       picture_fit        (config) -> how a picture becomes a square: a key of `data_pipeline.media.pictures.FIT` or a
                          rule of frames; by default the frames' rule
+      BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
       check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
                          tokenizer that can make no prompt is refused before

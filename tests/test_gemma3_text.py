@@ -66,13 +66,11 @@ def texts(rows: int, length: int = LENGTH) -> tuple[jax.Array, Masks]:
 
 
 @jax.jit
-def layer_outputs(llm: Gemma3Decoder, embeds: jax.Array) -> jax.Array:
+def layer_outputs(llm: Gemma3Decoder, embeds: jax.Array, positions: jax.Array, masks: Masks) -> jax.Array:
     """The outputs of all layers: (layers, B, S, K)."""
     graphdef, weights = nnx.split(llm.model.layers.block)
-    positions, masks = texts(len(embeds))
-    angles = [
-        angles_of(rope, positions, llm.config.head_dim) for rope in (llm.config.full_rope, llm.config.window_rope)
-    ]
+    ropes = llm.config.full_rope, llm.config.window_rope
+    angles = [angles_of(rope, positions, llm.config.head_dim) for rope in ropes]
 
     def body(x, layer):
         x, _ = nnx.merge(graphdef, layer[0])(x, angles, masks, 0, layer[1], None)
@@ -92,7 +90,7 @@ def test_every_stage_computes_what_transformers_computes():
 
     ours_embeds = ours.embed(jnp.asarray(ids()), jnp.float32)
     table.add("embeddings", ours_embeds, embeds.detach().numpy())
-    layers = layer_outputs(ours, ours_embeds)
+    layers = layer_outputs(ours, ours_embeds, *texts(2))
     for i in (0, 1):  # transformers shows the last layer's output behind the norm
         table.add(f"layer {i}", layers[i], out.hidden_states[i + 1].detach().numpy())
 

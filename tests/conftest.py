@@ -16,19 +16,18 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
+import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import shutil  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
 
 from conversion import from_torch  # noqa: E402
 from data_pipeline import prepare  # noqa: E402
-from redvillm_jax.bases.contract import known_families, load_family  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402
-from redvillm_jax.demo.pretrain import write_text_files  # noqa: E402
-from redvillm_jax.model.weights import random_parts, tensors_of  # noqa: E402
-from tests import toy_base  # noqa: E402
+from tests.tiny_bases import TOY, WRITERS, write_published  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -36,50 +35,86 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
-TOY = "tests.toy_base"  # a base from outside; no file of the product names it
-FAMILIES = (*known_families(), TOY)
+ORDINARY = ("llava", TOY)  # two unlike families stand for the rest
+EVERY_FAMILY = tuple(WRITERS)  # for what each family must show
+FAMILIES = tuple(name if name in ORDINARY else pytest.param(name, marks=pytest.mark.slow) for name in EVERY_FAMILY)
 NUM_FRAMES = 4
 
 
-def published_files(family: str, folder: Path) -> dict:
-    """Writes config.json and the tokenizer's files of a tiny model; returns the config."""
-    return toy_base.write_text_files(folder) if family == TOY else write_text_files(family, folder)
+class Folders(Mapping[str, Path]):
+    """Folders by family. A folder is made when a test first asks for it, once for all workers of xdist."""
+
+    def __init__(self, root: Path, make: Callable[[str, Path], None]):
+        self.root, self.make = root, make
+
+    def __getitem__(self, family: str) -> Path:
+        folder = self.root / family
+        with alone(folder) as is_made:
+            if not is_made:
+                self.make(family, folder)
+        return folder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(EVERY_FAMILY)
+
+    def __len__(self) -> int:
+        return len(EVERY_FAMILY)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[bool]:
+    """Lets one worker at a time make a folder; gives whether it is made already."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.made").open("a+") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark.seek(0)
+        yield bool(mark.read())
+        mark.write("made")
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """A tiny base folder with random weights for each family, written by conversion.from_torch."""
-    folders = {}
-    for family in FAMILIES:
-        source, out = tmp_path_factory.mktemp(f"{family}_published"), tmp_path_factory.mktemp(family) / "base"
-        base = load_family(family)
-        config = base.Config.from_published(published_files(family, source))
-        tensors = tensors_of(base, config, random_parts(base, config))
-        tensors = toy_base.published_names(tensors) if family == TOY else tensors
-        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        from_torch.main([f"--family={family}", f"--source={source}", f"--out={out}"])
-        folders[family] = out
-    return folders
+def common(tmp_path_factory) -> Path:
+    """A folder of this test run, which the workers of xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
 
 
 @pytest.fixture(scope="session")
-def videos(tmp_path_factory) -> Path:
+def published(common) -> Folders:
+    """The tiny published folder of each family."""
+    return Folders(common / "published", write_published)
+
+
+@pytest.fixture(scope="session")
+def bases(common, published) -> Folders:
+    """The tiny base folder of each family, written by conversion.from_torch."""
+
+    def make(family: str, folder: Path) -> None:
+        from_torch.main([f"--family={family}", f"--source={published[family]}", f"--out={folder}"])
+
+    return Folders(common / "bases", make)
+
+
+@pytest.fixture(scope="session")
+def videos(common) -> Path:
     """Twelve generated videos with their instructions: a folder with videos/ and instructions.jsonl."""
-    out = tmp_path_factory.mktemp("shapes")
-    moving_shapes.main([f"--out={out}", "--train=12", "--dev=1", "--test=1", "--num_workers=1"])
+    out = common / "shapes"
+    with alone(out) as is_made:
+        if not is_made:
+            moving_shapes.main([f"--out={out}", "--train=12", "--dev=1", "--test=1", "--num_workers=1"])
     return out / "train"
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory, bases, videos) -> dict[str, Path]:
-    """A frame store of the videos for each base, four frames each."""
-    folders = {}
-    for family, base in bases.items():
-        out = tmp_path_factory.mktemp(f"{family}_frames") / "store"
+def stores(common, bases, videos) -> Folders:
+    """A frame store of the videos for each family's base, four frames each."""
+
+    def make(family: str, folder: Path) -> None:
         arguments = [f"--videos={videos / 'videos'}", f"--instructions={videos / 'instructions.jsonl'}"]
-        prepare.main([*arguments, f"--base={base}", f"--out={out}", f"--num_frames={NUM_FRAMES}", "--num_workers=1"])
-        folders[family] = out
-    return folders
+        arguments += [f"--base={bases[family]}", f"--out={folder}", f"--num_frames={NUM_FRAMES}", "--num_workers=1"]
+        prepare.main(arguments)
+
+    return Folders(common / "stores", make)
 
 
 @pytest.fixture

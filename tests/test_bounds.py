@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES
+from conftest import EVERY_FAMILY
 
 import redvillm_jax
 from configs import demo, llava, qwen
@@ -20,7 +20,7 @@ from redvillm_jax.video.contract import known_videos
 
 CONFIGS = [
     complete(config)
-    for config in (llava.get_config(), *map(qwen.get_config, qwen.LANGUAGES), *map(demo.get_config, FAMILIES))
+    for config in (llava.get_config(), *map(qwen.get_config, qwen.LANGUAGES), *map(demo.get_config, EVERY_FAMILY))
 ]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import NUM_FRAMES, TOY
+from conftest import FAMILIES, NUM_FRAMES, Folders
 from helpers import change_json, change_store, change_tensor, without_hashes
 from test_train import losses, make_config
 
@@ -28,20 +28,17 @@ def encode_store(family: str, base: Path, frames: Path, out: Path, *more: str) -
     encode.main([*config, f"--data={frames}", f"--out={out}", *more])
 
 
-STREAMED = ("llava", "qwen_vl", TOY)
-
-
 @pytest.fixture(scope="module")
-def streams(tmp_path_factory, bases, stores) -> dict[str, Path]:
+def streams(common, bases, stores) -> Folders:
     """fp32 streams of each family's store."""
-    folders = {}
-    for family in STREAMED:
-        folders[family] = tmp_path_factory.mktemp(f"{family}_streams") / "store"
-        encode_store(family, bases[family], stores[family], folders[family], "--dtype=float32", "--batch_size=5")
-    return folders
+
+    def make(family: str, folder: Path) -> None:
+        encode_store(family, bases[family], stores[family], folder, "--dtype=float32", "--batch_size=5")
+
+    return Folders(common / "streams", make)
 
 
-@pytest.mark.parametrize("family", ["llava", TOY])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_training_from_streams_equals_training_from_frames(family, bases, stores, streams, tmp_path):
     for name, data in (("frames", stores[family]), ("streams", streams[family])):
         train.train(make_config(family, bases[family], data, **ONE), tmp_path / name, jax.devices()[:1])

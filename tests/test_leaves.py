@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import EVERY_FAMILY
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError, run
@@ -59,7 +60,7 @@ def test_weights_lie_by_the_first_matching_rule():
         place("x.b", (2,), False)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen_vl"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_weight_of_a_base_has_a_sharding_rule(family):
     from redvillm_jax.model.weights import expected_tensors
 
@@ -70,9 +71,9 @@ def test_every_weight_of_a_base_has_a_sharding_rule(family):
             place(name, leaf.shape, False)
 
 
-def test_a_large_base_lies_in_parts(bases):
+def test_a_large_base_lies_in_parts():
     """No weight matrix of the real sizes is whole on every device of an fsdp mesh."""
-    for family in bases:
+    for family in EVERY_FAMILY:
         base = load_family(family)
         from redvillm_jax.model.weights import expected_tensors
 
@@ -120,7 +121,7 @@ def test_text_that_a_tokenizer_changes_is_refused():
         check_round_trip(Lossy(), "向左", "q2")
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen_vl"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_special_tokens_in_text_are_text(family, bases):
     base = open_base(bases[family])
     tokenizer = base.module.Tokenizer(base.path)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, NUM_FRAMES, TOY
+from conftest import EVERY_FAMILY, FAMILIES, NUM_FRAMES
 from helpers import plan_of
 
 from configs import demo
@@ -20,6 +20,7 @@ from redvillm_jax.model.build import load_model
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.runtime.sharding import make_mesh
 from redvillm_jax.training.step import join, split_trainable
+from tests.tiny_bases import TOY
 
 FRAMES = (4, 2, 4, 1, 3, 4)  # of each video; those below NUM_FRAMES are short
 QUESTIONS = (10, 2, 9, 3, 4, 2)  # on each video
@@ -57,7 +58,7 @@ def plan(base, family, store, **switches):
     return config, plan_of(config, base, store)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_mixed_rows_equal_questions_one_by_one(family, bases, mixed):
     base = open_base(bases[family])
     switches = {"batch_questions": BATCH_QUESTIONS, "row_length": ROW_LENGTH[family]}

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, TOY
+from conftest import FAMILIES
 from PIL import Image
 from test_model import DTYPE, build
 
@@ -16,6 +16,7 @@ from redvillm_jax.modules.attention import visible
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402
+from tests.tiny_bases import TOY  # noqa: E402
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Text in pieces: characters that span tokens, white space at the ends."""
 
 import pytest
-from conftest import FAMILIES
+from conftest import EVERY_FAMILY
 
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.inference.streaming import pieces
@@ -28,7 +28,7 @@ def test_bytes_that_are_no_text_are_shown_at_the_end():
     assert "".join(pieces(by_bytes, b"a" + broken + b"b")) == by_bytes(b"a" + broken + b"b")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_the_bases_tokenizers_stream(family, bases):
     tokenizer = load_family(family).Tokenizer(bases[family])
     text = "The dog runs 🐕 to the left. 龘"

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, NUM_FRAMES
+from conftest import FAMILIES, NUM_FRAMES, Folders
 from helpers import change_json, change_store, config_of
 
 from data_pipeline.common.errors import UserError
@@ -53,14 +53,14 @@ def projector_leaves(base: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, bases, stores) -> dict[str, Path]:
+def runs(common, bases, stores) -> Folders:
     """One undisturbed run of each family on one device."""
-    folders = {}
-    for family in FAMILIES:
-        folders[family] = tmp_path_factory.mktemp(f"{family}_run")
+
+    def make(family: str, folder: Path) -> None:
         config = make_config(family, bases[family], stores[family], mesh={"data": 1, "fsdp": 1, "tensor": 1})
-        train.train(config, folders[family], jax.devices()[:1])
-    return folders
+        train.train(config, folder, jax.devices()[:1])
+
+    return Folders(common / "runs", make)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

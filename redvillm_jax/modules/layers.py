@@ -135,20 +135,23 @@ class RMSNorm(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """A convolution whose stride is its kernel, without bias; weight: (width, 3, height, width of a patch).
+    """A convolution whose stride is its kernel; weight: (width, 3, height, width of a patch).
 
-    images: (B, H, W, 3) -> (B, N, width), patches in row-major order.
+    images: (B, H, W, 3) -> (B, N, width), whole patches in row-major order.
     """
 
-    def __init__(self, width: int, patch_size: int | tuple[int, int], *, rngs: nnx.Rngs):
+    def __init__(self, width: int, patch_size: int | tuple[int, int], *, bias: bool = False, rngs: nnx.Rngs):
         sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width, 3, *sides)))
+        self.bias = nnx.Param(jnp.zeros(width)) if bias else None
 
     def __call__(self, images: jax.Array) -> jax.Array:
         high, wide = self.weight.shape[-2:]
+        images = images[:, : images.shape[1] // high * high, : images.shape[2] // wide * wide]
         patches = rearrange(images, "b (h p1) (w p2) c -> b (h w) (c p1 p2)", p1=high, p2=wide)
         weight = rearrange(self.weight[...], "d c p1 p2 -> (c p1 p2) d").astype(images.dtype)
-        return product("...i,io->...o", patches, weight)
+        y = product("...i,io->...o", patches, weight)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Stack(nnx.Module):
@@ -291,6 +294,11 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 def gelu(x: jax.Array) -> jax.Array:
     """The exact (erf) GELU, torch's default."""
     return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """GELU with its tanh approximation, which transformers names `gelu_pytorch_tanh`."""
+    return jax.nn.gelu(x, approximate=True)
 
 
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype) -> jax.Array:

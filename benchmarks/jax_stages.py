@@ -14,6 +14,7 @@ from redvillm_jax.inference import generate
 from redvillm_jax.inference.sampler import Sampling
 from redvillm_jax.model.base_folder import Base
 from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.modules.layers import normalize, rotary_angles
 
 RENAMED = {  # what stands for both families below -> its name in the reference arrays
@@ -58,9 +59,9 @@ def layer_outputs(stack: nnx.Module, x: jax.Array, *args: Any) -> jax.Array:
 # ---- rows of token ids
 
 
-def causal(real: jax.Array) -> jax.Array:
+def causal(real: jax.Array) -> Masks:
     """real: (B, S) -> (B, S, S) bool; a padded slot is never seen but sees, as in the published code."""
-    return jnp.tril(jnp.ones((real.shape[1],) * 2, bool)) & (real > 0)[:, None]
+    return Masks(jnp.tril(jnp.ones((real.shape[1],) * 2, bool)) & (real > 0)[:, None])
 
 
 def logits(model: VideoLLM, tokens: jax.Array, ids: jax.Array, slots: jax.Array, real: jax.Array) -> jax.Array:
@@ -137,8 +138,8 @@ def text_layers(model: VideoLLM, ids: jax.Array) -> Arrays:
     qwen = hasattr(llm, "transformer")
     stack, base = (llm.transformer.h, c.rotary_emb_base) if qwen else (llm.model.layers, c.rope_theta)
     angles = rotary_angles(jnp.arange(ids.shape[1])[None], c.head_dim, base)
-    mask = causal(jnp.ones_like(ids))
-    args = (angles, None, mask, 0) if qwen else (angles, mask, None, 0, None)  # no logn scale; no window
+    masks = causal(jnp.ones_like(ids))
+    args = (angles, None, masks.full, 0) if qwen else (angles, masks, 0, False)  # no logn scale; no window
     layers = compiled(stack, layer_outputs, llm.embed(ids, FP32), *args)
     return {f"text_layer_{i}": x for i, x in enumerate(layers)}
 

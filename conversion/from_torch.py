@@ -39,6 +39,7 @@ from data_pipeline.common.locks import locked
 from redvillm_jax.bases.contract import Family, known_families, load_family
 from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, read_config
 from redvillm_jax.model.weights import expected_tensors
+from redvillm_jax.modules.chat_template import find_template
 
 
 def from_torch(
@@ -109,6 +110,7 @@ def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer
             write_shards(folder / "vision", tower, watch)
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
+        meta["chat_template"] = (find_template(source) or (None,))[0]
         meta = with_checksum(meta | {"files": hash_files(folder)})
         (folder / BASE_MARK).write_text(json.dumps(meta, indent=2) + "\n")
     return meta
@@ -136,7 +138,7 @@ def describe(
     return {
         "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "image_size": config.image_size,
-        "resize": base.RESIZE,
+        "resize": base.frame_fit(config),
         "parameters": sum(int(np.prod(tensors[published[name]].shape)) for name in own),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "tensors": len(tensors),
@@ -237,6 +239,7 @@ def main(argv: list[str]) -> None:
     print(f"  tensors      {meta['tensors']} ({dtypes}), {meta['tensors_not_loaded']} of them kept but never loaded")
     print(f"  vision       {meta['vision_source'] or 'in the same folder'}")
     print(f"  pictures     {meta['image_size']} px, resized by {meta['resize']}")
+    print(f"  prompt       {meta.get('chat_template') or 'of the family'}")
     print(f"  fingerprint  {meta['fingerprint'][:16]}")
 
 

@@ -163,7 +163,7 @@ def describe(base: Base, config: Mapping[str, Any] | None) -> dict[str, Any]:
         "base_fingerprint": base.fingerprint,
         "trained": config is not None,
         "image_size": base.config.image_size,
-        "resize": base.module.RESIZE,
+        "resize": base.module.frame_fit(base.config),
         "mean": base.module.MEAN,
         "std": base.module.STD,
         "method": {name: config[name] for name in method_fields(config)} if config else {},

@@ -17,7 +17,8 @@ from data_pipeline.common.cli import Parser, checked, local_path, path, whole
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.locks import locked
 from data_pipeline.common.processes import ordered_map
-from data_pipeline.media.decode import RESIZE, VideoError, read_video
+from data_pipeline.media.decode import VideoError, read_video
+from data_pipeline.media.resizing import resize_name
 from data_pipeline.media.sampling import UNIFORM, sampling_name
 from data_pipeline.media.video_files import VIDEO_EXTENSIONS, VideoFiles, as_text, find_videos, is_text
 from data_pipeline.prepare_report import make_report, summary
@@ -229,6 +230,10 @@ def _settings(flags: argparse.Namespace) -> dict[str, Any]:
                 "drop --image_size and --resize"
             )
         image = {name: base[name] for name in image}
+        try:
+            resize_name(image["resize"])
+        except ValueError as error:
+            raise UserError(f"{flags.base / 'base.json'}: resize {error}; {BASE.remedy}") from None
     return {
         "kind": "frames",
         "num_frames": flags.num_frames,
@@ -271,7 +276,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--base", type=local_path, metavar="DIR", help="base folder: take its image size and resize rule"
     )
     group.add_argument("--image_size", type=whole(4096), metavar="N", help="width and height of a frame (224)")
-    group.add_argument("--resize", choices=RESIZE, help="nearest: LLaVA, bicubic: Qwen-VL (nearest)")
+    group.add_argument(
+        "--resize",
+        type=checked(resize_name),
+        metavar="RULE",
+        help="how a frame becomes a square: nearest, bicubic, bilinear or lanczos=N, as a base's base.json says it "
+        "(nearest)",
+    )
     group.add_argument(
         "--num_frames", type=whole(10_000), default=100, metavar="N", help="most frames of a video (%(default)s)"
     )

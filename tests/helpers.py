@@ -67,7 +67,8 @@ def greedy(llm: nnx.Module, embeds: jax.Array, last_id: int, steps: int) -> tupl
 
     @jax.jit
     def run(llm: nnx.Module, embeds: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = SimpleNamespace(llm=llm, embed=functools.partial(VideoLLM.embed, SimpleNamespace(llm=llm)))
+        model = SimpleNamespace(llm=llm, config=SimpleNamespace(window=None), both_directions=False)
+        model.embed, model.masks = (functools.partial(f, model) for f in (VideoLLM.embed, VideoLLM.masks))
         slots = jnp.arange(length - 1)[None]
         prefix = {"token_ids": 0 * slots, "video_slots": slots, "length": jnp.array([length - 1])}
         cache = generate.prefill(model, embeds, prefix | {"context_length": jnp.array([length])})

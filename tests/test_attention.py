@@ -1,5 +1,6 @@
 """Every attention kernel computes the same: XLA, and splash in interpret mode, alone and on meshes."""
 
+import itertools
 from types import SimpleNamespace
 
 import jax
@@ -35,20 +36,33 @@ def packed_ids(rows: int, length: int, seed: int = 0) -> tuple[jax.Array, jax.Ar
     return jnp.asarray(groups), jnp.asarray(questions)
 
 
-def test_a_window_that_is_narrower_than_a_row_takes_xla():
-    tpu = Backend("tpu")
-    choices = [choose_kernel("auto", tpu, jnp.bfloat16, 1024, 128, window) for window in (None, 2048, 1024, 1023)]
-    assert choices == ["splash", "splash", "splash", "xla"]
-    with pytest.raises(UserError, match="splash cannot be used: layers see 512 of a row's 1024 keys; use xla"):
-        choose_kernel("splash", tpu, jnp.bfloat16, 1024, 128, 512)
+def packed_positions(ids: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """position_ids (B, S): a question goes on where the prefix of its group ends."""
+    positions = np.zeros_like(ids[0])
+    for row, (groups, questions) in enumerate(zip(*map(np.asarray, ids), strict=True)):
+        for group in set(groups):
+            prefix = (groups == group) & (questions == 0)
+            for question in set(questions[groups == group]):
+                own = (groups == group) & (questions == question)
+                positions[row, own] = np.arange(own.sum()) + (prefix.sum() if question else 0)
+    return jnp.asarray(positions)
 
 
-def result_and_gradients(ids, query, key, value, kernel):
-    """Context and its gradients at the slots that hold tokens."""
-    real = (ids[0] > 0)[:, :, None, None]
+OPTIONS = {"plain": {}, "window": {"window": 40}, "pictures": {"window": 40, "pictures": True}}
+
+
+def result_and_gradients(ids, query, key, value, kernel, window=None, pictures=False):
+    """Context and its gradients at the slots that hold tokens: of a full layer, then of a window layer if any."""
+    real, positions = (ids[0] > 0)[:, :, None, None], packed_positions(ids)
+    pictures = (ids[1] == 0) & (ids[0] > 0) & (positions > 2) if pictures else None
 
     def total(query, key, value):
-        context = attention(query, key, value, row_attention(*ids, kernel))
+        masks = row_attention(*ids, positions, kernel, window=window, pictures=pictures)
+
+        def layer(context, windowed):
+            return attention(query, key, context, masks.of_layer(windowed))[:, :, : key.shape[2]], None
+
+        context, _ = jax.lax.scan(layer, value, jnp.array([False, True]))
         weights = jnp.cos(jnp.arange(context.size, dtype=jnp.float32)).reshape(context.shape)
         return (context * weights * real).sum(), context * real
 
@@ -63,14 +77,74 @@ def inputs(rows: int, length: int, kv_heads: int = HEADS):
     ]
 
 
-@pytest.mark.parametrize(("rows", "length", "kv_heads"), [(1, 256, 2), (3, 384, 2), (2, 256, 1)])
-def test_splash_equals_xla(rows, length, kv_heads):
+@pytest.mark.parametrize(
+    ("rows", "length", "kv_heads", "kind"),
+    [(1, 256, 2, "plain"), (3, 384, 2, "window"), (2, 256, 1, "plain"), (2, 256, 2, "pictures")],
+)
+def test_splash_equals_xla(rows, length, kv_heads, kind):
     ids, qkv = packed_ids(rows, length), inputs(rows, length, kv_heads)
-    want = result_and_gradients(ids, *qkv, "xla")
+    want = result_and_gradients(ids, *qkv, "xla", **OPTIONS[kind])
     with pltpu.force_tpu_interpret_mode():
-        got = result_and_gradients(ids, *qkv, "splash")
+        got = result_and_gradients(ids, *qkv, "splash", **OPTIONS[kind])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_the_masks_options_matter():
+    ids, qkv = packed_ids(2, 256), inputs(2, 256)
+    contexts = [result_and_gradients(ids, *qkv, "xla", **options)[0] for options in OPTIONS.values()]
+    for a, b in itertools.combinations(contexts, 2):
+        assert jnp.abs(a - b).max() > 0.1
+
+
+def test_a_window_counts_positions_and_a_picture_sees_itself():
+    """Two groups in a row; the first has two pictures, then text, then two questions."""
+    groups = jnp.array([[1] * 9 + [2] * 4 + [0]])
+    questions = jnp.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 0, 0, 3, 3, 0]])
+    positions = jnp.array([[0, 1, 2, 3, 4, 5, 6, 5, 6, 0, 1, 2, 3, 0]])
+    pictures = jnp.array([[1, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0]], bool)
+    masks = row_attention(groups, questions, positions, window=2, pictures=pictures)
+    full = """
+        111...........
+        111...........
+        111...........
+        1111..........
+        11111.........
+        111111........
+        1111111.......
+        11111..1......
+        11111..11.....
+        .........11...
+        .........11...
+        .........111..
+        .........1111.
+        .............1"""
+    window = """
+        111...........
+        111...........
+        .11...........
+        ..11..........
+        ...11.........
+        ....11........
+        .....11.......
+        ....1..1......
+        .......11.....
+        .........11...
+        .........11...
+        ..........11..
+        ...........11.
+        .............1"""
+    for mask, want in ((masks.full, full), (masks.window, window)):
+        assert ["".join(".1"[int(x)] for x in row) for row in mask[0]] == want.split()
+    assert row_attention(groups, questions, positions, window=14).window is None
+    causal = row_attention(groups, questions, positions, window=2)
+    assert not (causal.full & ~jnp.tri(14, dtype=bool)).any()
+
+
+def test_adjacent_pictures_of_two_groups_stay_apart():
+    groups, pictures = jnp.array([[1, 1, 2, 2]]), jnp.ones((1, 4), bool)
+    mask = row_attention(groups, 0 * groups, jnp.array([[0, 1, 0, 1]]), pictures=pictures).full
+    np.testing.assert_array_equal(mask[0], groups.T == groups)
 
 
 def test_splash_equals_xla_when_several_blocks_make_a_row(monkeypatch):
@@ -79,20 +153,22 @@ def test_splash_equals_xla_when_several_blocks_make_a_row(monkeypatch):
     blocks = type(splash_blocks(512))(**small)
     monkeypatch.setattr("redvillm_jax.modules.splash.splash_blocks", lambda _: blocks)
     ids, qkv = packed_ids(2, 512), inputs(2, 512)
-    want = result_and_gradients(ids, *qkv, "xla")
+    want = result_and_gradients(ids, *qkv, "xla", **OPTIONS["pictures"])
     with pltpu.force_tpu_interpret_mode():
-        got = result_and_gradients(ids, *qkv, "splash")
+        got = result_and_gradients(ids, *qkv, "splash", **OPTIONS["pictures"])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_splash_on_a_mesh_equals_one_device():
-    ids, qkv = packed_ids(4, 128), inputs(4, 128)
-    want = result_and_gradients(ids, *qkv, "xla")
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+@pytest.mark.parametrize(("kv_heads", "parts"), [(2, 2), (1, 2), (1, 4)])
+def test_splash_on_a_mesh_equals_one_device(kv_heads, parts):
+    """A tensor axis that divides the heads of queries and keys, of queries alone, of none."""
+    ids, qkv = packed_ids(4, 128), inputs(4, 128, kv_heads)
+    want = result_and_gradients(ids, *qkv, "xla", **OPTIONS["window"])
+    mesh = make_mesh({"data": 2, "fsdp": 4 // parts, "tensor": parts})
     with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
         at = NamedSharding(mesh, P(BATCH_AXES))
-        got = result_and_gradients(jax.device_put(ids, at), *jax.device_put(qkv, at), "splash")
+        got = result_and_gradients(jax.device_put(ids, at), *jax.device_put(qkv, at), "splash", **OPTIONS["window"])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -102,7 +178,7 @@ def test_padding_sees_something():
     ids = jnp.zeros((1, 256), jnp.int32), jnp.zeros((1, 256), jnp.int32)
     qkv = inputs(1, 256)
     with pltpu.force_tpu_interpret_mode():
-        context = attention(*qkv, row_attention(*ids, "splash"))
+        context = attention(*qkv, row_attention(*ids, jnp.arange(256)[None], "splash").full)
     assert jnp.isfinite(context).all()
 
 

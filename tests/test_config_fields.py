@@ -1,6 +1,7 @@
 """Every field of a published config.json is computed with, refused in one line, or known to change nothing."""
 
 import copy
+import importlib
 import json
 import re
 import shutil
@@ -15,10 +16,17 @@ from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import llava, qwen_vl
 from redvillm_jax.bases.contract import known_families, load_family
 from redvillm_jax.model.base_folder import open_base
-from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, clip_transform, read_transform
+from redvillm_jax.modules import llava_fields
+from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP
 from redvillm_jax.modules.config_fields import FIXED, NOTHING, READ, read_fields
+from redvillm_jax.modules.image_processor_fields import (
+    any_resolution_transform,
+    clip_transform,
+    gemma3_transform,
+    idefics3_transform,
+    read_transform,
+)
 from redvillm_jax.modules.llama_fields import LLAMA, MISTRAL, QWEN2
-from redvillm_jax.modules.llava_fields import LLAVA, NEXT
 from tests.test_llava import tiny_transformers
 
 # ---- one field changed in what transformers has written
@@ -416,8 +424,8 @@ def test_every_field_that_transformers_writes_is_in_a_table():
     )
 
     tables = {
-        LlavaConfig: LLAVA,
-        LlavaNextConfig: NEXT,
+        LlavaConfig: llava_fields.LLAVA,
+        LlavaNextConfig: llava_fields.NEXT,
         LlamaConfig: LLAMA,
         MistralConfig: MISTRAL,
         Qwen2Config: QWEN2,
@@ -457,6 +465,84 @@ def test_what_transformers_writes_of_its_transform_is_accepted():
         written = json.loads(processor().to_json_string())
         read_transform(written, table, "preprocessor_config.json")
         read_transform({"image_processor": written, "patch_size": 14}, table, "processor_config.json")
+
+
+HALF = (0.5, 0.5, 0.5)
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+NEXT = any_resolution_transform(336, 14, llava.MEAN, llava.STD, pinpoints=PINPOINTS, strategy="default")
+ONEVISION = any_resolution_transform(
+    384, 14, HALF, HALF, pinpoints=((384, 384), (768, 384)), strategy="full", aspect_ratio="anyres_max_9"
+)
+IDEFICS3, GEMMA3 = idefics3_transform(512, 64, HALF, HALF), gemma3_transform(896, 256, HALF, HALF)
+PINPOINT_LISTS = [list(point) for point in PINPOINTS]
+PROCESSORS = {  # class -> its arguments, the fields of its processor, the table, the values that are read
+    "llava_next.LlavaNext": (
+        {"size": {"shortest_edge": 336}, "crop_size": 336, "image_grid_pinpoints": PINPOINT_LISTS},
+        {"patch_size": 14, "vision_feature_select_strategy": "default", "image_token": "<image>"},
+        NEXT,
+        {},
+    ),
+    "llava_onevision.LlavaOnevision": (
+        {"image_mean": HALF, "image_std": HALF, "image_grid_pinpoints": [[384, 384], [768, 384]]},
+        {"num_image_tokens": 729, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"},
+        ONEVISION,
+        {},
+    ),
+    "idefics3.Idefics3": (
+        {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}},
+        {"image_seq_len": 64},
+        IDEFICS3,
+        {"size": {"longest_edge": 2048}, "do_image_splitting": True},
+    ),
+    "gemma3.Gemma3": ({"size": {"height": 896, "width": 896}}, {"image_seq_length": 256}, GEMMA3, {}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_the_processors_of_other_families_write_is_accepted(name):
+    family, kind = name.split(".")
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    arguments, outer, table, read = PROCESSORS[name]
+    written = json.loads(getattr(module, f"{kind}ImageProcessorPil")(**arguments).to_json_string())
+    kept = read_transform(written, table, "preprocessor_config.json")
+    assert {key: value for key, value in kept.items() if table[key].effect == READ} == read
+    named = {"processor_class": f"{kind}Processor"}
+    assert read_transform(named | outer | {"image_processor": written}, table, "processor_config.json") == kept
+    assert "size" not in read_transform(named | outer, table, "processor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value"),
+    [
+        (NEXT, "image_grid_pinpoints", PINPOINT_LISTS[:4]),
+        (NEXT, "size", {"shortest_edge": 224}),
+        (NEXT, "crop_size", {"height": 224, "width": 224}),
+        (NEXT, "resample", 2),
+        (NEXT, "vision_feature_select_strategy", "full"),
+        (NEXT, "vision_aspect_ratio", "anyres_max_9"),
+        (NEXT, "aspect_ratio_setting", "pad"),
+        (ONEVISION, "vision_aspect_ratio", "anyres_max_4"),
+        (ONEVISION, "image_mean", [0.48145466, 0.4578275, 0.40821073]),
+        (ONEVISION, "do_resize", False),
+        (IDEFICS3, "size", {"longest_edge": 5000}),
+        (IDEFICS3, "size", {"longest_edge": True}),
+        (IDEFICS3, "size", {"height": 512, "width": 512}),
+        (IDEFICS3, "size", 2048),
+        (IDEFICS3, "max_image_size", {"longest_edge": 364}),
+        (IDEFICS3, "do_image_splitting", None),
+        (IDEFICS3, "image_seq_len", 169),
+        (IDEFICS3, "resample", 3),
+        (GEMMA3, "do_pan_and_scan", True),
+        (GEMMA3, "image_seq_length", 64),
+        (GEMMA3, "size", {"height": 448, "width": 448}),
+        (GEMMA3, "resample", 3),
+        (GEMMA3, "image_processor_type", "Gemma3nImageProcessor"),
+    ],
+)
+def test_another_transform_of_another_family_is_refused(table, field, value):
+    with pytest.raises(UserError, match=re.escape(f"f.json: {field} is {json.dumps(value)[:100]}")) as caught:
+        read_transform({field: value}, table, "f.json")
+    assert "\n" not in str(caught.value) and "supported: " in str(caught.value)
 
 
 TRANSFORM = {  # openai/clip-vit-large-patch14's

@@ -17,7 +17,6 @@ from redvillm_jax.inference.engine import Asked, Generation, Inference
 from redvillm_jax.inference.prompts import make_prompt
 from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings
-from redvillm_jax.modules.attention import visible
 from redvillm_jax.runtime.sharding import make_mesh
 
 QUESTIONS = {  # video -> questions; the second video is short
@@ -70,7 +69,8 @@ def full_passes(model, prompts, videos, steps: int) -> list[list[int]]:
         real = (jnp.arange(ids.shape[1]) < length).astype(jnp.int32)[None]
         positions = jnp.arange(ids.shape[1])[None]
         embeds = model.embed(ids, slots, tokens)
-        hidden, _ = model.llm(embeds, positions, visible(real, 0 * real), context_length=context[None])
+        masks = model.masks(real, 0 * real, positions, slots)
+        hidden, _ = model.llm(embeds, positions, masks, context_length=context[None])
         return model.llm.logits(hidden[0, length - 1]).argmax()
 
     tokens = [model.video_tokens(jax.tree.map(lambda x: jnp.asarray(x)[None], v), jnp.float32) for v in videos]

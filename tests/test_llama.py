@@ -13,7 +13,7 @@ from helpers import fill
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.modules.attention import visible, within_window
+from redvillm_jax.modules.attention import Masks, row_attention, window_masks
 from redvillm_jax.modules.llama import LlamaDecoder
 from redvillm_jax.modules.llama_fields import read_decoder
 
@@ -71,14 +71,14 @@ def ids(rows: int = 2) -> np.ndarray:
 
 
 @jax.jit
-def logits(llm: LlamaDecoder, token_ids: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return llm.logits(llm(llm.embed(token_ids, jnp.float32), position_ids, mask)[0])
+def logits(llm: LlamaDecoder, token_ids: jax.Array, position_ids: jax.Array, masks: Masks) -> jax.Array:
+    return llm.logits(llm(llm.embed(token_ids, jnp.float32), position_ids, masks)[0])
 
 
-def causal_row(rows: int) -> tuple[jax.Array, jax.Array]:
-    """Positions and mask of rows that hold one text each."""
-    mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-    return jnp.broadcast_to(jnp.arange(LENGTH), (rows, LENGTH)), jnp.broadcast_to(mask, (rows, LENGTH, LENGTH))
+def texts(rows: int, window: int | None, length: int = LENGTH) -> tuple[jax.Array, Masks]:
+    """Positions and masks of rows that hold one text each."""
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    return positions, row_attention(0 * positions, 0 * positions, positions, window=window)
 
 
 @jax.jit
@@ -88,15 +88,16 @@ def cached_logits(llm: LlamaDecoder, token_ids: jax.Array) -> jax.Array:
     gap, slots = 9, jnp.arange(length + 9)
     embeds = llm.embed(token_ids, jnp.float32)
     cache = llm.init_cache(rows, length + gap, jnp.float32)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((PREFIX, PREFIX), bool)), (rows, PREFIX, PREFIX))
-    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    _, cache = llm(embeds[:, :PREFIX], positions[:, :PREFIX], causal, cache=cache)
+    window, positions = llm.config.window, jnp.broadcast_to(jnp.arange(length), (rows, length))
+    _, cache = llm(embeds[:, :PREFIX], *texts(rows, window, PREFIX), cache=cache)
+    keys = jnp.broadcast_to(jnp.where(slots < PREFIX, slots, slots - gap), (rows, length + gap))
 
     def step(cache, at):
         seen = (slots < PREFIX) | ((slots >= PREFIX + gap) & (slots <= at + gap))
         mask = jnp.broadcast_to(seen, (rows, 1, length + gap))
         one, place = (jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1) for x in (embeds, positions))
-        hidden, cache = llm(one, place, mask, cache=cache, cache_index=at + gap)
+        masks = window_masks(mask, place, keys, window)
+        hidden, cache = llm(one, place, masks, cache=cache, cache_index=at + gap)
         return cache, llm.logits(hidden)[:, 0]
 
     return jnp.moveaxis(jax.lax.scan(step, cache, jnp.arange(PREFIX, length))[1], 0, 1)
@@ -108,24 +109,24 @@ def test_every_option_computes_what_transformers_computes(name):
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids())).logits.numpy()
     scale = np.abs(want).max()
-    np.testing.assert_allclose(logits(ours, ids(), *causal_row(2)), want, atol=1e-4 * scale)
+    np.testing.assert_allclose(logits(ours, ids(), *texts(2, ours.config.window)), want, atol=1e-4 * scale)
     np.testing.assert_allclose(cached_logits(ours, ids()), want[:, PREFIX:], atol=1e-4 * scale)
 
 
 def test_the_options_matter():
     """A case whose option did nothing would prove nothing."""
-    positions, causal = causal_row(2)
     for name, changes in {
         "llama3": {"rope_scaling": None},
         "mistral": {"layer_kinds": ()},
         "qwen2 window": {"layer_kinds": ("window",) * 3},
     }.items():
         _, ours = models(name)
-        want = logits(ours, ids(), positions, causal)
+        rows = texts(2, ours.config.window)
+        want = logits(ours, ids(), *rows)
         graphdef, weights = nnx.split(ours)
         changed = nnx.merge(graphdef, weights)
         changed.config = type(ours.config)(**{**vars(ours.config), **changes})
-        assert np.abs(logits(changed, ids(), positions, causal) - want).max() > 1, name
+        assert np.abs(logits(changed, ids(), *rows) - want).max() > 1, name
 
 
 PACKED = [(1, 0, 11), (1, 1, 6), (1, 2, 9), (2, 0, 5), (2, 3, 12), (0, 0, 3)]  # group, question, length
@@ -139,45 +140,27 @@ def packed() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return groups, questions, positions
 
 
-def test_a_window_counts_positions_in_packed_rows():
-    groups, questions, positions = packed()
-    mask = np.asarray(visible(jnp.array(groups)[None], jnp.array(questions)[None]))[0]
-    distance = positions[:, None] - positions[None]
-    for window in (1, 3, 8, 100):
-        np.testing.assert_array_equal(within_window(mask[None], window)[0], mask & (distance < window))
-
-
 @pytest.mark.parametrize("name", ["mistral", "qwen2 window"])
 def test_packed_questions_are_answered_as_if_alone(name):
     _, ours = models(name)
     groups, questions, positions = packed()
     token_ids = ids(1)[0].repeat(2)[: len(groups)]
-    mask = visible(jnp.array(groups)[None], jnp.array(questions)[None])
-    got = np.asarray(logits(ours, token_ids[None], positions[None], mask))[0]
+    window, ids_of_row = ours.config.window, (jnp.array(x)[None] for x in (groups, questions, positions))
+    masks = row_attention(*ids_of_row, window=window)
+    got = np.asarray(logits(ours, token_ids[None], positions[None], masks))[0]
     for group, question in ((1, 2), (2, 3)):
         prefix, own = (groups == group) & (questions == 0), (groups == group) & (questions == question)
         alone = np.concatenate([token_ids[prefix], token_ids[own]])
         n = len(alone)
-        want = logits(ours, alone[None], jnp.arange(n)[None], jnp.tril(jnp.ones((1, n, n), bool)))[0]
+        want = logits(ours, alone[None], *texts(1, window, n))[0]
         np.testing.assert_allclose(got[own], want[prefix.sum() :], atol=1e-3)
 
 
 def test_layers_of_both_kinds_are_one_traced_block():
     _, ours = models("qwen2 window")
-    program = logits.trace(ours, ids(), *causal_row(2)).lower().as_text()
+    program = logits.trace(ours, ids(), *texts(2, 7)).lower().as_text()
     assert program.count("stablehlo.while") == 1
     assert program.count("stablehlo.exponential") == 2  # of one softmax and one SiLU
-
-
-def test_a_fused_kernel_is_for_rows_that_a_window_sees_whole():
-    _, ours = models("mistral")
-
-    def kernel(*qkv):
-        """Stands in for one."""
-
-    assert ours.layer_masks(kernel, 5) == (kernel, None, None)
-    with pytest.raises(ValueError, match="rows of 6 slots, but layers see 5 keys"):
-        ours.layer_masks(kernel, 6)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from flax import nnx
 from redvillm_jax.bases import llava
 from redvillm_jax.model.base_folder import canonical_name
 from redvillm_jax.model.weights import abstract_part, expected_tensors, name_table
+from redvillm_jax.modules.attention import Masks
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
 
 
@@ -39,7 +40,7 @@ def causal(attention_mask: np.ndarray) -> jax.Array:
 @jax.jit
 def run_llm(llm: llava.LLM, embeds: jax.Array, position_ids: jax.Array, mask: jax.Array) -> jax.Array:
     """Logits (B, S, vocab)."""
-    return llm.logits(llm(embeds, position_ids, mask)[0])
+    return llm.logits(llm(embeds, position_ids, Masks(mask))[0])
 
 
 def logits_of(llm: llava.LLM, embeds: jax.Array, attention_mask: np.ndarray | None = None) -> jax.Array:

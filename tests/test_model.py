@@ -19,7 +19,6 @@ from redvillm_jax.model.build import load_model
 from redvillm_jax.model.places import VideoPlaces
 from redvillm_jax.model.settings import model_settings
 from redvillm_jax.model.video_llm import mean_loss
-from redvillm_jax.modules.attention import visible
 from redvillm_jax.modules.layers import KEPT
 from redvillm_jax.runtime.sharding import make_mesh
 from redvillm_jax.training.optim import make_optimizer
@@ -59,7 +58,8 @@ def logits(model, base, visual: np.ndarray, question: str) -> np.ndarray:
     ids = [i for i, _ in before] + [0] * len(visual) + [i for i, _ in after]
     embeds = model.embed(jnp.array([ids]), jnp.array([slots]), jnp.asarray(visual)[None])
     ones = jnp.ones((1, len(ids)), jnp.int32)
-    hidden, _ = model.llm(embeds, jnp.arange(len(ids))[None], visible(ones, 0 * ones))
+    positions = jnp.arange(len(ids))[None]
+    hidden, _ = model.llm(embeds, positions, model.masks(ones, 0 * ones, positions, jnp.array([slots])))
     return np.asarray(model.llm.logits(hidden))[0]
 
 

@@ -1,5 +1,7 @@
 """Pictures: read as the originals read them, and answered about as the image LLM itself would."""
 
+import importlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ from PIL import Image
 from test_model import DTYPE, build
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.media.pictures import read_picture
+from data_pipeline.media.pictures import as_rgb, read_picture
 from data_pipeline.media.reading import Clip, Reading, read_media
+from data_pipeline.media.resizing import resizer
 from redvillm_jax.bases import llava, qwen_vl
 from redvillm_jax.bases.contract import load_family
-from redvillm_jax.modules.attention import visible
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402
@@ -61,10 +63,10 @@ def test_pad_stands_in_the_middle_of_the_mean_colour(photo, shape):
     np.testing.assert_array_equal(read_picture(path, 24, "pad"), want)
 
 
-def test_squash_keeps_all_and_no_ratio(photo):
+def test_a_rule_of_frames_keeps_all_and_no_ratio(photo):
     path, pixels = photo(91, 37)
     want = np.asarray(Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(read_picture(path, 24, "squash"), want)
+    np.testing.assert_array_equal(read_picture(path, 24, "bicubic"), want)
 
 
 def test_which_base_takes_which():
@@ -73,7 +75,7 @@ def test_which_base_takes_which():
         "pad",
         "pad",
     ]
-    assert load_family("qwen_vl").picture_fit(qwen_vl.SIZES["7b"]) == "squash"
+    assert load_family("qwen_vl").picture_fit(qwen_vl.SIZES["7b"]) == "bicubic"
 
 
 def filled(mode: str, pixel: tuple) -> Image.Image:
@@ -110,7 +112,7 @@ def palette() -> Image.Image:
 )
 def test_any_mode_becomes_rgb(picture, name, options, colour, tmp_path):
     picture.save(tmp_path / name, **options)
-    got = read_picture(tmp_path / name, 8, "squash")
+    got = read_picture(tmp_path / name, 8, "bicubic")
     assert got.shape == (8, 8, 3) and got.dtype == np.uint8
     np.testing.assert_array_equal(got, np.broadcast_to(np.uint8(colour), (8, 8, 3)))
 
@@ -124,7 +126,7 @@ def test_exif_turns_a_picture(orientation, white, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     half.save(tmp_path / "a.png", exif=exif)
-    got = read_picture(tmp_path / "a.png", 8, "squash")
+    got = read_picture(tmp_path / "a.png", 8, "bicubic")
     assert (got[white] > 250).all() and got.mean() < 140
 
 
@@ -171,15 +173,71 @@ def saved(name: str, picture: Image.Image):
 )
 def test_mistakes_end_in_one_line(make, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
-        read_picture(make(tmp_path), 8, "squash")
+        read_picture(make(tmp_path), 8, "bicubic")
     assert "\n" not in str(error.value)
 
 
 def test_a_list_of_files_is_not_the_video_that_it_names(tmp_path):
     (tmp_path / "a.mp4").write_text("ffconcat version 1.0\nfile b.mp4\n")
-    reading = Reading(num_frames=2, image_size=8, resize="nearest", sampling="uniform", fit="squash")
+    reading = Reading(num_frames=2, image_size=8, resize="nearest", sampling="uniform", fit="bicubic")
     with pytest.raises(UserError, match=r"a\.mp4: is no video in a format that is read"):
         read_media(reading, Clip(tmp_path / "a.mp4"))
+
+
+# ---- frames, and pictures that are not cut, as the image processors of transformers make them
+
+ODD = ((1, 1), (3, 500), (500, 3), (37, 90), (90, 37), (199, 1), (5, 7), (500, 333), (640, 480), (64, 64))
+
+
+def processor(name: str, **arguments):
+    """The PIL image processor of a family of transformers, which makes uint8 pixels."""
+    folder, kind = name.split(".")
+    module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
+    return getattr(module, f"{kind}ImageProcessorPil")(do_rescale=False, do_normalize=False, **arguments)
+
+
+WHOLE = {  # family -> its processor without image splitting, the rule
+    "LLaVA-NeXT": ("llava_next.LlavaNext", {"size": {"shortest_edge": 64}, "crop_size": 64}, "bicubic"),
+    "LLaVA-OneVision": ("llava_onevision.LlavaOnevision", {"size": {"height": 64, "width": 64}}, "bicubic"),
+    "Gemma 3": ("gemma3.Gemma3", {"size": {"height": 64, "width": 64}}, "bilinear"),
+    "SmolVLM": (
+        "idefics3.Idefics3",
+        {"size": {"longest_edge": 150}, "max_image_size": {"longest_edge": 64}, "do_image_splitting": False},
+        "lanczos=150",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_whole_picture_is_the_processor_s(family):
+    name, arguments, rule = WHOLE[family]
+    own = processor(name, **arguments)
+    for width, height in ODD:
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        want = own(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
+        want = want.reshape(-1, 3, 64, 64)[0].transpose(1, 2, 0)  # the base view comes first
+        np.testing.assert_array_equal(resizer(rule)(pixels, 64), want, err_msg=f"{width} × {height}")
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        *(GREY.convert(mode) for mode in ("L", "1", "CMYK", "HSV")),
+        palette(),
+        *(filled(mode, pixel) for mode, pixel in (("LA", (10, 99)), ("RGBA", (9, 0, 200, 51)), ("PA", (3, 77)))),
+    ],
+    ids=lambda picture: picture.mode,
+)
+def test_other_modes_become_rgb_as_in_the_processors(picture):
+    from transformers.image_transforms import convert_to_rgb
+
+    np.testing.assert_array_equal(np.asarray(as_rgb(picture)), convert_to_rgb(picture, return_numpy=True))
+
+
+@pytest.mark.parametrize("rule", ["lanczos", "lanczos=0", "lanczos=4097", "lanczos=08", "area", ""])
+def test_an_unknown_rule_is_refused(rule):
+    with pytest.raises(ValueError, match="is no rule, expected nearest, bicubic, bilinear or lanczos=N"):
+        resizer(rule)
 
 
 # ---- answering: a base alone is the image LLM that it was made from
@@ -199,7 +257,8 @@ def picture_logits(base, model, pictures: np.ndarray) -> tuple[np.ndarray, list[
     embeds = model.embed(ids, jnp.array([slots]), tokens)
     ones = jnp.ones(ids.shape, jnp.int32)
     positions = jnp.arange(ids.shape[1])[None]
-    hidden, _ = model.llm(embeds, positions, visible(ones, 0 * ones), context_length=jnp.array([ids.shape[1]]))
+    masks = model.masks(ones, 0 * ones, positions, jnp.array([slots]))
+    hidden, _ = model.llm(embeds, positions, masks, context_length=jnp.array([ids.shape[1]]))
     return np.asarray(model.llm.logits(hidden)), before, after
 
 

@@ -165,6 +165,10 @@ def test_prepare_takes_image_size_and_resize_from_a_base(data, tmp_path):
         "fingerprint": "",
     }
     assert "drop --image_size and --resize" in error([*flags, "--image_size=8"])
+    (base / "base.json").write_text(
+        json.dumps({"family": "qwen_vl", "fingerprint": "f", "image_size": 14, "resize": "area"})
+    )
+    assert "base.json: resize 'area' is no rule, expected nearest, bicubic" in error(flags)
     assert "has no base.json" in error([*flags, f"--base={tmp_path}"])
 
 

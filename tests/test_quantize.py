@@ -8,6 +8,7 @@ from conftest import FAMILIES
 from flax import nnx
 
 from redvillm_jax.model.base_folder import load_part, open_base
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.modules.layers import Linear, levels
 from redvillm_jax.modules.quantize import quantize, quantized_shapes
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
@@ -89,8 +90,8 @@ def test_every_matrix_but_the_head_is_quantized_and_close(family, bases):
     assert small.embed(jnp.zeros((1, 1), jnp.int32), jnp.float32).dtype == jnp.float32
 
     embeds = exact.embed(jnp.arange(40).reshape(2, 20), jnp.float32)
-    mask = jnp.tril(jnp.ones((2, 20, 20), bool))
-    logits = [m.logits(m(embeds, jnp.arange(20)[None].repeat(2, 0), mask)[0]) for m in (small, exact)]
+    masks = Masks(jnp.tril(jnp.ones((2, 20, 20), bool)))
+    logits = [m.logits(m(embeds, jnp.arange(20)[None].repeat(2, 0), masks)[0]) for m in (small, exact)]
     assert 0 < jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]) < 0.015
 
 
@@ -114,10 +115,10 @@ def test_float16_with_8_bits_follows_float32(bases):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     llm = load(bases["llava"], mesh, int8=True)
     embeds = llm.embed(jnp.arange(40).reshape(2, 20), jnp.float32) * jnp.array([1000.0, 1.0])[:, None, None]
-    mask = jnp.tril(jnp.ones((2, 20, 20), bool))
+    masks = Masks(jnp.tril(jnp.ones((2, 20, 20), bool)))
 
     def logits(dtype):
-        return llm.logits(llm(embeds.astype(dtype), jnp.arange(20)[None].repeat(2, 0), mask)[0])
+        return llm.logits(llm(embeds.astype(dtype), jnp.arange(20)[None].repeat(2, 0), masks)[0])
 
     want, got = logits(jnp.float32), logits(jnp.float16)
     assert jnp.isfinite(got).all() and jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 0.01

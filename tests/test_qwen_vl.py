@@ -16,6 +16,7 @@ from data_pipeline.common.errors import UserError
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.bases.qwen_vl import SIZES, Config
 from redvillm_jax.model import weights
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.modules.qwen import ntk_base
 from redvillm_jax.modules.resampler import sin_cos_positions
 from tests.helpers import REFERENCE, ParityTable, fill, greedy, torch_tensors
@@ -101,7 +102,7 @@ def forward(llm, embeds, key_mask=None, context_length=None):
     position_ids = jnp.broadcast_to(jnp.arange(length), (batch, length))
     if context_length is not None:
         context_length = jnp.full(batch, context_length)
-    return llm.logits(llm(embeds, position_ids, mask, context_length=context_length)[0])
+    return llm.logits(llm(embeds, position_ids, Masks(mask), context_length=context_length)[0])
 
 
 @partial(jax.jit, static_argnums=2)

@@ -22,6 +22,7 @@ from conversion import from_torch
 from redvillm_jax.bases import qwen_vl
 from redvillm_jax.model.base_folder import Base, load_part, open_base
 from redvillm_jax.model.video_llm import VideoLLM
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.runtime.sharding import make_mesh, weight_sharding
 from redvillm_jax.video import red_villm
 from tests.helpers import ParityTable, greedy
@@ -158,7 +159,7 @@ def logits(model: VideoLLM, embeds: jax.Array, *, last: int) -> jax.Array:
     batch, length = embeds.shape[:2]
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    hidden, _ = model.llm(embeds, positions, mask, context_length=jnp.full(batch, length))
+    hidden, _ = model.llm(embeds, positions, Masks(mask), context_length=jnp.full(batch, length))
     return model.llm.logits(hidden[:, -last:])
 
 

@@ -17,7 +17,7 @@ from test_distributed import ROOT, free_port
 from data_pipeline.common.errors import UserError
 from redvillm_jax import selfcheck
 from redvillm_jax.checks import machine_checks, model_checks
-from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import attention
 from redvillm_jax.training import checkpoint
 
@@ -250,13 +250,14 @@ def test_the_tpu_kernel_passes_in_bfloat16(capsys, monkeypatch):
 def with_mask(change):
     """row_attention with a kernel "new" beside xla, whose mask is changed."""
 
-    def row_attention(group_ids, question_ids, kernel):
-        mask = visible(group_ids, question_ids)
+    def changed(*ids, **options):
+        *ids, kernel = ids
+        masks = row_attention(*ids, **options)
         if kernel == "xla":
-            return mask
-        return jax.tree_util.Partial(lambda q, k, v: attention(q, k, v, change(mask)))
+            return masks
+        return masks._replace(window=jax.tree_util.Partial(lambda q, k, v: attention(q, k, v, change(masks.window))))
 
-    return row_attention
+    return changed
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.media import decode
-from data_pipeline.media.decode import VideoError, read_video, resize_bicubic, resize_nearest
+from data_pipeline.media.decode import VideoError, read_video
+from data_pipeline.media.resizing import resize_nearest, resizer
 from data_pipeline.media.sampling import uniform_indices
 
 
@@ -48,7 +49,7 @@ def test_nearest_resize_is_torchs():
 def test_bicubic_resize_keeps_no_aspect_ratio():
     frame = np.zeros((20, 40, 3), np.uint8)
     frame[:, 20:] = 255
-    resized = resize_bicubic(frame, 10)
+    resized = resizer("bicubic")(frame, 10)
     assert resized.shape == (10, 10, 3)
     assert (resized[:, :4] == 0).all() and (resized[:, 6:] == 255).all()
     expected = Image.fromarray(frame).resize((10, 10), resample=Image.BICUBIC)

@@ -36,7 +36,6 @@ from redvillm_jax.modules.llama_fields import QWEN2, read_decoder
 PUBLISHED = "nothing, it is made by tests/toy_base.py"
 MODEL_TYPES = ("toy",)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-RESIZE = "bicubic"
 
 # ---- config.json
 
@@ -81,9 +80,14 @@ class Config:
         return cls(text=read_decoder(values["text_config"], where, "text_config."), **sizes)
 
 
-def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
+def read_image_processor(config: Config, published: dict[str, Any], where: str) -> Config:
     """There is no such file."""
     raise UserError(f"{where}: not a file of this model; remove it")
+
+
+def frame_fit(config: Config) -> str:
+    """PIL's bicubic filter."""
+    return "bicubic"
 
 
 TEXT = LlamaConfig(

@@ -75,7 +75,7 @@ SHAPES = Form({"seed": int, "language": str}, "delete its folder and make the vi
 # ---- bases and exports: conversion
 
 BASE = Form(
-    {"family": str, "fingerprint": str, "image_size": int, "resize": ("nearest", "bicubic")},
+    {"family": str, "fingerprint": str, "image_size": int, "resize": str},
     "make the base folder again with conversion.from_torch",
 )
 CONVERTED = Form(

@@ -1,4 +1,4 @@
-"""Finds, decodes, turns and resizes the frames of a video file."""
+"""Finds, decodes and turns the frames of a video file."""
 
 import array
 import contextlib
@@ -16,9 +16,9 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import Image
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.media.resizing import Resize, resizer
 from data_pipeline.media.sampling import UNIFORM, Part, choose_frames
 
 # FFmpeg's names of the formats that are read: files that hold their own video. Other formats open further files or
@@ -56,30 +56,6 @@ class VideoFrames:
     height: int
 
 
-def resize_nearest(frame: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to (size, size, 3) by nearest neighbour, without keeping the aspect ratio.
-
-    The source index is min(floor(i * in / out), in - 1) in fp32, the default of torch's `interpolate`, which
-    Video-ChatGPT uses (load_video in its scripts/save_spatio_temporal_clip_features.py).
-    """
-    rows, cols = (
-        np.minimum(np.arange(size, dtype=np.float32) * (np.float32(n) / np.float32(size)), n - 1).astype(int)
-        for n in frame.shape[:2]
-    )
-    return frame[rows].take(cols, axis=1)
-
-
-def resize_bicubic(frame: np.ndarray, size: int) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 to (size, size, 3) as Qwen-VL does: PIL's bicubic, without keeping the aspect ratio."""
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
-
-
-RESIZE: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "nearest": resize_nearest,
-    "bicubic": resize_bicubic,
-}
-
-
 def read_video(
     path: str | Path,
     *,
@@ -96,7 +72,8 @@ def read_video(
     counted first, without decoding. When fewer than half of the frames need decoding, each wanted frame is reached
     from the key frame before it, as long as every frame on the way has the timestamp of its packet. Otherwise all
     frames are decoded, and decoded again if their number differs from that of the packets. Memory holds the kept frames
-    and all timestamps. resize: a key of `RESIZE`. threads: of the decoder, 0 = its own choice. Raises VideoError.
+    and all timestamps. resize: a rule of
+    `resizing.resizer`. threads: of the decoder, 0 = its own choice. Raises VideoError.
     """
 
     def choose(times: np.ndarray) -> list[int]:
@@ -105,7 +82,7 @@ def read_video(
         except ValueError as error:
             raise VideoError(f"{path}: {error}") from None
 
-    keep = functools.partial(_picture, VideoReformatter(), resize, image_size)
+    keep = functools.partial(_picture, VideoReformatter(), resizer(resize), image_size)
     packets = _read_packets(path)
     try:
         indices = choose(packets.times) if len(packets.times) else []
@@ -237,10 +214,10 @@ def _decode_all(
     return Decoded(pictures, np.array(times), *size)
 
 
-def _picture(to_rgb: VideoReformatter, resize: str, image_size: int, frame: av.VideoFrame) -> np.ndarray:
+def _picture(to_rgb: VideoReformatter, resize: Resize, image_size: int, frame: av.VideoFrame) -> np.ndarray:
     """A frame as it is shown, (S, S, 3) uint8. One reformatter serves a whole file, as making one costs a frame."""
     rgb = to_rgb.reformat(frame, format="rgb24").to_ndarray()
-    return RESIZE[resize](_upright(rgb, _display_matrix(frame)), image_size)
+    return resize(_upright(rgb, _display_matrix(frame)), image_size)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, explained
+from data_pipeline.media.resizing import resizer
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
 FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program named by the file
@@ -35,21 +36,21 @@ def pad(picture: Image.Image, size: int) -> Image.Image:
     return bicubic(square, size, size)
 
 
-def squash(picture: Image.Image, size: int) -> Image.Image:
-    """Qwen-VL's fit: the whole picture, without keeping its aspect ratio."""
-    return bicubic(picture, size, size)
-
-
 def bicubic(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """PIL's bicubic resize, which all the originals use."""
+    """PIL's bicubic resize, which CLIP and LLaVA use."""
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-FIT: dict[str, Callable[[Image.Image, int], Image.Image]] = {"crop": crop, "pad": pad, "squash": squash}
+FIT: dict[str, Callable[[Image.Image, int], Image.Image]] = {"crop": crop, "pad": pad}
+
+
+def fit_picture(picture: Image.Image, size: int, fit: str) -> np.ndarray:
+    """Makes a picture (size, size, 3) uint8. fit: a key of `FIT`, or a rule of `resizing.resizer`."""
+    return np.asarray(FIT[fit](picture, size)) if fit in FIT else resizer(fit)(np.asarray(picture), size)
 
 
 def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
-    """Reads a picture file, local or in a bucket, as (S, S, 3) uint8 RGB. fit: a key of `FIT`.
+    """Reads a picture file, local or in a bucket, as (S, S, 3) uint8 RGB. fit: see `fit_picture`.
 
     The picture is turned as its EXIF data say. An animation gives its first frame. Transparent parts become white.
     Raises UserError for a file that is missing, broken or of no known format.
@@ -76,7 +77,7 @@ def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
     if max(picture.size) > LONGEST * min(picture.size):
         size = f"{picture.width} × {picture.height} pixels"
         raise UserError(f"{path}: {size}, expected at most {LONGEST} times as long as wide; cut it")
-    return np.asarray(FIT[fit](picture, image_size))
+    return fit_picture(picture, image_size, fit)
 
 
 def upright(picture: Image.Image) -> Image.Image:

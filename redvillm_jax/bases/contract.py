@@ -22,11 +22,6 @@ def no_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     return {}
 
 
-def squash(config: Any) -> str:
-    """The default of `picture_fit`: the whole picture, squashed into a square."""
-    return "squash"
-
-
 def any_tokenizer(tokenizer: Any, config: Any, published: dict[str, Any], where: str) -> None:
     """`check_tokenizer` of a base whose tokenizer only has to make a prompt."""
 
@@ -56,7 +51,8 @@ class Family:
       MODEL_TYPES        the values of `model_type` in its config.json
       FIELDS             the tables of fields of its files, by title (docs/config_fields.md)
       VISION_FIELD       the field of config.json that names a separately published vision tower; None: no field
-      check_image_processor  (config, the file's content, its path): raises UserError for another image transform
+      read_image_processor   (config, the file's content, its path) -> the config with the values of the image
+                         processor's file; raises UserError for another image transform
       PREFIX             of canonical names, by "encoder", "projector" and "llm"; an attribute path follows it
       CANONICAL          published name -> canonical name, as (regex, replacement)
       IGNORED            regexes of canonical names of tensors that base folders keep but no code loads
@@ -66,8 +62,10 @@ class Family:
 
     Pictures and text
       MEAN, STD          of RGB pixels / 255
-      RESIZE             makes a frame a square: a key of `data_pipeline.media.decode.RESIZE`
-      picture_fit        (config) -> makes a picture a square: a key of `data_pipeline.media.pictures.FIT`
+      frame_fit          (config) -> how a frame becomes a square: a rule of `data_pipeline.media.resizing.resizer`
+      picture_fit        (config) -> how a picture becomes a square: a key of `data_pipeline.media.pictures.FIT` or a
+                         rule of frames; by default the frames' rule
+      BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
       check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
                          tokenizer that can make no prompt is refused before
@@ -83,12 +81,12 @@ class Family:
     LLM: type
     PUBLISHED: str
     MODEL_TYPES: Sequence[str]
-    check_image_processor: Callable[[Any, dict[str, Any], str], None]
+    read_image_processor: Callable[[Any, dict[str, Any], str], Any]
     PREFIX: Mapping[str, str]
     SHARDING: Rules
     MEAN: tuple[float, float, float]
     STD: tuple[float, float, float]
-    RESIZE: str
+    frame_fit: Callable[[Any], str]
     Tokenizer: type
     prompt: Callable[..., tuple[Segment, Segment]]
     PROJECTOR_OPTIONS: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
@@ -99,8 +97,13 @@ class Family:
     IGNORED: Sequence[str] = ()
     identity: Callable[[Any], dict[str, Any]] = dataclasses.asdict
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
-    picture_fit: Callable[[Any], str] = squash
+    picture_fit: Callable[[Any], str] | None = None
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
+    BOTH_DIRECTIONS: bool = False
+
+    def __post_init__(self):
+        if self.picture_fit is None:
+            object.__setattr__(self, "picture_fit", self.frame_fit)
 
 
 CONFIG = {  # attribute of a Config -> its meaning
@@ -112,13 +115,13 @@ CONFIG = {  # attribute of a Config -> its meaning
     "max_position_embeddings": "tokens of the longest text",
     "num_attention_heads": "heads of the language model",
     "head_dim": "width of such a head",
-    "window": "number of keys that its narrowest layer sees, None: all before a query",
+    "window": "number of positions that its window layers see, None: all layers see all before a query",
 }
 LLM_METHODS = {  # method or property of an LLM -> its meaning
     "embed": "(token_ids (B, S), dtype) -> (B, S, K)",
     "init_cache": "(batch, length, dtype) -> empty keys and values, (layers, batch, heads, head_dim, length) each",
     "context_class": "(length of a prompt) -> its class; prompts of one class can share the cache of a prefix",
-    "__call__": "(embeds, position_ids, mask, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
+    "__call__": "(embeds, position_ids, masks, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
     "logits": "(hidden (..., K)) -> (..., vocab_size) fp32",
     "head": "the module whose weight makes the logits: a Linear, or a tied Embedding; never in 8 bits",
 }

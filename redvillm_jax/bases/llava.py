@@ -9,10 +9,12 @@ from typing import Any
 from flax import nnx
 
 from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
-from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, clip_transform, read_clip, read_transform
+from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, read_clip
 from redvillm_jax.modules.config_fields import read_fields, require
 from redvillm_jax.modules.hf_tokenizer import HfTokenizer
+from redvillm_jax.modules.image_processor_fields import any_resolution_transform, clip_transform, read_transform
 from redvillm_jax.modules.llama import LlamaConfig
 from redvillm_jax.modules.llama_fields import LLAMA, MISTRAL, QWEN2, ROPE
 from redvillm_jax.modules.llava_fields import (
@@ -45,7 +47,6 @@ VISION_FIELD = "mm_vision_tower"  # v1 is published without its CLIP; this field
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-RESIZE = "nearest"  # Video-ChatGPT squashes frames with torch's nearest neighbour before CLIP's normalisation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,13 +177,23 @@ FIELDS = {  # tables by their file or object
     "`vision_config`, or config.json of a CLIP's vision tower": CLIP,
     "config.json of a whole CLIP": WHOLE_CLIP,
     "preprocessor_config.json, processor_config.json of LLaVA-1.5": clip_transform(336, 14, MEAN, STD, pads=True),
+    "preprocessor_config.json, processor_config.json of LLaVA-NeXT": any_resolution_transform(
+        336, 14, MEAN, STD, pinpoints=NEXT_PINPOINTS, strategy="default"
+    ),
 }
 
 
-def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
-    """Raises UserError when a preprocessor_config.json or processor_config.json asks for another transform."""
-    pads = picture_fit(config) == "pad"
-    read_transform(published, clip_transform(config.image_size, config.patch_size, MEAN, STD, pads=pads), where)
+def read_image_processor(config: Config, published: dict[str, Any], where: str) -> Config:
+    """Returns the config; raises UserError when an image processor's file asks for another transform.
+
+    The file of a separate CLIP describes what the original LLaVA-NeXT does with each tile.
+    """
+    sizes = config.image_size, config.patch_size, MEAN, STD
+    table = clip_transform(*sizes, pads=picture_fit(config) != "crop")
+    if config.image_grid_pinpoints and published.get("image_processor_type") != "CLIPImageProcessor":
+        table = any_resolution_transform(*sizes, pinpoints=config.image_grid_pinpoints, strategy="default")
+    read_transform(published, table, where)
+    return config
 
 
 LLAMA_7B = {
@@ -240,8 +251,15 @@ SIZES = {
 }
 
 
+def frame_fit(config: Config) -> str:
+    """Returns the rule for frames: NeXT squashes pictures; Video-ChatGPT took the nearest pixels for LLaVA v1."""
+    return "bicubic" if config.image_grid_pinpoints else "nearest"
+
+
 def picture_fit(config: Config) -> str:
-    """Returns the way to a square picture (`data_pipeline.media.pictures.FIT`): v1.5 pads, v1 crops as CLIP does."""
+    """Returns the way to a square picture: v1.5 pads, v1 crops as CLIP does, NeXT squashes."""
+    if config.image_grid_pinpoints:
+        return frame_fit(config)
     return "crop" if config.projector == "linear" else "pad"
 
 
@@ -285,11 +303,15 @@ def prompt(
 ) -> tuple[Segment, Segment]:
     """Returns the tokens before and after the visual tokens, for videos and pictures alike.
 
-    LLaVA-1.5: `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
+    A folder's own chat template goes first. Without one, LLaVA-1.5 has
+    `{system} USER: <video>\\n{question} ASSISTANT: {answer}</s>`; the blank before the video is a token. v1:
     `{system} USER:<im_start><video><im_end>{question} ASSISTANT: {answer}</s>`; the tokenizer of its training drops
     blanks and line breaks beside its markers. Without an answer the second part ends at the start of the answer. The
-    answer and `</s>` are supervised, with both values of `labels`, because LLaVA's own fine-tuning supervises the same.
+    answer and the token behind it are supervised, with both values of `labels`, because LLaVA's own fine-tuning
+    supervises the same.
     """
+    if tokenizer.template is not None:
+        return chat_prompt(tokenizer, question, answer, picture_token="<image>")
     system = f"{config.system_prompt} USER:" if config.system_prompt else "USER:"
     if config.image_markers:
         start, end = ([tokenizer.special(marker)] for marker in ("<im_start>", "<im_end>"))

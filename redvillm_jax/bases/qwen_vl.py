@@ -52,7 +52,6 @@ MODEL_TYPES = ("qwen",)  # in config.json
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-RESIZE = "bicubic"  # Qwen-VL squashes pictures with PIL's bicubic filter
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 
@@ -236,8 +235,14 @@ def check_numbers(llm: dict[str, Any], visual: dict[str, Any], where: str) -> No
     require(square, where, f"visual.n_queries is {queries}, supported: a square number (a grid of positions)")
 
 
-def check_image_processor(config: Config, published: dict[str, Any], where: str) -> None:
-    """Does nothing: the transform is fixed in Qwen-VL's code, which reads no such file."""
+def read_image_processor(config: Config, published: dict[str, Any], where: str) -> Config:
+    """Returns the config as it is: the transform is fixed in Qwen-VL's code, which reads no such file."""
+    return config
+
+
+def frame_fit(config: Config) -> str:
+    """Returns the rule for frames and pictures: Qwen-VL squashes both with PIL's bicubic filter."""
+    return "bicubic"
 
 
 SIZES = {

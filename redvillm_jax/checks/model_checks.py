@@ -37,7 +37,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 LOSS_TOLERANCE = 1e-4  # relative
 MOVED_TOLERANCE = 0.05  # |a - b| of the trained weights, relative to the distance that they moved
 STEPS = 3
-DISTINCT_ROWS, SLOTS, HEADS, HEAD_DIM = 4, 256, 2, 128
+DISTINCT_ROWS, SLOTS, HEADS, HEAD_DIM, WINDOW = 4, 256, 2, 128, 48
 NUM_FRAMES = 4
 
 
@@ -80,7 +80,10 @@ def check_near(what: str, differences: Mapping[str, float], limit: float) -> str
 
 
 def check_attention() -> str:
-    """Checks values and gradients of the devices' attention kernel on packed rows, one row on each device."""
+    """Checks values and gradients of the devices' attention kernel on packed rows, one row on each device.
+
+    A full layer's context is the value of a window layer; both see the videos in both directions.
+    """
     mesh, dtype = make_mesh(ALL_FSDP), jnp.dtype(compute_dtype())
     kernel = choose_kernel("auto", backend_of(jax.devices()[0]), dtype, SLOTS, HEAD_DIM)
     rng = np.random.default_rng(0)
@@ -90,13 +93,17 @@ def check_attention() -> str:
         for number, start in enumerate(range(40 + row, 240, 25), start=1):
             questions[row, start : start + 25] = number
     questions[:, 100:140] = 0
+    rows_of = ids, questions, (questions == 0) & (ids > 0)
     qkv = [rng.standard_normal((DISTINCT_ROWS, SLOTS, HEADS, HEAD_DIM)).astype(dtype) for _ in range(3)]
 
-    def value_and_gradients(ids, questions, query, key, value, kernel):
+    def value_and_gradients(ids, questions, pictures, query, key, value, kernel):
         real = (ids > 0)[:, :, None, None]
+        positions = jnp.broadcast_to(jnp.arange(SLOTS), ids.shape)
+        masks = row_attention(ids, questions, positions, kernel, window=WINDOW, pictures=pictures)
 
         def total(query, key, value):
-            context = attention(query, key, value, row_attention(ids, questions, kernel)) * real
+            context = attention(query, key, value, masks.of_layer(False))
+            context = attention(query, key, context, masks.of_layer(True)) * real
             weights = jnp.cos(jnp.arange(context[0].size)).reshape(context.shape[1:])
             return (context * weights).sum(dtype=jnp.float32), context
 
@@ -105,10 +112,10 @@ def check_attention() -> str:
 
     compute = jax.jit(value_and_gradients, static_argnames="kernel")
     with jax.default_device(cpu()):
-        want = [np.asarray(x) for x in compute(ids, questions, *(x.astype(np.float32) for x in qkv), kernel="xla")]
+        want = [np.asarray(x) for x in compute(*rows_of, *(x.astype(np.float32) for x in qkv), kernel="xla")]
     rows = np.arange(mesh.size) % DISTINCT_ROWS
     with jax.set_mesh(mesh):
-        got = compute(*(place(x[rows], batch_sharding(mesh)) for x in (ids, questions, *qkv)), kernel=kernel)
+        got = compute(*(place(x[rows], batch_sharding(mesh)) for x in (*rows_of, *qkv)), kernel=kernel)
     names = ("the context", "the query's gradient", "the key's gradient", "the value's gradient")
     differences = {name: difference(a, b[rows]) for name, a, b in zip(names, got, want, strict=True)}
     limit = TOLERANCE[dtype.name]

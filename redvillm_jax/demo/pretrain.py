@@ -28,14 +28,14 @@ from tqdm import tqdm
 from data_pipeline.common.cli import Parser, local_path, number
 from data_pipeline.common.errors import run
 from data_pipeline.common.files import written_whole
-from data_pipeline.media.decode import RESIZE
+from data_pipeline.media.resizing import resizer
 from data_pipeline.packing import Prefix, Question, fill_row
 from redvillm_jax.bases.contract import Family, load_family
 from redvillm_jax.demo.moving_shapes import Scene, picture_scene, render
 from redvillm_jax.demo.shape_stories import KINDS, Document, cell_labels, document
 from redvillm_jax.demo.tokenizers import write_llama_tokenizer, write_qwen_tokenizer
 from redvillm_jax.model.weights import fill, name_table, random_parts, tensors_of
-from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.attention import row_attention
 from redvillm_jax.modules.layers import Linear, normalize
 from redvillm_jax.training.optim import warmup_cosine
 
@@ -201,7 +201,7 @@ def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, base: Famil
 
     Returns pictures (B, S, S, 3) uint8 and cells (B, N, 4) int32.
     """
-    resize, side = RESIZE[base.RESIZE], config.grid[0]
+    resize, side = resizer(base.frame_fit(config)), config.grid[0]
     return {
         "pictures": np.stack([resize(render(scene, rng)[0], config.image_size) for scene in scenes]),
         "cells": np.stack([cell_labels(scene, side) for scene in scenes]),
@@ -310,7 +310,8 @@ def predict(llm: nnx.Module, tokens: jax.Array, batch: Mapping[str, jax.Array]) 
     visual = tokens.reshape(-1, tokens.shape[-1])[jnp.maximum(batch["video_tokens"], 0)]
     text = llm.embed(batch["token_ids"], tokens.dtype)
     embeds = jnp.where((batch["video_tokens"] >= 0)[..., None], visual, text)
-    hidden, _ = llm(embeds, batch["position_ids"], visible(batch["group_ids"], batch["question_ids"]))
+    masks = row_attention(*(batch[name] for name in ("group_ids", "question_ids", "position_ids")))
+    hidden, _ = llm(embeds, batch["position_ids"], masks)
     return llm.logits(jnp.take_along_axis(hidden, batch["target_slots"][..., None], axis=1))
 
 

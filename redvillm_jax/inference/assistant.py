@@ -83,7 +83,7 @@ class Assistant:
         self.reading = Reading(
             num_frames,
             self.base.config.image_size,
-            self.base.module.RESIZE,
+            self.base.module.frame_fit(self.base.config),
             self.settings.sampling,
             self.base.module.picture_fit(self.base.config),
         )

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from redvillm_jax.inference.sampler import Sampling, choose
 from redvillm_jax.model.video_llm import VideoLLM
-from redvillm_jax.modules.attention import visible
+from redvillm_jax.modules.attention import window_masks
 from redvillm_jax.modules.layers import BATCH_AXES, pin_batch
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, head_dim, slots) each
@@ -23,13 +23,15 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, (num_layers, R, heads, h
 class Decoding(NamedTuple):
     """The state of R answers while they are written, with at most N tokens.
 
-    prompt: (R, slots) bool, the slots that prompts fill; length: (R,) int32, of the prompts; seen: (R, vocab_size)
-    bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last ids, which are not in the cache yet;
-    finite: (R,) bool, whether all logits were finite; step: (), how many ids are chosen.
+    prompt: (R, slots) bool, the slots that prompts fill; positions: (R, slots) int32, of each slot; length: (R,) int32,
+    of the prompts; seen: (R, vocab_size) bool; keys: (R,) PRNG keys; ids: (R, N) int32; current: (R,) int32, the last
+    ids, which are not in the cache yet; finite: (R,) bool, whether all logits were finite; step: (), how many ids are
+    chosen.
     """
 
     cache: Cache
     prompt: jax.Array
+    positions: jax.Array
     length: jax.Array
     seen: jax.Array
     keys: jax.Array
@@ -50,8 +52,8 @@ def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array
     slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
     real = (slots < prefixes["length"][:, None]).astype(jnp.int32)
     cache = model.llm.init_cache(rows, width, embeds.dtype)
-    mask = visible(real, jnp.zeros_like(real))
-    return model.llm(embeds, slots, mask, cache=cache, context_length=prefixes["context_length"])[1]
+    masks = model.masks(real, jnp.zeros_like(real), slots, prefixes["video_slots"])
+    return model.llm(embeds, slots, masks, cache=cache, context_length=prefixes["context_length"])[1]
 
 
 def lay_out(prefixes: Cache, videos: jax.Array, num_slots: int) -> Cache:
@@ -104,9 +106,13 @@ def start(
     total = questions["prefix_length"] + length
 
     embeds = pin_batch(model.llm.embed(token_ids, cache[0].dtype))
-    mask = (prompt[:, None] & before)[:, :, : first + width]  # the answer's slots are empty yet
-    position_ids = questions["prefix_length"][:, None] + jnp.arange(width)
-    hidden, cache = model.llm(embeds, position_ids, mask, cache=cache, cache_index=first, context_length=total)
+    question = questions["prefix_length"][:, None] + slots - first
+    answer = total[:, None] + slots - first - width
+    positions = jnp.where(slots < first, slots, jnp.where(slots < first + width, question, answer))
+    read = slice(first + width)  # the answer's slots are empty yet
+    position_ids = positions[:, first : first + width]
+    masks = window_masks((prompt[:, None] & before)[:, :, read], position_ids, positions[:, read], model.config.window)
+    hidden, cache = model.llm(embeds, position_ids, masks, cache=cache, cache_index=first, context_length=total)
     last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
     logits = model.llm.logits(last)[:, 0]
     every_row = jnp.arange(rows)
@@ -116,7 +122,7 @@ def start(
     current = jnp.where((length > 0) & finite, chosen, stop_ids[0])
     ids = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(current)
     return Decoding(
-        cache, prompt, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1)
+        cache, prompt, positions, total, seen.at[every_row, current].set(True), keys, ids, current, finite, jnp.int32(1)
     )
 
 
@@ -136,10 +142,11 @@ def decode(model: VideoLLM, state: Decoding, sampling: Sampling, stop_ids: jax.A
     def one_token(state: Decoding) -> Decoding:
         index = first + state.step - 1  # the slot of `current`, behind all prompts
         mask = state.prompt | ((slots >= first) & (slots <= index))
+        position_ids = (state.length + state.step - 1)[:, None]
         hidden, cache = model.llm(
             pin_batch(model.llm.embed(state.current[:, None], state.cache[0].dtype)),
-            (state.length + state.step - 1)[:, None],
-            mask[:, None],
+            position_ids,
+            window_masks(mask[:, None], position_ids, state.positions, model.config.window),
             cache=state.cache,
             cache_index=index,
             context_length=state.length,

@@ -143,10 +143,10 @@ def sized_base(family: str, size: str) -> Base:
 
 
 def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: str = REMEDY) -> Any:
-    """Reads the base's Config from a folder's config.json and, if it exists, the vision tower's config.json.
+    """Reads the base's Config from a folder's config.json, the vision tower's, and the image processors' files.
 
-    remedy: the advice in messages about an unreadable file. Raises UserError for a field that the base does not
-    compute, in these files or in the image processors' files.
+    Only config.json must exist. remedy: the advice in messages about an unreadable file. Raises UserError for a field
+    that the base does not compute.
     """
     vision = vision or folder / "vision"
     file, apart = folder / "config.json", {}
@@ -157,7 +157,7 @@ def read_config(base: Family, folder: Path, vision: Path | None = None, remedy: 
     config = base.Config.from_published(read_json(file, remedy), where=str(file), **apart)
     for file in (at / name for at in (folder, vision) for name in IMAGE_PROCESSORS):
         if file.is_file():
-            base.check_image_processor(config, read_json(file, remedy), str(file))
+            config = base.read_image_processor(config, read_json(file, remedy), str(file))
     return config
 
 

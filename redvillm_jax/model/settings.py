@@ -157,8 +157,8 @@ def check_store(store: VideoStore, base: Base, settings: ModelSettings) -> None:
     if not store.instructions:
         raise UserError(f"{store.path}: has no questions; prepare it with --instructions=FILE")
     num_frames = settings.video.num_frames
-    wanted = {"image_size": base.config.image_size, "resize": base.module.RESIZE, "num_frames": num_frames}
-    wanted["sampling"] = settings.sampling
+    wanted = {"image_size": base.config.image_size, "resize": base.module.frame_fit(base.config)}
+    wanted |= {"num_frames": num_frames, "sampling": settings.sampling}
     again = f"prepare it again with --base={base.path} --num_frames={num_frames}"
     if wanted["sampling"] != store.meta["sampling"]:
         again += f" --sampling={wanted['sampling']}, or set config.sampling"

@@ -12,7 +12,7 @@ from flax import nnx
 from redvillm_jax.bases.contract import Family
 from redvillm_jax.model.base_folder import EXTRA_PREFIX
 from redvillm_jax.model.places import token_layout
-from redvillm_jax.modules.attention import row_attention
+from redvillm_jax.modules.attention import Masks, row_attention
 from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
 from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features
 
@@ -40,6 +40,7 @@ class VideoLLM(nnx.Module):
         self.projectors = nnx.Dict(projectors)
         self.llm = llm
         self.mean, self.std, self.video, self.config = base.MEAN, base.STD, video, config
+        self.both_directions = base.BOTH_DIRECTIONS
 
     @property
     def order(self) -> tuple[Stream, ...]:
@@ -137,6 +138,22 @@ class VideoLLM(nnx.Module):
         visual = jnp.take_along_axis(tokens, jnp.maximum(video_slots, 0)[:, :, None], axis=1)
         return pin_batch(jnp.where((video_slots >= 0)[:, :, None], visual, text))
 
+    def masks(
+        self,
+        group_ids: jax.Array,
+        question_ids: jax.Array,
+        position_ids: jax.Array,
+        video_slots: jax.Array,
+        kernel: str = "xla",
+    ) -> Masks:
+        """Returns what the language model's layers see in rows of packed questions; all arguments are (R, S) int32.
+
+        group_ids, question_ids: see `attention.visible`; video_slots: see `embed`; kernel: see `choose_kernel`.
+        """
+        pictures = video_slots >= 0 if self.both_directions else None
+        ids = group_ids, question_ids, position_ids
+        return row_attention(*ids, kernel, window=self.config.window, pictures=pictures)
+
     def target_logits(
         self, batch: Mapping[str, jax.Array], dtype: jnp.dtype, *, remat: str = "none", kernel: str = "xla"
     ) -> jax.Array:
@@ -151,8 +168,10 @@ class VideoLLM(nnx.Module):
         rows = len(batch["token_ids"])
         tokens = rearrange(self.video_tokens(videos, dtype), "(r g) v k -> r (g v) k", r=rows)
         embeds = self.embed(batch["token_ids"], batch["video_tokens"], tokens)
-        mask = row_attention(batch["group_ids"], batch["question_ids"], kernel)
-        hidden, _ = self.llm(embeds, batch["position_ids"], mask, remat=remat)
+        masks = self.masks(
+            *(batch[name] for name in ("group_ids", "question_ids", "position_ids", "video_tokens")), kernel
+        )
+        hidden, _ = self.llm(embeds, batch["position_ids"], masks, remat=remat)
         supervised = jnp.take_along_axis(hidden, batch["target_slots"][:, :, None], axis=1)
         return self.llm.logits(pin_batch(supervised))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,30 @@ from jax.tree_util import Partial
 
 from data_pipeline.common.errors import UserError
 from redvillm_jax.modules.layers import keep
-from redvillm_jax.modules.splash import LANES, splash_attention
+from redvillm_jax.modules.splash import LANES, splash_attention, splash_masks
 
 KERNELS = ("auto", "xla", "splash", "cudnn")  # the values of config.attention
 GPUS = ("gpu", "cuda", "rocm")
+
+
+class Masks(NamedTuple):
+    """What the layers of a decoder see, by their kind: the `mask` argument of `layers.attention`.
+
+    full: of layers that see all keys before a query. window: of layers that see the last positions alone; None: the
+    window holds all keys, or there are no such layers. Each is (B, S, S_kv) bool, True = visible, or a fused kernel
+    with its own mask, a function of query, key, value (B, S, H, D).
+    """
+
+    full: jax.Array | Partial
+    window: jax.Array | Partial | None = None
+
+    def of_layer(self, windowed: bool | jax.Array) -> jax.Array | Partial:
+        """Returns the mask of one layer. windowed: () bool, whether it is a window layer; it may be traced."""
+        if self.window is None:
+            return self.full
+        if isinstance(windowed, bool):
+            return self.window if windowed else self.full
+        return jax.tree.map(lambda near, far: jnp.where(windowed, near, far), self.window, self.full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +63,15 @@ def choose_kernel(
     dtype: jax.typing.DTypeLike,
     row_length: int,
     head_dim: int,
-    window: int | None = None,
 ) -> str:
     """Chooses the kernel for the language model's attention over rows of `row_length` slots.
 
     wanted: "splash" (Pallas, on TPUs), "cudnn" (on NVIDIA GPUs), "xla" (everywhere), or "auto" for the first that can
-    be used. Only xla can be used when a layer sees a `window` of fewer keys than a row has. Raises UserError when the
-    wanted kernel cannot be used.
+    be used. Raises UserError when the wanted kernel cannot be used.
     """
-    narrow = "" if window is None or row_length <= window else f"layers see {window} of a row's {row_length} keys"
     obstacles = {
-        "splash": splash_obstacle(backend, dtype, row_length, head_dim) or narrow,
-        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim) or narrow,
+        "splash": splash_obstacle(backend, dtype, row_length, head_dim),
+        "cudnn": cudnn_obstacle(backend, dtype, row_length, head_dim),
         "xla": "",
     }
     if wanted == "auto":
@@ -93,18 +110,37 @@ def cudnn_obstacle(backend: Backend, dtype: jax.typing.DTypeLike, row_length: in
     return ""
 
 
-def row_attention(group_ids: jax.Array, question_ids: jax.Array, kernel: str) -> jax.Array | Partial:
-    """Returns the `mask` argument of `layers.attention` for rows of packed questions.
+def row_attention(
+    group_ids: jax.Array,
+    question_ids: jax.Array,
+    position_ids: jax.Array,
+    kernel: str = "xla",
+    *,
+    window: int | None = None,
+    pictures: jax.Array | None = None,
+) -> Masks:
+    """Returns the masks of rows of packed questions.
 
-    group_ids, question_ids: (B, S) int32 (see `visible`). kernel: a value of `choose_kernel`. For a fused kernel the
-    result is a function of query, key, value (B, S, H, D); make it once, outside the scan over layers.
+    group_ids, question_ids: (B, S) int32 (see `visible`); position_ids: (B, S) int32. kernel: a value of
+    `choose_kernel`. window: of the window layers, if there are any. pictures: (B, S) bool, the visual tokens of a model
+    whose pictures see themselves in both directions. Make the masks once, outside the scan over layers.
     """
     mask = visible(group_ids, question_ids)
-    if kernel == "xla":
-        return mask
-    if kernel == "cudnn":
-        return Partial(cudnn_attention, mask)
-    return Partial(splash_attention, jax.lax.optimization_barrier(mask))
+    if pictures is not None:
+        mask |= same_picture(pictures, group_ids)
+    masks = window_masks(mask, position_ids, position_ids, window)
+    return jax.tree.map(KERNEL_MASKS[kernel], masks)
+
+
+def window_masks(mask: jax.Array, query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> Masks:
+    """Returns `mask` (B, S, S_kv) bool for full layers, and its part within the window for window layers.
+
+    query_positions: (B, S) int32; key_positions: (B, S_kv) int32. A window layer sees `window` positions up to the
+    query's own, and no earlier ones; slots may have gaps, in packed rows and in caches, positions have none.
+    """
+    if window is None or mask.shape[-1] <= window:
+        return Masks(mask, None)
+    return Masks(mask, mask & (query_positions[:, :, None] - key_positions[:, None] < window))
 
 
 def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
@@ -121,17 +157,25 @@ def visible(group_ids: jax.Array, question_ids: jax.Array) -> jax.Array:
     return causal & same_group & reachable
 
 
-def within_window(mask: jax.Array, window: int) -> jax.Array:
-    """Limits a mask (B, S, S_kv) bool to the last `window` keys of each query, the query's own key included.
+def same_picture(pictures: jax.Array, group_ids: jax.Array) -> jax.Array:
+    """Returns (B, S, S) bool: whether two slots belong to one run of adjacent visual tokens of one group.
 
-    A query sees a text without gaps, in order, although its slots may have gaps, in packed rows and in caches. The
-    distance between two positions is therefore the number of visible keys after a key.
+    Such a run is one picture, as transformers' Gemma 3 reads it from its token types. pictures: (B, S) bool, True for
+    visual tokens; group_ids: (B, S) int32.
     """
-    from_here = jnp.cumsum(mask[..., ::-1], axis=-1, dtype=jnp.int32)[..., ::-1]
-    return mask & (from_here <= window)
+    before = jnp.pad(pictures[:, :-1], ((0, 0), (1, 0))) & (group_ids == jnp.roll(group_ids, 1, axis=1))
+    run = jnp.cumsum(pictures & ~before, axis=1)
+    return (run[:, :, None] == run[:, None, :]) & pictures[:, :, None] & pictures[:, None, :]
 
 
 def cudnn_attention(mask: jax.Array, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Computes attention by cuDNN's flash attention. mask: (B, S, S) bool."""
     query = keep(query, "query")
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")
+
+
+KERNEL_MASKS = {  # kernel -> a mask (B, S, S) bool in the form that `layers.attention` takes
+    "xla": lambda mask: mask,
+    "cudnn": lambda mask: Partial(cudnn_attention, mask),
+    "splash": lambda mask: Partial(splash_attention, jax.lax.optimization_barrier(splash_masks(mask))),
+}

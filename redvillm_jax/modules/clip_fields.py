@@ -1,20 +1,17 @@
-"""The tables of CLIP's published files: config.json of its vision tower, and the files of its image processor.
+"""The tables of CLIP's config.json.
 
 Defaults are the defaults of transformers' classes, because transformers omits equal values from its files.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from redvillm_jax.modules.config_fields import (
     COMMON,
     EPS,
-    FIXED,
     HEADS,
     LAYERS,
     PIXELS,
     WIDTH,
-    Field,
     Fields,
     check_multiple,
     count,
@@ -23,7 +20,6 @@ from redvillm_jax.modules.config_fields import (
     number,
     only,
     read_fields,
-    shown,
 )
 
 CLIP: Fields = COMMON | {
@@ -63,60 +59,3 @@ def read_clip(config: Any, where: str, path: str = "") -> dict[str, Any]:
     check_multiple(values, "hidden_size", "num_attention_heads", where, path)
     check_multiple(values, "image_size", "patch_size", where, path)
     return values
-
-
-# ---- preprocessor_config.json and processor_config.json
-
-
-def close(wanted: float | Sequence[float]) -> Field:
-    """A number, or a list of numbers, that must equal `wanted` within 1e-6."""
-
-    def accepts(value: Any) -> bool:
-        try:
-            pairs = zip(value, wanted, strict=True) if isinstance(wanted, tuple) else [(value, wanted)]
-            return all(abs(a - b) < 1e-6 for a, b in pairs)
-        except (TypeError, ValueError, OverflowError):
-            return False
-
-    default = list(wanted) if isinstance(wanted, tuple) else wanted
-    return Field(FIXED, shown(default), accepts, default)
-
-
-def clip_transform(image_size: int, patch_size: int, mean: tuple, std: tuple, *, pads: bool) -> Fields:
-    """Returns the table of a CLIP image processor for pictures of `image_size`.
-
-    pads: pictures are padded to squares; a centre crop then changes nothing.
-    """
-    square = {"height": image_size, "width": image_size}
-    return COMMON | {
-        "image_processor": mapping(None),  # processor_config.json holds the fields of the other file here
-        "image_processor_type": only(
-            *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
-            *("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"),
-        ),
-        "feature_extractor_type": only("CLIPFeatureExtractor"),
-        "do_resize": only(True),
-        "size": only({"shortest_edge": image_size}, image_size),
-        "do_center_crop": only(True),
-        "crop_size": only(square, image_size),
-        "resample": only(3, values="3 (bicubic)"),
-        "do_rescale": only(True),
-        "rescale_factor": close(1 / 255),
-        "do_normalize": only(True),
-        "image_mean": close(mean),
-        "image_std": close(std),
-        "do_pad": only(False, True) if pads else only(False),
-        "default_to_square": only(False),
-        "patch_size": only(patch_size),
-        "vision_feature_select_strategy": only("default"),
-        **nothing("do_convert_rgb", "processor_class", "num_additional_image_tokens", "image_token", "chat_template"),
-        **nothing("image_seq_length", "disable_grouping", "data_format", "input_data_format", "return_tensors"),
-        **nothing("device", "_valid_processor_keys", "size_divisor", "pad_size", "processor_type"),
-    }
-
-
-def read_transform(config: Any, fields: Fields, where: str) -> None:
-    """Raises UserError when an image processor's file asks for another transform than `fields`."""
-    inner = read_fields(config, fields, where)["image_processor"]
-    if inner is not None:
-        read_fields(inner, fields, where, "image_processor.")

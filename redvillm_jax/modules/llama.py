@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from redvillm_jax.modules.attention import within_window
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.modules.layers import (
     Embedding,
     Linear,
@@ -119,7 +119,7 @@ class LlamaMLP(nnx.Module):
 class LlamaLayer(nnx.Module):
     """One pre-norm decoder layer: (B, S, K) -> (B, S, K) and the updated cache.
 
-    windowed: () bool, whether this layer uses window_mask; None: all layers use attention_mask.
+    windowed: () bool, whether this is a window layer.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -128,10 +128,8 @@ class LlamaLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config, rngs=rngs)
 
-    def __call__(self, x, angles, attention_mask, window_mask, cache_index, windowed, cache):
-        if windowed is not None:
-            attention_mask = jnp.where(windowed, window_mask, attention_mask)
-        y, cache = self.self_attn(self.input_layernorm(x), angles, attention_mask, cache_index, cache)
+    def __call__(self, x, angles, masks, cache_index, windowed, cache):
+        y, cache = self.self_attn(self.input_layernorm(x), angles, masks.of_layer(windowed), cache_index, cache)
         x = keep(x + y, "residual")
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -177,7 +175,7 @@ class LlamaDecoder(nnx.Module):
         self,
         embeds: jax.Array,
         position_ids: jax.Array,
-        attention_mask: jax.Array,
+        masks: Masks,
         *,
         cache: tuple[jax.Array, jax.Array] | None = None,
         cache_index: int | jax.Array = 0,
@@ -186,33 +184,16 @@ class LlamaDecoder(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the decoder's body and its final norm. Returns hidden states (B, S, K) and the updated cache.
 
-        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a cache,
-        the number of its slots to read. New keys and values go to slots cache_index … cache_index + S - 1.
-        context_length is not used: LLaMA's rotary base does not depend on it.
+        embeds: (B, S, K); position_ids: (B, S); masks: (B, S, S_kv), where S_kv is S or, with a cache, the number of
+        its slots to read. New keys and values go to slots cache_index … cache_index + S - 1. context_length is not
+        used: LLaMA's rotary base does not depend on it.
         """
         c = self.config
         scale = None if c.rope_scaling is None else frequency_scale(c.rope_scaling, c.head_dim, c.rope_theta)
         angles = rotary_angles(position_ids, c.head_dim, c.rope_theta, scale)
-        attention_mask, window_mask, windowed = self.layer_masks(attention_mask, embeds.shape[1])
-        shared = angles, attention_mask, window_mask, cache_index
-        x, cache = self.model.layers(embeds, *shared, of_layer=(windowed,), cache=cache, remat=remat)
+        windowed = jnp.array([kind == "window" for kind in c.layer_kinds or ("full",) * c.num_hidden_layers])
+        x, cache = self.model.layers(embeds, angles, masks, cache_index, of_layer=(windowed,), cache=cache, remat=remat)
         return self.model.norm(x), cache
-
-    def layer_masks(self, mask: jax.Array, row_length: int) -> tuple:
-        """Returns (mask of all layers, None, None), or (full mask, window mask, (layers,) bool: the window layers).
-
-        mask: attention_mask of `__call__`. Raises ValueError for a fused kernel, which has no window, on rows longer
-        than the window.
-        """
-        c = self.config
-        if callable(mask) and c.window is not None and row_length > c.window:
-            raise ValueError(f"a fused kernel over rows of {row_length} slots, but layers see {c.window} keys")
-        if callable(mask) or c.window is None:
-            return mask, None, None
-        limited = within_window(mask, c.window)
-        if "full" not in c.layer_kinds:
-            return limited, None, None
-        return mask, limited, jnp.array([kind == "window" for kind in c.layer_kinds])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden: (..., K) -> (..., vocab_size) fp32."""

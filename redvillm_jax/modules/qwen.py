@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from redvillm_jax.modules.attention import Masks
 from redvillm_jax.modules.layers import (
     Embedding,
     Linear,
@@ -137,7 +138,7 @@ class QwenDecoder(nnx.Module):
         self,
         embeds: jax.Array,
         position_ids: jax.Array,
-        attention_mask: jax.Array,
+        masks: Masks,
         *,
         cache: tuple[jax.Array, jax.Array] | None = None,
         cache_index: int | jax.Array = 0,
@@ -146,8 +147,8 @@ class QwenDecoder(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the decoder's body and its final norm. Returns hidden states (B, S, K) and the updated cache.
 
-        embeds: (B, S, K); position_ids: (B, S); attention_mask: (B, S, S_kv) bool, where S_kv is S or, with a cache,
-        the number of its slots to read. New keys and values go to slots cache_index … cache_index + S - 1.
+        embeds: (B, S, K); position_ids: (B, S); masks: (B, S, S_kv), where S_kv is S or, with a cache, the number of
+        its slots to read. New keys and values go to slots cache_index … cache_index + S - 1. All layers see all keys.
         context_length: (B,) int32, the length of the whole prompt, in prefill and in decoding; None in training. It
         turns on dynamic NTK (by that length) and logn (scales queries at positions from seq_length on), as in the
         published model.
@@ -159,9 +160,7 @@ class QwenDecoder(nnx.Module):
         if context_length is not None and c.use_logn_attn:
             query_scale = jnp.maximum(jnp.log(position_ids + 1.0) / math.log(c.seq_length), 1.0)
         angles = rotary_angles(position_ids, c.head_dim, base)
-        x, cache = self.transformer.h(
-            embeds, angles, query_scale, attention_mask, cache_index, cache=cache, remat=remat
-        )
+        x, cache = self.transformer.h(embeds, angles, query_scale, masks.full, cache_index, cache=cache, remat=remat)
         return self.transformer.ln_f(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -93,8 +93,8 @@ def make_training(
     else:
         moments = jax.jit(optimizer.init, out_shardings=shardings[1])(trainable)
     dtype = jnp.dtype(recipe.dtype)
-    heads = base.config.head_dim, base.config.window
-    kernel = choose_kernel(recipe.attention, backend_of(mesh.devices.flat[0]), dtype, row_length, *heads)
+    backend = backend_of(mesh.devices.flat[0])
+    kernel = choose_kernel(recipe.attention, backend, dtype, row_length, base.config.head_dim)
     step = make_train_step(
         graphdef,
         functools.partial(mean_loss, dtype=dtype, remat=recipe.remat, kernel=kernel),

@@ -56,6 +56,7 @@ class Family:
       PREFIX             of canonical names, by "encoder", "projector" and "llm"; an attribute path follows it
       CANONICAL          published name -> canonical name, as (regex, replacement)
       IGNORED            regexes of canonical names of tensors that base folders keep but no code loads
+      identity           (config) -> what the fingerprint of a base says of its config, for JSON
       unused             (config) -> shapes, by canonical name, of weights that base folders keep but never run
       SHARDING           canonical name -> PartitionSpec of the tensor, as (regex, spec)
 
@@ -94,6 +95,7 @@ class Family:
     VISION_FIELD: str | None = None
     CANONICAL: Rules = ()
     IGNORED: Sequence[str] = ()
+    identity: Callable[[Any], dict[str, Any]] = dataclasses.asdict
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
     picture_fit: Callable[[Any], str] | None = None
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer

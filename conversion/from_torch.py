@@ -11,7 +11,6 @@ config.json, the tokenizer's files, and base.json, which marks the folder as who
 """
 
 import collections
-import dataclasses
 import hashlib
 import json
 import re
@@ -131,11 +130,11 @@ def describe(
 ) -> dict[str, Any]:
     """The content of base.json. The fingerprint depends on the loaded tensors, not on their files.
 
-    fingerprint: SHA-256 over the base's Config and, by canonical name, dtype, shape and bytes of every loaded
+    fingerprint: SHA-256 over the config's `identity` and, by canonical name, dtype, shape and bytes of every loaded
     tensor. parameters: of the published model, including tensors that a base never runs.
     """
     loaded = sorted(expected_tensors(base, config))
-    lines = [json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)]
+    lines = [json.dumps(base.identity(config), sort_keys=True, default=str)]
     for name in loaded:
         tensor = tensors[published[name]]
         lines.append(f"{name} {tensor.dtype.name} {tensor.shape} {digests[published[name]]}")

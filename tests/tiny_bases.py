@@ -143,7 +143,7 @@ def write_smolvlm(folder: Path) -> dict[str, Any]:
     write_json(folder / "chat_template.json", {"chat_template": IDEFICS3_TEMPLATE})
     sizes = {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
     (folder / "preprocessor_config.json").write_text(Idefics3ImageProcessorPil(**sizes).to_json_string())
-    text = {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 12}
+    text = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 12}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "model_type": "llama"}
     tower = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     tower |= {"image_size": 32, "patch_size": 8}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from redvillm_jax.bases import gemma3, llava, qwen_vl
+from redvillm_jax.bases import gemma3, llava, qwen_vl, smolvlm
 from redvillm_jax.bases.contract import known_families
 
 QUESTION, ANSWER = "Which colour appears first?", "red"
@@ -14,9 +14,10 @@ TEMPLATES = [
     ("llava", llava.SIZES["tiny"]),  # without a system prompt
     ("qwen_vl", qwen_vl.SIZES["7b"]),
     ("qwen_vl", qwen_vl.SIZES["tiny"]),
+    ("smolvlm", smolvlm.SIZES["tiny"]),
     ("gemma3", gemma3.SIZES["tiny"]),
 ]
-BASES = {"llava": llava, "qwen_vl": qwen_vl, "gemma3": gemma3}
+BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module")

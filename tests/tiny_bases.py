@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from redvillm_jax.bases.contract import load_family
@@ -114,3 +115,55 @@ def write_byte_tokenizer(folder: Path, special: Sequence[str], words: Iterable[s
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", fixed | config)
     return [tokenizer.token_to_id(token) for token in special]
+
+
+# ---- SmolVLM
+
+IDEFICS3_TEMPLATE = (  # in the form of SmolVLM's own: blanks and line breaks are tokens
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def write_smolvlm(folder: Path) -> dict[str, Any]:
+    """Writes SmolVLM's files but the weights; returns config.json."""
+    from transformers import Idefics3Config
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    special = ["<|im_start|>", "<|im_end|>", "<global-img>"]
+    special += [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+    special += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    words = {"User", "Assistant", " What", " Which", " Where", " How"}
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    ids = write_byte_tokenizer(folder, special, words, **tokens)
+    write_json(folder / "chat_template.json", {"chat_template": IDEFICS3_TEMPLATE})
+    sizes = {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(Idefics3ImageProcessorPil(**sizes).to_json_string())
+    text = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 12}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "model_type": "llama"}
+    tower = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower |= {"image_size": 32, "patch_size": 8}
+    config = Idefics3Config(text_config=text, vision_config=tower, scale_factor=2, image_token_id=ids[-2])
+    written = json.loads(config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", written)
+    return written
+
+
+def smolvlm_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under the names of SmolVLM's files."""
+    published = {"vision_tower.": "model.vision_model.", "connector.": "model.connector.modality_projection."}
+    published |= {"language_model.model.": "model.text_model.", "language_model.lm_head.": "lm_head."}
+
+    def rename(name: str) -> str:
+        prefix = next(prefix for prefix in published if name.startswith(prefix))
+        return published[prefix] + name.removeprefix(prefix)
+
+    return {rename(name): array for name, array in tensors.items()}
+
+
+WRITERS["smolvlm"] = write_smolvlm
+PUBLISHED_NAMES["smolvlm"] = smolvlm_names

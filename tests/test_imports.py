@@ -65,6 +65,7 @@ def test_bases_and_representations_stand_on_modules_alone(path):
         "redvillm_jax.video.contract",
         "redvillm_jax.bases.contract",
         "data_pipeline.common.errors",
+        "data_pipeline.media.tiles",
         "jax",
         "flax",
         "numpy",

@@ -1,4 +1,4 @@
-"""A still picture as an image LLM sees it: read from any common file, turned upright, fitted to a square."""
+"""A still picture as an image LLM sees it: read from any common file, turned upright, made one or more squares."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, explained
 from data_pipeline.media.resizing import resizer
+from data_pipeline.media.tiles import Cut, cut_picture, most_squares
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
 FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program named by the file
@@ -50,7 +51,26 @@ def fit_picture(picture: Image.Image, size: int, fit: str) -> np.ndarray:
 
 
 def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
-    """Reads a picture file, local or in a bucket, as (S, S, 3) uint8 RGB. fit: see `fit_picture`.
+    """Reads a picture file as one square (S, S, 3) uint8. fit: see `fit_picture`. Raises UserError."""
+    return fit_picture(open_picture(path), image_size, fit)
+
+
+def read_tiles(path: str | Path, image_size: int, cut: Cut) -> dict[str, np.ndarray]:
+    """Reads a picture file as squares {"pictures": (most, S, S, 3) uint8, zeros after the real ones}.
+
+    All pictures get the number of squares of the largest, for one shape. Further keys, all int32: num_tiles (), of the
+    real squares; grid (2,), see `tiles.Tiles`; size (2,), height and width of the file's pixels. Raises UserError.
+    """
+    picture = open_picture(path)
+    squares, grid = cut_picture(picture, image_size, cut)
+    padded = np.zeros((most_squares(image_size, cut), *squares.shape[1:]), np.uint8)
+    padded[: len(squares)] = squares
+    numbers = {"num_tiles": len(squares), "grid": grid, "size": picture.size[::-1]}
+    return {"pictures": padded} | {name: np.array(value, np.int32) for name, value in numbers.items()}
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Opens a picture file, local or in a bucket, as 8-bit RGB.
 
     The picture is turned as its EXIF data say. An animation gives its first frame. Transparent parts become white.
     Raises UserError for a file that is missing, broken or of no known format.
@@ -77,7 +97,7 @@ def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
     if max(picture.size) > LONGEST * min(picture.size):
         size = f"{picture.width} × {picture.height} pixels"
         raise UserError(f"{path}: {size}, expected at most {LONGEST} times as long as wide; cut it")
-    return fit_picture(picture, image_size, fit)
+    return picture
 
 
 def upright(picture: Image.Image) -> Image.Image:

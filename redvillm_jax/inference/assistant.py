@@ -13,7 +13,7 @@ from data_pipeline.common.errors import UserError
 from data_pipeline.media.reading import Clip, Picture, Reading, read_media
 from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixes
 from redvillm_jax.inference.open_model import OpenedModel, open_model
-from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
+from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_picture_prompt, make_prompt
 from redvillm_jax.inference.streaming import pieces
 from redvillm_jax.model.build import load_model, put_trained
 from redvillm_jax.model.places import VideoPlaces, num_picture_tokens
@@ -149,14 +149,19 @@ class Assistant:
         placed = self._place(int(arrays["num_frames"]), arrays.get("seconds"))
         return make_prompt(self.base, self.tokenizer, question, placed, self._most_placed)
 
-    def picture_prompt(self, question: str) -> Prompt:
-        """Makes the prompt of a question about a picture. Raises UserError when no projector takes pictures."""
+    def picture_prompt(self, question: str, arrays: Arrays) -> Prompt:
+        """Makes the prompt of a question about a picture. arrays: of the picture, see `reading.read_media`.
+
+        Raises UserError when no projector takes pictures.
+        """
         if not self.takes_pictures:
             raise UserError(
                 "this model has no projector for pictures (its video tokens all go through copies): ask it about videos"
             )
-        placed = [(0, slot) for slot in range(self.picture_tokens)]
-        return make_prompt(self.base, self.tokenizer, question, placed, len(placed), picture=True)
+        grid, size = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("grid", "size"))
+        base = self.base
+        places = base.module.picture_places(self.tokenizer, base.config, self.picture_tokens, grid, size)
+        return make_picture_prompt(base, self.tokenizer, question, places)
 
     def text_prompt(self, question: str) -> Prompt:
         """Makes the prompt of a question about a video, without visual tokens."""
@@ -168,7 +173,7 @@ class Assistant:
         media = video if isinstance(video, Clip | Picture) else Clip(video)
         where, arrays = self._read(media)
         if isinstance(media, Picture):
-            prompts = [self.picture_prompt(question) for question in questions]
+            prompts = [self.picture_prompt(question, arrays) for question in questions]
         else:
             prompts = [self.video_prompt(question, arrays) for question in questions]
         for prompt in prompts:

@@ -23,8 +23,8 @@ A field that no table has is refused, because it may change the computation. Rep
 file if you know that it changes nothing. A field that the file omits has the default of transformers' class; Qwen-VL's
 fields are required.
 
-No field of LLaVA-OneVision's files tells whether a checkpoint is of the single-image stage (its name ends in `-si`) or of
-the later stage that trained on videos (`-ov`). Both convert; only the first was never trained on videos.
+No field of LLaVA-OneVision's files tells whether a checkpoint is of the single-image stage (`-si` in its name) or the
+later stage that trained on videos (`-ov`). Both convert; only the first was never trained on videos.
 
 `python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/*_fields.py` and
 `redvillm_jax/bases/`.

@@ -27,11 +27,8 @@ QUESTIONS = (10, 2, 9, 3, 4, 2)  # on each video
 ROW_LENGTH = {
     "llava": 105,
     "qwen_vl": 170,
-<<<<<<< HEAD
     "llava_onevision": 120,
-=======
     "gemma3": 180,
->>>>>>> main
     "smolvlm": 100,
     TOY: 80,
 }  # too short for nine questions on a video, enough for two videos with three

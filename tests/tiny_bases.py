@@ -121,6 +121,63 @@ WRITERS["smolvlm"] = write_smolvlm
 PUBLISHED_NAMES["smolvlm"] = smolvlm_names
 
 
+# ---- LLaVA-OneVision
+
+ONEVISION_TEMPLATE = (  # in the form of its own
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_llava_onevision(folder: Path) -> dict[str, Any]:
+    """Writes LLaVA-OneVision's files but the weights; returns config.json."""
+    from transformers import LlavaOnevisionConfig
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    words = {"user", "assistant"}
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    ids = write_byte_tokenizer(folder, special, words, **tokens)
+    write_json(folder / "chat_template.json", {"chat_template": ONEVISION_TEMPLATE})
+    half, side, pinpoints = [0.5] * 3, {"height": 32, "width": 32}, [[32, 32], [32, 64], [64, 32], [64, 64]]
+    processor = LlavaOnevisionImageProcessorPil(
+        size=side, image_mean=half, image_std=half, image_grid_pinpoints=pinpoints
+    )
+    (folder / "preprocessor_config.json").write_text(processor.to_json_string())
+    text = {
+        "vocab_size": 640,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "model_type": "qwen2",
+    }
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    text |= {"rope_theta": 1e6, "tie_word_embeddings": True, "max_window_layers": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"image_size": 32, "patch_size": 7, "vision_use_head": False, "model_type": "siglip_vision_model"}
+    config = LlavaOnevisionConfig(
+        text_config=text,
+        vision_config=tower,
+        image_grid_pinpoints=pinpoints,
+        image_token_index=ids[-2],
+        video_token_index=ids[-1],
+    )
+    written = json.loads(config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", written)
+    return written
+
+
+def llava_onevision_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under the names of LLaVA-OneVision's files."""
+    return {name.replace("language_model.image_newline", "image_newline"): array for name, array in tensors.items()}
+
+
+WRITERS["llava_onevision"] = write_llava_onevision
+PUBLISHED_NAMES["llava_onevision"] = llava_onevision_names
+
+
 # ---- Gemma 3
 
 

@@ -125,7 +125,9 @@ COMMANDS = [train, encode, plan, answer, evaluate, judge, selfcheck, demo, pretr
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, prepare, show, translate, from_torch, to_torch, compare], ids=lambda command: command.__name__
+    "command",
+    [*COMMANDS, prepare, show, translate, from_torch, to_torch, compare],
+    ids=lambda command: command.__name__,
 )
 def test_every_help_can_be_read(command, capsys):
     with pytest.raises(SystemExit) as end:

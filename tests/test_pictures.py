@@ -10,7 +10,7 @@ from PIL import Image
 from test_model import DTYPE, build
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.media.pictures import as_rgb, read_picture
+from data_pipeline.media.pictures import as_rgb, picture_size, read_picture
 from data_pipeline.media.reading import Clip, Picture, Reading, read_media
 from data_pipeline.media.resizing import resizer
 from data_pipeline.media.tiles import AnyResolution, LongestSide, cut_picture, most_squares
@@ -128,6 +128,7 @@ def test_exif_turns_a_picture(orientation, white, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     half.save(tmp_path / "a.png", exif=exif)
+    assert picture_size(tmp_path / "a.png") == ((30, 20) if orientation > 4 else (20, 30))
     got = read_picture(tmp_path / "a.png", 8, "bicubic")
     assert (got[white] > 250).all() and got.mean() < 140
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from redvillm_jax.bases import llava, qwen_vl, smolvlm
+from redvillm_jax.bases import gemma3, llava, qwen_vl, smolvlm
 from redvillm_jax.bases.contract import known_families
 
 QUESTION, ANSWER = "Which colour appears first?", "red"
@@ -15,8 +15,9 @@ TEMPLATES = [
     ("qwen_vl", qwen_vl.SIZES["7b"]),
     ("qwen_vl", qwen_vl.SIZES["tiny"]),
     ("smolvlm", smolvlm.SIZES["tiny"]),
+    ("gemma3", gemma3.SIZES["tiny"]),
 ]
-BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm}
+BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module")

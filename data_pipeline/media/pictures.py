@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, explained
@@ -69,6 +69,22 @@ def read_tiles(path: str | Path, image_size: int, cut: Cut) -> dict[str, np.ndar
     return {"pictures": padded} | {name: np.array(value, np.int32) for name, value in numbers.items()}
 
 
+def picture_size(path: str | Path) -> tuple[int, int] | None:
+    """Returns the height and width of a picture as it is shown, from its file's first bytes; None: not readable."""
+    try:
+        with as_path(path).open("rb") as file, Image.open(file, formats=known_formats()) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return picture.size if turned else picture.size[::-1]
+    except Exception:  # `open_picture` says why
+        return None
+
+
+def known_formats() -> list[str]:
+    """The formats of `FORMATS` that this installation of PIL knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """Opens a picture file, local or in a bucket, as 8-bit RGB.
 
@@ -76,9 +92,7 @@ def open_picture(path: str | Path) -> Image.Image:
     Raises UserError for a file that is missing, broken or of no known format.
     """
     try:
-        Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]
-        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known) as picture:
+        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known_formats()) as picture:
             picture.load()
             picture = as_rgb(upright(picture))
     except UserError:

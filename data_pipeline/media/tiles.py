@@ -56,10 +56,20 @@ def most_squares(side: int, cut: Cut) -> int:
     return 1 if most == 1 else 1 + most
 
 
+def tile_grid(height: int, width: int, side: int, cut: Cut) -> tuple[int, int]:
+    """Returns the rows and columns of the tiles of a picture of a size in pixels, (0, 0) without tiles."""
+    if isinstance(cut, AnyResolution):
+        high, wide = best_resolution(height, width, cut.resolutions)
+        return high // side, wide // side
+    wide, high = tiled_size(*longest_edge_size(width, height, cut.longest), side)
+    return (0, 0) if high == wide == side else (high // side, wide // side)
+
+
 def any_resolution(picture: Image.Image, side: int, cut: AnyResolution) -> Tiles:
     """See `AnyResolution`; the whole picture comes first."""
     width, height = picture.size
-    high, wide = best_resolution(height, width, cut.resolutions)
+    grid = tile_grid(height, width, side, cut)
+    high, wide = grid[0] * side, grid[1] * side
     if wide / width < high / height:
         fitted = (wide, min(math.ceil(height * (wide / width)), high))
     else:
@@ -67,7 +77,7 @@ def any_resolution(picture: Image.Image, side: int, cut: AnyResolution) -> Tiles
     canvas = Image.new("RGB", (wide, high))
     canvas.paste(picture.resize(fitted, Resampling.BICUBIC), ((wide - fitted[0]) // 2, (high - fitted[1]) // 2))
     whole = picture.resize((side, side), Resampling.BICUBIC)
-    return Tiles(np.stack([np.asarray(whole), *split(np.asarray(canvas), side)]), (high // side, wide // side))
+    return Tiles(np.stack([np.asarray(whole), *split(np.asarray(canvas), side)]), grid)
 
 
 def best_resolution(height: int, width: int, resolutions: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -87,10 +97,9 @@ def longest_side(picture: Image.Image, side: int, cut: LongestSide) -> Tiles:
     large = picture.resize(longest_edge_size(*picture.size, cut.longest), Resampling.LANCZOS)
     large = large.resize(tiled_size(*large.size, side), Resampling.LANCZOS)
     whole = np.asarray(large.resize((side, side), Resampling.LANCZOS))
-    cols, rows = (length // side for length in large.size)
-    if rows * cols == 1:
-        return Tiles(whole[None], (0, 0))
-    return Tiles(np.stack([*split(np.asarray(large), side), whole]), (rows, cols))
+    grid = tile_grid(*picture.size[::-1], side, cut)
+    tiles = split(np.asarray(large), side) if grid != (0, 0) else ()
+    return Tiles(np.stack([*tiles, whole]), grid)
 
 
 def tiled_size(width: int, height: int, side: int) -> tuple[int, int]:

@@ -8,7 +8,9 @@ from typing import Any
 
 from flax import nnx
 
+from data_pipeline.media.tiles import AnyResolution
 from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.any_resolution import any_resolution_places
 from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
 from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, read_clip
@@ -34,6 +36,7 @@ from redvillm_jax.modules.llava_fields import (
     read_text,
 )
 from redvillm_jax.modules.llava_parts import CANONICAL, LLM, PREFIX, SHARDING, Projector
+from redvillm_jax.modules.picture_places import Places, whole_picture
 
 __all__ = ["CANONICAL", "LLM", "PREFIX", "SHARDING", "Projector"]  # of the contract, beside what this file defines
 
@@ -256,11 +259,24 @@ def frame_fit(config: Config) -> str:
     return "bicubic" if config.image_grid_pinpoints else "nearest"
 
 
-def picture_fit(config: Config) -> str:
-    """Returns the way to a square picture: v1.5 pads, v1 crops as CLIP does, NeXT squashes."""
+def picture_fit(config: Config) -> str | AnyResolution:
+    """Returns the way to a square picture, v1.5 pads, v1 crops as CLIP does; or NeXT's cut into tiles."""
     if config.image_grid_pinpoints:
-        return frame_fit(config)
+        return AnyResolution(config.image_grid_pinpoints)
     return "crop" if config.projector == "linear" else "pad"
+
+
+def picture_places(
+    tokenizer: HfTokenizer,
+    config: Config,
+    tokens: int,
+    grid: tuple[int, int] | None,
+    size: tuple[int, int] | None,
+) -> Places:
+    """Returns the tokens of a square picture, or of NeXT's whole picture and of its tiles."""
+    if grid is None or size is None:
+        return whole_picture(tokenizer, config, tokens, grid, size)
+    return any_resolution_places(config.grid, grid, size)
 
 
 class Encoder(ClipEncoder):

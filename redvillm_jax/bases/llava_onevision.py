@@ -11,7 +11,9 @@ from typing import Any
 
 from flax import nnx
 
+from data_pipeline.media.tiles import AnyResolution
 from redvillm_jax.bases.contract import Segment
+from redvillm_jax.modules.any_resolution import any_resolution_places
 from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.config_fields import READ, Field, Fields, mapping, nothing, only, read_fields
 from redvillm_jax.modules.hf_tokenizer import HfTokenizer
@@ -20,6 +22,7 @@ from redvillm_jax.modules.llama import LlamaConfig
 from redvillm_jax.modules.llama_fields import QWEN2, ROPE
 from redvillm_jax.modules.llava_fields import SHARED, TILED, Pinpoints, from_the_end, read_pinpoints, read_text
 from redvillm_jax.modules.llava_parts import CANONICAL, LLM, PREFIX, SHARDING, Projector
+from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder, unused_shapes
 from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip
 
@@ -175,7 +178,7 @@ SIZES = {
     "si-7b": Config(**QWEN2_7B, **PICTURES),
     "si-0.5b": Config(**QWEN2_05B, **PICTURES),
     "tiny": Config(
-        vocab_size=512,
+        vocab_size=640,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -188,7 +191,7 @@ SIZES = {
         qkv_bias=True,
         tie_word_embeddings=True,
         vision=SiglipConfig(
-            image_size=30,
+            image_size=32,
             patch_size=7,
             hidden_size=32,
             intermediate_size=64,
@@ -198,14 +201,27 @@ SIZES = {
             layers_used=2,
             post_layernorm=False,
         ),
-        image_grid_pinpoints=((30, 30), (30, 60), (60, 30), (60, 60)),
+        image_grid_pinpoints=((32, 32), (32, 64), (64, 32), (64, 64)),
     ),
 }
 
 
 def frame_fit(config: Config) -> str:
-    """Returns the rule for frames and pictures: the whole picture, squashed with PIL's bicubic filter."""
+    """Returns the rule for frames: the whole picture, squashed with PIL's bicubic filter."""
     return "bicubic"
+
+
+def picture_fit(config: Config) -> AnyResolution:
+    """Returns the cut of pictures into tiles."""
+    return AnyResolution(config.image_grid_pinpoints)
+
+
+def picture_places(
+    tokenizer: HfTokenizer, config: Config, tokens: int, grid: tuple[int, int], size: tuple[int, int]
+) -> Places:
+    """Returns the tokens of the whole picture and of its tiles; many tiles have fewer tokens each."""
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    return any_resolution_places(config.grid, grid, size, most)
 
 
 class Encoder(SiglipEncoder):

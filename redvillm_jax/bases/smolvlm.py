@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.media.tiles import LongestSide
 from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.chat_template import chat_prompt
 from redvillm_jax.modules.config_fields import (
@@ -35,9 +36,11 @@ from redvillm_jax.modules.config_fields import (
 )
 from redvillm_jax.modules.hf_tokenizer import HfTokenizer
 from redvillm_jax.modules.image_processor_fields import LONGEST_EDGE, idefics3_transform, read_transform
+from redvillm_jax.modules.image_splitting import AROUND, split_picture_places
 from redvillm_jax.modules.layers import BATCH_AXES, Linear
 from redvillm_jax.modules.llama import LlamaConfig, LlamaDecoder
 from redvillm_jax.modules.llama_fields import LLAMA, ROPE, read_decoder
+from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder
 from redvillm_jax.modules.siglip_fields import read_siglip
 from redvillm_jax.modules.vit import SHARDING as VIT_SHARDING
@@ -216,6 +219,18 @@ def frame_fit(config: Config) -> str:
     return f"lanczos={config.longest_edge}"
 
 
+def picture_fit(config: Config) -> str | LongestSide:
+    """Returns the cut of pictures into tiles, or the rule for frames where the processor does not cut."""
+    return LongestSide(config.longest_edge) if config.image_splitting else frame_fit(config)
+
+
+def picture_places(
+    tokenizer: HfTokenizer, config: Config, tokens: int, grid: tuple[int, int] | None, size: tuple[int, int] | None
+) -> Places:
+    """Returns the tokens of the tiles and of the whole picture, with the text around them."""
+    return split_picture_places(tokenizer, tokens, grid or (0, 0))
+
+
 # ---- vision tower: names under `vision_tower.`
 
 LANES = 8  # numbers that torch's float32 `arange` computes together on x86 CPUs
@@ -327,14 +342,12 @@ def prompt(
     *,
     picture: bool = False,
 ) -> tuple[Segment, Segment]:
-    """Returns the tokens before and after the visual tokens, for videos and pictures alike.
+    """Returns the tokens before and after a video or picture, by the folder's own chat template.
 
-    They are the folder's own chat template around a picture that is not cut into tiles: `<|im_start|>User:`
-    `<fake_token_around_image><global-img>`, the visual tokens, `<fake_token_around_image>`,
-    `{question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`. The answer and the token behind it are
-    supervised, with both values of `labels`. Source: Idefics3Processor.
+    A video stands as a picture that is not cut into tiles: `<|im_start|>User:<fake_token_around_image><global-img>`,
+    the visual tokens, `<fake_token_around_image>{question}<end_of_utterance>\\nAssistant: {answer}<end_of_utterance>`.
+    The tokens around a picture are among its places. The answer and the token behind it are supervised, with both
+    values of `labels`. Source: Idefics3Processor.
     """
-    around = "<fake_token_around_image>"
-    return chat_prompt(
-        tokenizer, question, answer, picture_token="<image>", opening=f"{around}<global-img>", closing=around
-    )
+    around = {} if picture else {"opening": f"{AROUND}<global-img>", "closing": AROUND}
+    return chat_prompt(tokenizer, question, answer, picture_token="<image>", **around)

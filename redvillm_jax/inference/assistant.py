@@ -10,16 +10,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.media.pictures import picture_size
 from data_pipeline.media.reading import Clip, Picture, Reading, read_media
+from data_pipeline.media.tiles import tile_grid
 from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixes
 from redvillm_jax.inference.open_model import OpenedModel, open_model
-from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_picture_prompt, make_prompt
+from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_picture_prompt, make_prompt, stepped
 from redvillm_jax.inference.streaming import pieces
 from redvillm_jax.model.build import load_model, put_trained
 from redvillm_jax.model.places import VideoPlaces, num_picture_tokens
 from redvillm_jax.model.settings import plain_config
 from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import whole
+from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.video.contract import image_projector
@@ -159,9 +162,23 @@ class Assistant:
                 "this model has no projector for pictures (its video tokens all go through copies): ask it about videos"
             )
         grid, size = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("grid", "size"))
+        return make_picture_prompt(self.base, self.tokenizer, question, self._picture_places(grid, size))
+
+    def _picture_places(self, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Places:
         base = self.base
-        places = base.module.picture_places(self.tokenizer, base.config, self.picture_tokens, grid, size)
-        return make_picture_prompt(base, self.tokenizer, question, places)
+        return base.module.picture_places(self.tokenizer, base.config, self.picture_tokens, grid, size)
+
+    def shape_of(self, media: Any) -> int:
+        """Returns a number by which media of one kind are sorted, so that those of one shape are adjacent.
+
+        It is 0 but for a picture in tiles, whose tokens are counted from its file's first bytes.
+        """
+        cut, size = self.reading.fit, None
+        if isinstance(media, Picture) and not isinstance(cut, str):
+            size = picture_size(media.path)
+        if size is None:
+            return 0
+        return stepped(len(self._picture_places(tile_grid(*size, self.reading.image_size, cut), size).placed))
 
     def text_prompt(self, question: str) -> Prompt:
         """Makes the prompt of a question about a video, without visual tokens."""

@@ -178,7 +178,7 @@ SIZES = {
     "si-7b": Config(**QWEN2_7B, **PICTURES),
     "si-0.5b": Config(**QWEN2_05B, **PICTURES),
     "tiny": Config(
-        vocab_size=512,
+        vocab_size=640,
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -191,7 +191,7 @@ SIZES = {
         qkv_bias=True,
         tie_word_embeddings=True,
         vision=SiglipConfig(
-            image_size=30,
+            image_size=32,
             patch_size=7,
             hidden_size=32,
             intermediate_size=64,
@@ -201,7 +201,7 @@ SIZES = {
             layers_used=2,
             post_layernorm=False,
         ),
-        image_grid_pinpoints=((30, 30), (30, 60), (60, 30), (60, 60)),
+        image_grid_pinpoints=((32, 32), (32, 64), (64, 32), (64, 64)),
     ),
 }
 

@@ -206,7 +206,7 @@ SIZES = {
         smol(2048, 8192, 24, 32, 32, 273768.0, vocab_size=49155, max_position_embeddings=16384), SO400M, 3, 1536
     ),
     "tiny": Config(
-        smol(48, 96, 2, 4, 2, 1e4, head_dim=12, vocab_size=512, max_position_embeddings=2048),
+        smol(48, 96, 2, 4, 2, 1e4, head_dim=12, vocab_size=640, max_position_embeddings=2048),
         tower(32, 8, 48, 96, 2, 4),
         scale_factor=2,
         longest_edge=128,

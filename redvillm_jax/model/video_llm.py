@@ -18,6 +18,7 @@ from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
 from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features
 
 IMAGES_PER_DEVICE = 10  # encoded at once; more need more memory and are not faster (docs/performance.md)
+FEATURES_PER_DEVICE = 10240  # of the images encoded at once; the scores of attention grow with their square
 
 
 class VideoLLM(nnx.Module):
@@ -51,7 +52,8 @@ class VideoLLM(nnx.Module):
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Encodes frames (B, T, H, W, 3) uint8 to features (B, T, N, D) in `dtype`."""
         b, t = frames.shape[:2]
-        chunks = -(-t // max(1, IMAGES_PER_DEVICE * num_batch_parts() // b))
+        images = min(IMAGES_PER_DEVICE, max(1, FEATURES_PER_DEVICE // math.prod(self.config.grid)))
+        chunks = -(-t // max(1, images * num_batch_parts() // b))
         chunk = -(-t // chunks)
         frames = jnp.pad(frames, ((0, 0), (0, chunks * chunk - t), *[(0, 0)] * 3))
 

@@ -1,16 +1,16 @@
 """Makes a base folder from a published image LLM: safetensors or PyTorch's .bin files, one or many.
 
-python -m conversion.from_torch --family=llava --source=llava-1.5-7b-hf --out=bases/llava-1.5
-python -m conversion.from_torch --family=llava --source=LLaVA-7B-Lightening-v1-1 \\
-    --vision=clip-vit-large-patch14 --out=bases/llava-v1
-python -m conversion.from_torch --family=qwen_vl --source=Qwen-VL-Chat --out=bases/qwen-vl-chat
+python -m conversion.from_torch --source=llava-1.5-7b-hf --out=bases/llava-1.5
+python -m conversion.from_torch --source=LLaVA-7B-Lightening-v1-1 --vision=clip-vit-large-patch14 --out=bases/llava-v1
+python -m conversion.from_torch --source=Qwen-VL-Chat --out=bases/qwen-vl-chat
+
+The family comes from model_type in config.json; --family overrides it, and names families of your own.
 
 A base folder keeps the published tensor names and dtypes, one tensor per layer, in safetensors files. It also has
 config.json, the tokenizer's files, and base.json, which marks the folder as whole and has the hashes of its files.
 """
 
 import collections
-import dataclasses
 import hashlib
 import json
 import re
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from conversion.families import check_family, find_family
 from conversion.names import (
     FLOATS,
     Tensors,
@@ -44,24 +45,26 @@ from redvillm_jax.modules.chat_template import find_template
 
 
 def from_torch(
-    family: str, source: Path, out: Path, vision: Path | None = None, *, tokenizer: bool = True
+    family: str | None, source: Path, out: Path, vision: Path | None = None, *, tokenizer: bool = True
 ) -> dict[str, Any]:
     """Writes a base folder and returns its base.json. An existing base folder is left as it is.
 
-    vision: the CLIP folder of a model that is published without its vision tower. tokenizer: whether the source
-    must have the tokenizer that belongs to its weights; a base without one can neither train nor answer. Raises
-    UserError for a source that cannot be converted, and while another run converts to `out`.
+    family: None takes it from config.json. vision: the CLIP folder of a model that is published without its vision
+    tower. tokenizer: whether the source must have the tokenizer that belongs to its weights; a base without one can
+    neither train nor answer. Raises UserError for a source that cannot be converted, and while another run converts to
+    `out`.
     """
     with locked(out, beside=True):
         return convert(family, source, out, vision, tokenizer)
 
 
-def convert(family: str, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
+def convert(family: str | None, source: Path, out: Path, vision: Path | None, tokenizer: bool) -> dict[str, Any]:
     """`from_torch` for a caller that holds the lock of `out`."""
-    base = load_family(family)
+    base = load_family(family) if family is not None else None
     check_folder(source, "--source takes the folder of a published model")
+    base = base or load_family(find_family(source))
     refuse_delta(source)
-    asked = {"family": family, "source": str(source.resolve())}
+    asked = {"family": base.name, "source": str(source.resolve())}
     if (out / BASE_MARK).is_file():
         meta = read_object(out / BASE_MARK, CONVERTED)
         if any(meta.get(key) != value for key, value in asked.items()):
@@ -127,11 +130,11 @@ def describe(
 ) -> dict[str, Any]:
     """The content of base.json. The fingerprint depends on the loaded tensors, not on their files.
 
-    fingerprint: SHA-256 over the base's Config and, by canonical name, dtype, shape and bytes of every loaded
+    fingerprint: SHA-256 over the config's `identity` and, by canonical name, dtype, shape and bytes of every loaded
     tensor. parameters: of the published model, including tensors that a base never runs.
     """
     loaded = sorted(expected_tensors(base, config))
-    lines = [json.dumps(dataclasses.asdict(config), sort_keys=True, default=str)]
+    lines = [json.dumps(base.identity(config), sort_keys=True, default=str)]
     for name in loaded:
         tensor = tensors[published[name]]
         lines.append(f"{name} {tensor.dtype.name} {tensor.shape} {digests[published[name]]}")
@@ -183,13 +186,7 @@ def find_vision(base: Family, source: Path, vision: Path | None) -> Path | None:
 
 def parse_config(base: Family, source: Path, vision: Path | None) -> Any:
     """The base's Config. Raises UserError when config.json is another family's or asks for another computation."""
-    file = source / "config.json"
-    model_type = read_json(file).get("model_type")
-    families = [other for other in known_families() if model_type in load_family(other).MODEL_TYPES]
-    if families and model_type not in base.MODEL_TYPES:
-        raise UserError(
-            f"{source}: not a {base.name} model, its model_type is {model_type!r}; it looks like --family={families[0]}"
-        )
+    check_family(base, source)
     return read_config(base, source, vision, "copy it again")
 
 
@@ -221,9 +218,9 @@ def check_finite(name: str, array: np.ndarray, where: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("python -m conversion.from_torch", __doc__, needed=("family", "source", "out"))
+    parser = Parser("python -m conversion.from_torch", __doc__, needed=("source", "out"))
     families = f"{', '.join(known_families())}, or the dotted path of your own module (docs/new_base.md)"
-    parser.add_argument("--family", help=f"which image LLM it is: {families}")
+    parser.add_argument("--family", help=f"which image LLM it is, where config.json does not say so: {families}")
     parser.add_argument("--source", type=local_path, metavar="DIR", help="the published folder")
     parser.add_argument(
         "--vision", type=local_path, metavar="DIR", help="the folder of its vision tower, if published apart (LLaVA)"

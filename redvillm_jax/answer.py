@@ -185,7 +185,7 @@ def answer_file(
 
     def make_prompt(instruction: Instruction, arrays: Arrays) -> Prompt:
         if "picture" in instruction:
-            return assistant.picture_prompt(instruction["question"])
+            return assistant.picture_prompt(instruction["question"], arrays)
         return assistant.video_prompt(instruction["question"], arrays)
 
     log = AnswerLog(output, settings, known)

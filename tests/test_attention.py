@@ -160,12 +160,12 @@ def test_splash_equals_xla_when_several_blocks_make_a_row(monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize(("kv_heads", "parts"), [(2, 2), (1, 2), (1, 4)])
-def test_splash_on_a_mesh_equals_one_device(kv_heads, parts):
+@pytest.mark.parametrize(("rows", "kv_heads", "parts"), [(2, 2, 2), (1, 1, 2), (1, 1, 4)])
+def test_splash_on_a_mesh_equals_one_device(rows, kv_heads, parts):
     """A tensor axis that divides the heads of queries and keys, of queries alone, of none."""
-    ids, qkv = packed_ids(4, 128), inputs(4, 128, kv_heads)
+    ids, qkv = packed_ids(rows, 128), inputs(rows, 128, kv_heads)
     want = result_and_gradients(ids, *qkv, "xla", **OPTIONS["window"])
-    mesh = make_mesh({"data": 2, "fsdp": 4 // parts, "tensor": parts})
+    mesh = make_mesh({"data": 1, "fsdp": rows, "tensor": parts}, jax.devices()[: rows * parts])
     with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
         at = NamedSharding(mesh, P(BATCH_AXES))
         got = result_and_gradients(jax.device_put(ids, at), *jax.device_put(qkv, at), "splash", **OPTIONS["window"])

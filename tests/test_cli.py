@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conversion import from_torch, to_torch
+from conversion import compare, from_torch, to_torch
 from data_pipeline import prepare, show, translate
 from data_pipeline.common.cli import Parser, above_zero, number, path, whole
 from data_pipeline.common.errors import UserError, run
@@ -125,7 +125,9 @@ COMMANDS = [train, encode, plan, answer, evaluate, judge, selfcheck, demo, pretr
 
 
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, prepare, show, translate, from_torch, to_torch], ids=lambda command: command.__name__
+    "command",
+    [*COMMANDS, prepare, show, translate, from_torch, to_torch, compare],
+    ids=lambda command: command.__name__,
 )
 def test_every_help_can_be_read(command, capsys):
     with pytest.raises(SystemExit) as end:

@@ -59,6 +59,7 @@ TINY = dataclasses.replace(
     vision_intermediate_size=64,
     vocab_size=592,
     hidden_size=16,
+    head_dim=4,
     intermediate_size=24,
 )
 

@@ -65,6 +65,7 @@ def test_bases_and_representations_stand_on_modules_alone(path):
         "redvillm_jax.video.contract",
         "redvillm_jax.bases.contract",
         "data_pipeline.common.errors",
+        "data_pipeline.media.tiles",
         "jax",
         "flax",
         "numpy",
@@ -108,6 +109,7 @@ def test_every_room_says_what_lives_there(top):
 def test_conversion_imports_no_training_code(path):
     ours = {name for name in imports(path) if name.startswith("redvillm_jax")}
     rooms = ("bases.contract", "video.contract", "model", "training.checkpoint", "runtime.chips", "modules")
+    rooms += ("inference", "runtime.sharding") if path.name == "stages.py" else ()  # it runs the model
     allowed = tuple(f"redvillm_jax.{room}" for room in rooms)
     assert not {n for n in ours if n != "redvillm_jax" and not n.startswith(allowed)}
     constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
@@ -127,8 +129,10 @@ def test_nothing_imports_a_command(path):
         "data_pipeline.translate",
         "conversion.from_torch",
         "conversion.to_torch",
+        "conversion.compare",
     }
-    assert not imports(path) & commands
+    converts_first = {"conversion.from_torch"} if path.name == "compare.py" else set()
+    assert not imports(path) & commands - converts_first
 
 
 @pytest.mark.parametrize("path", [ROOT / "redvillm_jax/judge.py", *files("redvillm_jax/evaluation")], ids=str)

@@ -27,6 +27,8 @@ QUESTIONS = (10, 2, 9, 3, 4, 2)  # on each video
 ROW_LENGTH = {
     "llava": 105,
     "qwen_vl": 170,
+    "gemma3": 180,
+    "smolvlm": 100,
     TOY: 80,
 }  # too short for nine questions on a video, enough for two videos with three
 BATCH_QUESTIONS = 22  # of 30: the second step is smaller and has rows of padding

@@ -10,11 +10,13 @@ from PIL import Image
 from test_model import DTYPE, build
 
 from data_pipeline.common.errors import UserError
-from data_pipeline.media.pictures import as_rgb, read_picture
-from data_pipeline.media.reading import Clip, Reading, read_media
+from data_pipeline.media.pictures import as_rgb, picture_size, read_picture
+from data_pipeline.media.reading import Clip, Picture, Reading, read_media
 from data_pipeline.media.resizing import resizer
+from data_pipeline.media.tiles import AnyResolution, LongestSide, cut_picture, most_squares
 from redvillm_jax.bases import llava, qwen_vl
 from redvillm_jax.bases.contract import load_family
+from redvillm_jax.modules.layers import normalize
 
 torch = pytest.importorskip("torch")
 from tests import torch_qwen_vl as oracle  # noqa: E402
@@ -126,6 +128,7 @@ def test_exif_turns_a_picture(orientation, white, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     half.save(tmp_path / "a.png", exif=exif)
+    assert picture_size(tmp_path / "a.png") == ((30, 20) if orientation > 4 else (20, 30))
     got = read_picture(tmp_path / "a.png", 8, "bicubic")
     assert (got[white] > 250).all() and got.mean() < 140
 
@@ -186,6 +189,8 @@ def test_a_list_of_files_is_not_the_video_that_it_names(tmp_path):
 
 # ---- frames, and pictures that are not cut, as the image processors of transformers make them
 
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SIDES = range(1, 7)
 ODD = ((1, 1), (3, 500), (500, 3), (37, 90), (90, 37), (199, 1), (5, 7), (500, 333), (640, 480), (64, 64))
 
 
@@ -217,6 +222,70 @@ def test_the_whole_picture_is_the_processor_s(family):
         want = own(Image.fromarray(pixels), return_tensors="np")["pixel_values"]
         want = want.reshape(-1, 3, 64, 64)[0].transpose(1, 2, 0)  # the base view comes first
         np.testing.assert_array_equal(resizer(rule)(pixels, 64), want, err_msg=f"{width} × {height}")
+
+
+CUTS = {  # family -> its processor at a small size, the cut
+    "LLaVA-NeXT": (
+        "llava_next.LlavaNext",
+        {"size": {"shortest_edge": 24}, "crop_size": 24, "image_grid_pinpoints": [[24, 48], [48, 24], [48, 48]]},
+        AnyResolution(((24, 48), (48, 24), (48, 48))),
+    ),
+    "LLaVA-OneVision": (
+        "llava_onevision.LlavaOnevision",
+        {"size": {"height": 16, "width": 16}, "image_grid_pinpoints": [[16 * i, 16 * j] for i in SIDES for j in SIDES]},
+        AnyResolution(tuple((16 * i, 16 * j) for i in SIDES for j in SIDES)),
+    ),
+    "SmolVLM": (
+        "idefics3.Idefics3",
+        {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 24}},
+        LongestSide(96),
+    ),
+    "SmolVLM, odd": (
+        "idefics3.Idefics3",
+        {"size": {"longest_edge": 75}, "max_image_size": {"longest_edge": 25}},
+        LongestSide(75),
+    ),
+    "SmolVLM, one square": (
+        "idefics3.Idefics3",
+        {"size": {"longest_edge": 20}, "max_image_size": {"longest_edge": 24}},
+        LongestSide(20),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CUTS)
+def test_tiles_are_the_processor_s(family):
+    name, arguments, cut = CUTS[family]
+    own, most = processor(name, **arguments), 0
+    for width, height in (*ODD, (75, 75), (49, 48), (95, 94)):
+        picture = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+        options = {"return_row_col_info": True} if "Idefics3" in name else {}
+        want = own(picture, return_tensors="np", **options)
+        side = want["pixel_values"].shape[-1]
+        got = cut_picture(picture, side, cut)
+        pixels = want["pixel_values"].reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(got.squares, pixels, err_msg=f"{width} × {height}")
+        if options:
+            assert got.grid == (want["rows"][0][0], want["cols"][0][0])
+        assert len(got.squares) == 1 + got.grid[0] * got.grid[1]
+        most = max(most, len(got.squares))
+    assert most == most_squares(side, cut)
+
+
+def test_normalised_tiles_are_the_processor_s(tmp_path):
+    module = importlib.import_module("transformers.models.idefics3.image_processing_pil_idefics3")
+    own = module.Idefics3ImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 24})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 90, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    want = own(picture, return_tensors="np")["pixel_values"][0].transpose(0, 2, 3, 1)
+    got = read_media(Reading(1, 24, "nearest", "uniform", LongestSide(96)), Picture(tmp_path / "a.png"))
+    assert {name: got[name].tolist() for name in ("num_tiles", "grid", "size")} == {
+        "num_tiles": 9,
+        "grid": [2, 4],
+        "size": [37, 90],
+    }
+    assert got["pictures"].shape == (17, 24, 24, 3) and not got["pictures"][9:].any()
+    np.testing.assert_allclose(normalize(jnp.asarray(got["pictures"][:9]), *HALF, jnp.float32), want, atol=1e-6)
 
 
 @pytest.mark.parametrize(

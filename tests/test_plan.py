@@ -196,6 +196,8 @@ def test_arithmetic():
     forward, dq, dkv = kernel_flops(2, 4, 3, 8).values()
     assert forward == 2 * 2 * (2 * 10 * 3 * 8)  # two products of 2 flops for 10 visible pairs in each of 2 rows
     assert (dq / forward, dkv / forward) == (1.5, 2)
+    assert kernel_flops(2, 4, 3, 8, window=2)["splash_mha_fwd"] == forward * 7 / 10  # 1 + 2 + 2 + 2 pairs
+    assert kernel_flops(2, 4, 3, 8, window=4) == kernel_flops(2, 4, 3, 8, window=9) == kernel_flops(2, 4, 3, 8)
 
 
 def test_names_count_what_users_count():

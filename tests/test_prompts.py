@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from redvillm_jax.bases import llava, qwen_vl
+from redvillm_jax.bases import gemma3, llava, qwen_vl, smolvlm
 from redvillm_jax.bases.contract import known_families
-from redvillm_jax.demo import __main__ as demo
 
 QUESTION, ANSWER = "Which colour appears first?", "red"
 TEMPLATES = [
@@ -15,14 +14,16 @@ TEMPLATES = [
     ("llava", llava.SIZES["tiny"]),  # without a system prompt
     ("qwen_vl", qwen_vl.SIZES["7b"]),
     ("qwen_vl", qwen_vl.SIZES["tiny"]),
+    ("smolvlm", smolvlm.SIZES["tiny"]),
+    ("gemma3", gemma3.SIZES["tiny"]),
 ]
+BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module")
-def tokenizers():
-    """The demo's: in the published formats, LLaVA's with v1's markers added."""
-    found = {base.__name__.split(".")[-1]: base.Tokenizer for base in (llava, qwen_vl)}
-    made = {family: make(demo.BASES / family) for family, make in found.items()}
+def tokenizers(published):
+    """The tiny folders' own, LLaVA's with v1's markers added."""
+    made = {family: base.Tokenizer(published[family]) for family, base in BASES.items()}
     made["llava"].tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     return made
 
@@ -36,7 +37,7 @@ def test_every_family_is_here():
 @pytest.mark.parametrize(("family", "config"), TEMPLATES, ids=lambda value: getattr(value, "image_size", value))
 def test_pictures_and_videos_differ_in_their_visual_tokens_alone(family, config, answer, labels, tokenizers):
     """Qwen-VL's number of a picture is the one exception (docs/method.md)."""
-    base, tokenizer = {"llava": llava, "qwen_vl": qwen_vl}[family], tokenizers[family]
+    base, tokenizer = BASES[family], tokenizers[family]
     picture, video = (
         base.prompt(tokenizer, config, QUESTION, answer, labels, picture=picture) for picture in (True, False)
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from redvillm_jax.bases.contract import load_family
@@ -17,8 +18,10 @@ from redvillm_jax.demo.pretrain import write_text_files
 from redvillm_jax.demo.tokenizers import chinese_words, english_words, merges
 from redvillm_jax.model.weights import random_parts, tensors_of
 from tests import toy_base
+from tests.tiny_tokenizers import TEMPLATES, write_template, write_tokenizer
 
 TOY = "tests.toy_base"  # a base from outside; no file of the product names it
+
 
 WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {  # family -> writes all but the weights; returns config.json
     "llava": functools.partial(write_text_files, "llava"),
@@ -64,3 +67,165 @@ def write_byte_tokenizer(folder: Path, special: Sequence[str], words: Iterable[s
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", fixed | config)
     return [tokenizer.token_to_id(token) for token in special]
+
+
+# ---- SmolVLM
+
+IDEFICS3_TEMPLATE = (  # in the form of SmolVLM's own: blanks and line breaks are tokens
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% if message['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def write_smolvlm(folder: Path) -> dict[str, Any]:
+    """Writes SmolVLM's files but the weights; returns config.json."""
+    from transformers import Idefics3Config
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    special = ["<|im_start|>", "<|im_end|>", "<global-img>"]
+    special += [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+    special += ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    words = {"User", "Assistant", " What", " Which", " Where", " How"}
+    tokens = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    ids = write_byte_tokenizer(folder, special, words, **tokens)
+    write_json(folder / "chat_template.json", {"chat_template": IDEFICS3_TEMPLATE})
+    sizes = {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
+    (folder / "preprocessor_config.json").write_text(Idefics3ImageProcessorPil(**sizes).to_json_string())
+    text = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 12}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "model_type": "llama"}
+    tower = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower |= {"image_size": 32, "patch_size": 8}
+    config = Idefics3Config(text_config=text, vision_config=tower, scale_factor=2, image_token_id=ids[-2])
+    written = json.loads(config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", written)
+    return written
+
+
+def smolvlm_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under the names of SmolVLM's files."""
+    published = {"vision_tower.": "model.vision_model.", "connector.": "model.connector.modality_projection."}
+    published |= {"language_model.model.": "model.text_model.", "language_model.lm_head.": "lm_head."}
+
+    def rename(name: str) -> str:
+        prefix = next(prefix for prefix in published if name.startswith(prefix))
+        return published[prefix] + name.removeprefix(prefix)
+
+    return {rename(name): array for name, array in tensors.items()}
+
+
+WRITERS["smolvlm"] = write_smolvlm
+PUBLISHED_NAMES["smolvlm"] = smolvlm_names
+
+
+# ---- LLaVA-OneVision
+
+ONEVISION_TEMPLATE = (  # in the form of its own
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_llava_onevision(folder: Path) -> dict[str, Any]:
+    """Writes LLaVA-OneVision's files but the weights; returns config.json."""
+    from transformers import LlavaOnevisionConfig
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    words = {"user", "assistant"}
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    ids = write_byte_tokenizer(folder, special, words, **tokens)
+    write_json(folder / "chat_template.json", {"chat_template": ONEVISION_TEMPLATE})
+    half, side, pinpoints = [0.5] * 3, {"height": 32, "width": 32}, [[32, 32], [32, 64], [64, 32], [64, 64]]
+    processor = LlavaOnevisionImageProcessorPil(
+        size=side, image_mean=half, image_std=half, image_grid_pinpoints=pinpoints
+    )
+    (folder / "preprocessor_config.json").write_text(processor.to_json_string())
+    text = {
+        "vocab_size": 640,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "model_type": "qwen2",
+    }
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+    text |= {"rope_theta": 1e6, "tie_word_embeddings": True, "max_window_layers": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"image_size": 32, "patch_size": 7, "vision_use_head": False, "model_type": "siglip_vision_model"}
+    config = LlavaOnevisionConfig(
+        text_config=text,
+        vision_config=tower,
+        image_grid_pinpoints=pinpoints,
+        image_token_index=ids[-2],
+        video_token_index=ids[-1],
+    )
+    written = json.loads(config.to_json_string(use_diff=False))
+    write_json(folder / "config.json", written)
+    return written
+
+
+def llava_onevision_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under the names of LLaVA-OneVision's files."""
+    return {name.replace("language_model.image_newline", "image_newline"): array for name, array in tensors.items()}
+
+
+WRITERS["llava_onevision"] = write_llava_onevision
+PUBLISHED_NAMES["llava_onevision"] = llava_onevision_names
+
+
+# ---- Gemma 3
+
+
+def write_gemma3(folder: Path) -> dict[str, Any]:
+    """Writes all files of a tiny Gemma 3 but the weights; returns its config.json."""
+    from transformers import Gemma3Config, SiglipVisionConfig
+
+    first, following = english_words()
+    size = write_tokenizer("gemma", folder, 800, first | {f" {word}" for word in following} | chinese_words())
+    write_template(TEMPLATES["gemma"], folder)
+    text = {
+        "vocab_size": 768,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 6,
+        "sliding_window_pattern": 2,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    assert size <= text["vocab_size"], size
+    vision = SiglipVisionConfig(
+        image_size=32,
+        patch_size=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vision_use_head=False,
+    )
+    token = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["<image_soft_token>"]
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_index=token)
+    (folder / "config.json").write_text(config.to_json_string())
+    half, side = [0.5] * 3, {"height": 32, "width": 32}
+    kind = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "processor_class": "Gemma3Processor",
+        "image_seq_length": 16,
+    }
+    pixels = {"image_mean": half, "image_std": half, "resample": 2, "rescale_factor": 1 / 255, "size": side}
+    switches = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_pan_and_scan": None}
+    write_json(folder / "preprocessor_config.json", kind | pixels | switches)
+    write_json(folder / "generation_config.json", {"eos_token_id": [1, 5], "do_sample": True})
+    return json.loads((folder / "config.json").read_text())
+
+
+WRITERS["gemma3"] = write_gemma3

@@ -1,6 +1,7 @@
 """Tiny tokenizers of the kinds that image LLMs have, and chat templates in the form of the published ones."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,11 @@ CONFIG["llama"] |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>
 CONFIG["mistral"] |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def write_tokenizer(kind: str, folder: Path, size: int = 400) -> int:
-    """Writes tokenizer.json and tokenizer_config.json of a tiny tokenizer; returns the number of its ids."""
+def write_tokenizer(kind: str, folder: Path, size: int = 400, words: Iterable[str] = ()) -> int:
+    """Writes tokenizer.json and tokenizer_config.json of a tiny tokenizer; returns the number of its ids.
+
+    words: more words that Gemma's, LLaMA's and Mistral's tokenizers learn, as one token each if `size` has room.
+    """
     special = SPECIAL[kind]
     if kind in ("llama", "mistral", "gemma"):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -116,8 +120,8 @@ def write_tokenizer(kind: str, folder: Path, size: int = 400) -> int:
         pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
         tokenizer.decoder = decoders.Sequence(pieces)
         trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[*special, *alphabet], show_progress=False)
-        words = [word for line in TEXT for word in line.split(" ")]  # no piece goes over a blank
-        tokenizer.train_from_iterator([f" {word}" for word in words] + words, trainer)
+        learnt = [word for line in TEXT for word in line.split(" ")]  # no piece goes over a blank
+        tokenizer.train_from_iterator([f" {word}" for word in learnt] + learnt + sorted(words), trainer)
     else:
         tokenizer = Tokenizer(models.BPE())
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "smollm2")

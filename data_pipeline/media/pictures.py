@@ -1,14 +1,15 @@
-"""A still picture as an image LLM sees it: read from any common file, turned upright, fitted to a square."""
+"""A still picture as an image LLM sees it: read from any common file, turned upright, made one or more squares."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.common.files import as_path, explained
 from data_pipeline.media.resizing import resizer
+from data_pipeline.media.tiles import Cut, cut_picture, most_squares
 
 MEAN_COLOUR = (122, 116, 104)  # CLIP's mean times 255, rounded down
 FORMATS = (  # PIL's names of the formats that are read; EPS, for one, would start a program named by the file
@@ -50,15 +51,48 @@ def fit_picture(picture: Image.Image, size: int, fit: str) -> np.ndarray:
 
 
 def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
-    """Reads a picture file, local or in a bucket, as (S, S, 3) uint8 RGB. fit: see `fit_picture`.
+    """Reads a picture file as one square (S, S, 3) uint8. fit: see `fit_picture`. Raises UserError."""
+    return fit_picture(open_picture(path), image_size, fit)
+
+
+def read_tiles(path: str | Path, image_size: int, cut: Cut) -> dict[str, np.ndarray]:
+    """Reads a picture file as squares {"pictures": (most, S, S, 3) uint8, zeros after the real ones}.
+
+    All pictures get the number of squares of the largest, for one shape. Further keys, all int32: num_tiles (), of the
+    real squares; grid (2,), see `tiles.Tiles`; size (2,), height and width of the file's pixels. Raises UserError.
+    """
+    picture = open_picture(path)
+    squares, grid = cut_picture(picture, image_size, cut)
+    padded = np.zeros((most_squares(image_size, cut), *squares.shape[1:]), np.uint8)
+    padded[: len(squares)] = squares
+    numbers = {"num_tiles": len(squares), "grid": grid, "size": picture.size[::-1]}
+    return {"pictures": padded} | {name: np.array(value, np.int32) for name, value in numbers.items()}
+
+
+def picture_size(path: str | Path) -> tuple[int, int] | None:
+    """Returns the height and width of a picture as it is shown, from its file's first bytes; None: not readable."""
+    try:
+        with as_path(path).open("rb") as file, Image.open(file, formats=known_formats()) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return picture.size if turned else picture.size[::-1]
+    except Exception:  # `open_picture` says why
+        return None
+
+
+def known_formats() -> list[str]:
+    """The formats of `FORMATS` that this installation of PIL knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Opens a picture file, local or in a bucket, as 8-bit RGB.
 
     The picture is turned as its EXIF data say. An animation gives its first frame. Transparent parts become white.
     Raises UserError for a file that is missing, broken or of no known format.
     """
     try:
-        Image.init()
-        known = [name for name in FORMATS if name in Image.OPEN]
-        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known) as picture:
+        with explained(path), as_path(path).open("rb") as file, Image.open(file, formats=known_formats()) as picture:
             picture.load()
             picture = as_rgb(upright(picture))
     except UserError:
@@ -77,7 +111,7 @@ def read_picture(path: str | Path, image_size: int, fit: str) -> np.ndarray:
     if max(picture.size) > LONGEST * min(picture.size):
         size = f"{picture.width} × {picture.height} pixels"
         raise UserError(f"{path}: {size}, expected at most {LONGEST} times as long as wide; cut it")
-    return fit_picture(picture, image_size, fit)
+    return picture
 
 
 def upright(picture: Image.Image) -> Image.Image:

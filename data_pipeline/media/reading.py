@@ -9,8 +9,9 @@ import numpy as np
 
 from data_pipeline.common.errors import UserError
 from data_pipeline.media.decode import read_video
-from data_pipeline.media.pictures import read_picture
+from data_pipeline.media.pictures import read_picture, read_tiles
 from data_pipeline.media.sampling import Part, checked_part
+from data_pipeline.media.tiles import Cut
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,27 @@ def check_path(path: str | Path, what: str) -> None:
 
 
 class Reading(NamedTuple):
-    """How a model needs its media: see `decode.read_video` and, for `fit`, `pictures.read_picture`."""
+    """How a model needs its media: see `decode.read_video` and, for `fit`, `pictures.read_picture` and `read_tiles`."""
 
     num_frames: int
     image_size: int
     resize: str
     sampling: str
-    fit: str
+    fit: str | Cut
 
 
 def read_media(reading: Reading, media: Clip | Picture) -> dict[str, np.ndarray]:
     """Reads a video as {"frames": (num_frames, S, S, 3) uint8, zeros after the real frames; "num_frames": () int32;
     "seconds": (n,) float32, the times of the real frames}.
 
-    A picture becomes {"pictures": (S, S, 3) uint8}. Raises UserError.
+    A picture becomes {"pictures": (S, S, 3) uint8}, or the arrays of `pictures.read_tiles`. Raises UserError.
     """
     if not os.path.isfile(media.path):
         raise UserError(f"{media.path}: no such file")
     if isinstance(media, Picture):
-        return {"pictures": read_picture(media.path, reading.image_size, reading.fit)}
+        if isinstance(reading.fit, str):
+            return {"pictures": read_picture(media.path, reading.image_size, reading.fit)}
+        return read_tiles(media.path, reading.image_size, reading.fit)
     *settings, _ = reading._asdict().items()
     video = read_video(media.path, **dict(settings), part=media.part)
     frames = video.frames

@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.media.tiles import Cut
+from redvillm_jax.modules.picture_places import Places, whole_picture
 
 Segment = list[tuple[int, bool]]  # (token id, whether it is supervised)
 Rules = Sequence[tuple[str, Any]]  # (regex, value); the first regex that is found in a name applies
@@ -56,6 +58,7 @@ class Family:
       PREFIX             of canonical names, by "encoder", "projector" and "llm"; an attribute path follows it
       CANONICAL          published name -> canonical name, as (regex, replacement)
       IGNORED            regexes of canonical names of tensors that base folders keep but no code loads
+      identity           (config) -> what the fingerprint of a base says of its config, for JSON
       unused             (config) -> shapes, by canonical name, of weights that base folders keep but never run
       SHARDING           canonical name -> PartitionSpec of the tensor, as (regex, spec)
 
@@ -63,13 +66,17 @@ class Family:
       MEAN, STD          of RGB pixels / 255
       frame_fit          (config) -> how a frame becomes a square: a rule of `data_pipeline.media.resizing.resizer`
       picture_fit        (config) -> how a picture becomes a square: a key of `data_pipeline.media.pictures.FIT` or a
-                         rule of frames; by default the frames' rule
+                         rule of frames; or how it becomes several squares: a cut of `data_pipeline.media.tiles`. By
+                         default the frames' rule
+      picture_places     (tokenizer, config, tokens of a square, grid, size) -> `Places`, all that a picture is in a
+                         prompt. grid: rows and columns of its tiles, size: height and width in pixels; None for a
+                         family that makes one square. By default the tokens of one square in their own order
       BOTH_DIRECTIONS    whether adjacent visual tokens see each other in both directions, in all layers
       Tokenizer          Tokenizer(folder): encode(text), decode(ids, keep_special=), special(token), size, stop_ids
       check_tokenizer    (tokenizer, config, content of config.json, folder): raises UserError for another model's; a
                          tokenizer that can make no prompt is refused before
       prompt             (tokenizer, config, question, answer or None, labels, picture=) -> the segments before and
-                         behind the visual tokens
+                         behind a video's part of the prompt, or a picture's (`picture_places`)
     """
 
     name: str
@@ -94,8 +101,10 @@ class Family:
     VISION_FIELD: str | None = None
     CANONICAL: Rules = ()
     IGNORED: Sequence[str] = ()
+    identity: Callable[[Any], dict[str, Any]] = dataclasses.asdict
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = no_tensors
-    picture_fit: Callable[[Any], str] | None = None
+    picture_fit: Callable[[Any], str | Cut] | None = None
+    picture_places: Callable[..., Places] = whole_picture
     check_tokenizer: Callable[[Any, Any, dict[str, Any], str], None] = any_tokenizer
     BOTH_DIRECTIONS: bool = False
 
@@ -122,7 +131,7 @@ LLM_METHODS = {  # method or property of an LLM -> its meaning
     "__call__": "(embeds, position_ids, masks, cache=, cache_index=, context_length=, remat=) -> (B, S, K), cache",
     "logits": "(hidden (..., K)) -> (..., vocab_size) fp32",
     "head": "the module whose weight makes the logits: a Linear, or a tied Embedding; never in 8 bits",
-}
+}  # and, where pictures need it, the weight `image_newline` (K,), the first token of a picture's table (`Places`)
 METHODS = {  # class -> its required methods
     "Config": ("from_published",),
     "Encoder": ("__call__",),

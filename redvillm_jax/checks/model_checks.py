@@ -82,7 +82,7 @@ def check_near(what: str, differences: Mapping[str, float], limit: float) -> str
 def check_attention() -> str:
     """Checks values and gradients of the devices' attention kernel on packed rows, one row on each device.
 
-    A full layer's context is the value of a window layer; both see the videos in both directions.
+    The kernel serves a full layer and a window layer, which see the videos in both directions.
     """
     mesh, dtype = make_mesh(ALL_FSDP), jnp.dtype(compute_dtype())
     kernel = choose_kernel("auto", backend_of(jax.devices()[0]), dtype, SLOTS, HEAD_DIM)
@@ -102,8 +102,8 @@ def check_attention() -> str:
         masks = row_attention(ids, questions, positions, kernel, window=WINDOW, pictures=pictures)
 
         def total(query, key, value):
-            context = attention(query, key, value, masks.of_layer(False))
-            context = attention(query, key, context, masks.of_layer(True)) * real
+            layers = [attention(query, key, value, masks.of_layer(windowed)) for windowed in (False, True)]
+            context = jnp.concatenate(layers, axis=-1) * real
             weights = jnp.cos(jnp.arange(context[0].size)).reshape(context.shape[1:])
             return (context * weights).sum(dtype=jnp.float32), context
 

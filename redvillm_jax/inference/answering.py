@@ -132,6 +132,7 @@ def write_answers(
         by_video.setdefault(source(instructions[i]), []).append(i)
     kinds = sorted(by_video, key=lambda video: type(video).__name__)  # videos and pictures have other shapes
     mine = kinds[jax.process_index() :: jax.process_count()]
+    mine.sort(key=lambda video: (type(video).__name__, assistant.shape_of(video)))
     settings = dataclasses.asdict(generation) | {"dtype": assistant.dtype}
 
     def failed(instruction: Instruction, error: str) -> Answer:

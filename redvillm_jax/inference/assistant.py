@@ -10,16 +10,19 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from data_pipeline.common.errors import UserError
+from data_pipeline.media.pictures import picture_size
 from data_pipeline.media.reading import Clip, Picture, Reading, read_media
+from data_pipeline.media.tiles import tile_grid
 from redvillm_jax.inference.engine import Arrays, Generation, Inference, Prefixes
 from redvillm_jax.inference.open_model import OpenedModel, open_model
-from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_prompt
+from redvillm_jax.inference.prompts import Prompt, bucket, check_length, make_picture_prompt, make_prompt, stepped
 from redvillm_jax.inference.streaming import pieces
 from redvillm_jax.model.build import load_model, put_trained
 from redvillm_jax.model.places import VideoPlaces, num_picture_tokens
 from redvillm_jax.model.settings import plain_config
 from redvillm_jax.model.weights import PARTS
 from redvillm_jax.modules.bounds import whole
+from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.runtime.chips import quiet_without_tpu
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.video.contract import image_projector
@@ -149,14 +152,33 @@ class Assistant:
         placed = self._place(int(arrays["num_frames"]), arrays.get("seconds"))
         return make_prompt(self.base, self.tokenizer, question, placed, self._most_placed)
 
-    def picture_prompt(self, question: str) -> Prompt:
-        """Makes the prompt of a question about a picture. Raises UserError when no projector takes pictures."""
+    def picture_prompt(self, question: str, arrays: Arrays) -> Prompt:
+        """Makes the prompt of a question about a picture. arrays: of the picture, see `reading.read_media`.
+
+        Raises UserError when no projector takes pictures.
+        """
         if not self.takes_pictures:
             raise UserError(
                 "this model has no projector for pictures (its video tokens all go through copies): ask it about videos"
             )
-        placed = [(0, slot) for slot in range(self.picture_tokens)]
-        return make_prompt(self.base, self.tokenizer, question, placed, len(placed), picture=True)
+        grid, size = (tuple(arrays[name].tolist()) if name in arrays else None for name in ("grid", "size"))
+        return make_picture_prompt(self.base, self.tokenizer, question, self._picture_places(grid, size))
+
+    def _picture_places(self, grid: tuple[int, int] | None, size: tuple[int, int] | None) -> Places:
+        base = self.base
+        return base.module.picture_places(self.tokenizer, base.config, self.picture_tokens, grid, size)
+
+    def shape_of(self, media: Any) -> int:
+        """Returns a number by which media of one kind are sorted, so that those of one shape are adjacent.
+
+        It is 0 but for a picture in tiles, whose tokens are counted from its file's first bytes.
+        """
+        cut, size = self.reading.fit, None
+        if isinstance(media, Picture) and not isinstance(cut, str):
+            size = picture_size(media.path)
+        if size is None:
+            return 0
+        return stepped(len(self._picture_places(tile_grid(*size, self.reading.image_size, cut), size).placed))
 
     def text_prompt(self, question: str) -> Prompt:
         """Makes the prompt of a question about a video, without visual tokens."""
@@ -168,7 +190,7 @@ class Assistant:
         media = video if isinstance(video, Clip | Picture) else Clip(video)
         where, arrays = self._read(media)
         if isinstance(media, Picture):
-            prompts = [self.picture_prompt(question) for question in questions]
+            prompts = [self.picture_prompt(question, arrays) for question in questions]
         else:
             prompts = [self.video_prompt(question, arrays) for question in questions]
         for prompt in prompts:

@@ -20,6 +20,9 @@ from redvillm_jax.runtime.sharding import num_batch_shards, to_global
 
 LEAST_QUESTION, LEAST_ANSWER = 32, 16  # the smallest buckets, in tokens
 
+IN_PROMPTS = ("seconds", "grid", "size")  # arrays of a video or picture that decide its prompt alone
+SUMS = ("sources", "weights")
+
 Arrays = Mapping[str, np.ndarray]
 Videos = dict[Hashable, tuple[Arrays, Prompt]]
 
@@ -107,7 +110,9 @@ class Inference:
 
     def _prefill_program(self, weights: Any, videos: Mapping[str, jax.Array], prefixes: Mapping[str, jax.Array]) -> Any:
         model = nnx.merge(self.graphdef, weights)
-        if "pictures" in videos:
+        if "num_tiles" in videos:
+            tokens = model.tile_tokens(videos["pictures"], videos["num_tiles"], self.dtype)
+        elif "pictures" in videos:
             tokens = model.picture_tokens(videos["pictures"], self.dtype)
         else:
             tokens = model.video_tokens(videos, self.dtype)
@@ -122,11 +127,11 @@ class Inference:
     def prefill(self, videos: Videos, rows: int) -> Prefixes:
         """Encodes at most `rows` videos and computes the keys and values of their prefixes.
 
-        videos: by key, (arrays, prompt). arrays: as for `VideoLLM.video_tokens`, or {"pictures": (S, S, 3) uint8},
+        videos: by key, (arrays, prompt). arrays: as for `VideoLLM.video_tokens` or of a picture (`reading.read_media`),
         without a batch axis. prompt: any prompt about the video, of the key's context class.
         """
         arrays, prompts = zip(*videos.values(), strict=True)
-        names = [name for name in arrays[0] if name != "seconds"]  # times stand in the prompts
+        names = [name for name in arrays[0] if name not in IN_PROMPTS]
         stacked = {name: pad_rows([video[name] for video in arrays], rows) for name in names}
         width = prompts[0].width
         prefixes = {
@@ -135,6 +140,9 @@ class Inference:
             "length": column([p.prefix_length for p in prompts], rows),
             "context_length": column([p.length for p in prompts], rows),
         }
+        if prompts[0].sums is not None:
+            sums = zip(*(p.sums for p in prompts), strict=True)
+            prefixes |= {name: pad_blocks(part, rows, width) for name, part in zip(SUMS, sums, strict=True)}
         with jax.set_mesh(self.mesh):
             cache = self._prefill(self.weights, to_global(stacked, self.mesh), to_global(prefixes, self.mesh))
         return Prefixes(cache, {key: row for row, key in enumerate(videos)})
@@ -209,7 +217,11 @@ class Inference:
 
     def batches(self, asked: Iterable[Asked], rows: int, video_rows: int) -> Iterator[tuple[tuple, tuple, tuple]]:
         """Yields batches of questions, keys and videos (see `grouped`); a batch has pictures or videos, not both."""
-        for _, alike in itertools.groupby(asked, lambda one: (one.prompt.width, one.arrays.keys())):
+
+        def shape(one: Asked) -> tuple:
+            return one.prompt.width, one.arrays.keys(), one.prompt.sums is None
+
+        for _, alike in itertools.groupby(asked, shape):
             questions = self.grouped(alike, video_rows)
             while batch := list(itertools.islice(questions, rows)):
                 yield tuple(zip(*batch, strict=True))
@@ -247,6 +259,14 @@ def pad(lines: Sequence[Sequence[int]], rows: int, width: int, fill: int) -> np.
     out = np.full((rows, width), fill, np.int32)
     for row, line in zip(out, lines, strict=False):
         row[: len(line)] = line
+    return out
+
+
+def pad_blocks(blocks: Sequence[np.ndarray], rows: int, width: int) -> np.ndarray:
+    """Returns (rows, width, n) of blocks (any, n), filled up with zeros."""
+    out = np.zeros((rows, width, blocks[0].shape[1]), blocks[0].dtype)
+    for row, block in zip(out, blocks, strict=False):
+        row[: len(block)] = block
     return out
 
 

@@ -45,8 +45,12 @@ def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array
     """Keys and values of each prompt up to the end of its video.
 
     tokens: visual tokens (B, V, K); prefixes: token_ids, video_slots: (B, P) int32, padded on the right, -1 in
-    video_slots for text; length: (B,) int32; context_length: (B,) int32, of the whole prompts (see the bases' `LLM`).
+    video_slots for text; length: (B,) int32; context_length: (B,) int32, of the whole prompts (see the bases' `LLM`);
+    optionally sources, weights: (B, P, 4) int32 and fp32, of visual tokens that are sums of others
+    (`picture_places.Places`).
     """
+    if "sources" in prefixes:
+        tokens = weighted(tokens, prefixes["sources"], prefixes["weights"])
     embeds = model.embed(prefixes["token_ids"], prefixes["video_slots"], tokens)
     rows, width = embeds.shape[:2]
     slots = jnp.broadcast_to(jnp.arange(width), (rows, width))
@@ -54,6 +58,14 @@ def prefill(model: VideoLLM, tokens: jax.Array, prefixes: Mapping[str, jax.Array
     cache = model.llm.init_cache(rows, width, embeds.dtype)
     masks = model.masks(real, jnp.zeros_like(real), slots, prefixes["video_slots"])
     return model.llm(embeds, slots, masks, cache=cache, context_length=prefixes["context_length"])[1]
+
+
+def weighted(tokens: jax.Array, sources: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns weighted sums (B, P, K) of tokens (B, V, K), in fp32 and rounded. sources, weights: (B, P, n)."""
+    total = jnp.zeros((*sources.shape[:2], tokens.shape[-1]), jnp.float32)
+    for i in range(sources.shape[-1]):
+        total += weights[..., i, None] * jnp.take_along_axis(tokens, sources[..., i, None], axis=1)
+    return total.astype(tokens.dtype)
 
 
 def lay_out(prefixes: Cache, videos: jax.Array, num_slots: int) -> Cache:

@@ -3,22 +3,27 @@
 import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data_pipeline.common.errors import UserError
 from redvillm_jax.model.base_folder import Base
+from redvillm_jax.modules.picture_places import Places
 
 
 class Prompt(NamedTuple):
     """The prompt of one question about a video or picture.
 
     before: token ids before the video. placed: the video's part, (token id, -1) for a text token, (0, slot) for a
-    visual token (see `places.VideoPlaces`). question: token ids after the video, up to the answer. width: slots of
-    `prefix`, the same for all videos, so that shapes are static.
+    visual token (see `places.VideoPlaces` and `picture_places.Places`). question: token ids after the video, up to the
+    answer. width: slots of `prefix`, the same for all videos and few for pictures, so that there are few shapes. sums:
+    the sources and weights of `Places`, if any.
     """
 
     before: list[int]
     placed: list[tuple[int, int]]
     question: list[int]
     width: int
+    sums: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def prefix(self) -> list[tuple[int, int]]:
@@ -58,6 +63,13 @@ def make_prompt(
     return Prompt(before, placed, after, len(before) + max(most, len(placed)))
 
 
+def make_picture_prompt(base: Base, tokenizer: Any, question: str, places: Places) -> Prompt:
+    """Makes the prompt of a question about a picture. Raises UserError when the question has no text."""
+    most = 0 if isinstance(base.module.picture_fit(base.config), str) else stepped(len(places.placed))
+    prompt = make_prompt(base, tokenizer, question, places.placed, most, picture=True)
+    return prompt if places.sources is None else prompt._replace(sums=(places.sources, places.weights))
+
+
 def check_length(prompt: Prompt, max_new_tokens: int, base: Base) -> None:
     """Raises UserError when prompt and longest answer together need more positions than the base has."""
     most = base.config.max_position_embeddings
@@ -81,6 +93,12 @@ def prompt_text(tokenizer: Any, prompt: Prompt) -> str:
 def is_visual(place: tuple[int, int]) -> bool:
     """Returns whether an entry of `placed` is a visual token."""
     return place[1] >= 0
+
+
+def stepped(number: int) -> int:
+    """Rounds up to 1, 1.25, 1.5 or 1.75 times a power of two: few shapes, and less than a quarter for nothing."""
+    step = max(2 ** (number.bit_length() - 3), 1)
+    return -(-number // step) * step
 
 
 def bucket(number: int, least: int) -> int:

@@ -116,7 +116,7 @@ def open_base(path: str | Path, fingerprint: str | None = None) -> Base:
     path = local_copy(path)
     description = path / BASE_MARK
     if not description.is_file():
-        hint = "python -m conversion.from_torch --family=FAMILY --source=FOLDER --out=BASE makes one"
+        hint = "python -m conversion.from_torch --source=FOLDER --out=BASE makes one"
         raise UserError(f"{path}: not a base folder (no base.json); {hint}")
     meta = read_object(description, BASE)
     if fingerprint is not None and meta["fingerprint"] != fingerprint:

@@ -1,5 +1,6 @@
 """The video LLM: a base's encoder, the projectors of a video representation, and the base's language model."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from redvillm_jax.modules.layers import normalize, num_batch_parts, pin_batch
 from redvillm_jax.video.contract import Representation, Stream, image_projector, num_features
 
 IMAGES_PER_DEVICE = 10  # encoded at once; more need more memory and are not faster (docs/performance.md)
+FEATURES_PER_DEVICE = 10240  # of the images encoded at once; the scores of attention grow with their square
 
 
 class VideoLLM(nnx.Module):
@@ -50,7 +52,8 @@ class VideoLLM(nnx.Module):
     def encode(self, frames: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Encodes frames (B, T, H, W, 3) uint8 to features (B, T, N, D) in `dtype`."""
         b, t = frames.shape[:2]
-        chunks = -(-t // max(1, IMAGES_PER_DEVICE * num_batch_parts() // b))
+        images = min(IMAGES_PER_DEVICE, max(1, FEATURES_PER_DEVICE // math.prod(self.config.grid)))
+        chunks = -(-t // max(1, images * num_batch_parts() // b))
         chunk = -(-t // chunks)
         frames = jnp.pad(frames, ((0, 0), (0, chunks * chunk - t), *[(0, 0)] * 3))
 
@@ -115,6 +118,33 @@ class VideoLLM(nnx.Module):
         if (extra := f"{EXTRA_PREFIX}{name}") in self.projectors:
             tokens = self.projectors[extra](tokens)
         return tokens.astype(dtype)
+
+    def tile_tokens(self, tiles: jax.Array, num_tiles: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Computes the table of visual tokens (B, V, K) of pictures that are several squares (`Places`).
+
+        tiles: (B, T, H, W, 3) uint8; num_tiles: (B,) int32, how many of them are real; the others are not encoded, and
+        their tokens are zeros.
+        """
+        count, width = self.num_square_tokens, self.config.hidden_size
+        table = pin_batch(jnp.zeros((tiles.shape[0], tiles.shape[1], count, width), dtype))
+
+        def add_tile(index: jax.Array, table: jax.Array) -> jax.Array:
+            tokens = self.picture_tokens(jax.lax.dynamic_index_in_dim(tiles, index, axis=1, keepdims=False), dtype)
+            return jax.lax.dynamic_update_index_in_dim(table, tokens, index, axis=1)
+
+        table = jax.lax.fori_loop(0, num_tiles.max(), add_tile, table)
+        tokens = pin_batch(rearrange(table, "b t n k -> b (t n) k"))
+        newline = getattr(self.llm, "image_newline", None)
+        if newline is None:
+            return tokens
+        newlines = jnp.broadcast_to(newline[...].astype(dtype), (len(tokens), 1, width))
+        return jnp.concatenate([newlines, tokens], axis=1)
+
+    @property
+    def num_square_tokens(self) -> int:
+        """The number of visual tokens of one square picture."""
+        projector = self.projectors[image_projector(self.video)]
+        return math.prod(projector.token_layout(self.config.grid))
 
     def video_tokens(self, videos: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
         """Computes visual tokens (B, V, K) of videos, from frames or from streams.

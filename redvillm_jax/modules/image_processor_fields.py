@@ -85,7 +85,7 @@ def idefics3_transform(image_size: int, tokens: int, mean: Colour, std: Colour) 
     tokens: of one tile.
     """
     return normalising(mean, std) | {
-        "image_processor_type": names("Idefics3"),
+        "image_processor_type": names("Idefics3", "SmolVLM"),
         "size": Field(
             READ,
             f'{{"longest_edge": N}}, N a whole number from 1 to {LONGEST_EDGE}',
@@ -97,7 +97,7 @@ def idefics3_transform(image_size: int, tokens: int, mean: Colour, std: Colour) 
         "resample": only(1, values="1 (Lanczos)"),
         "image_seq_len": only(tokens),
         # do_pad fills up batches of pictures with different numbers of tiles
-        **nothing("do_pad", "return_row_col_info", "video_processor", "default_to_square"),
+        **nothing("do_pad", "return_row_col_info", "video_sampling", "video_processor", "default_to_square"),
     }
 
 

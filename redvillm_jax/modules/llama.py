@@ -6,6 +6,8 @@ frequencies.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,16 +106,17 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
-    """The gated MLP: down(silu(gate(x)) * up(x))."""
+    """The gated MLP: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Any, activation: Callable[[jax.Array], jax.Array] = jax.nn.silu, *, rngs: nnx.Rngs):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False, rngs=rngs)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = keep(self.gate_proj(x), "gate"), keep(self.up_proj(x), "up")
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class LlamaLayer(nnx.Module):

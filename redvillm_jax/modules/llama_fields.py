@@ -153,9 +153,9 @@ def model_table(config: Any, tables: dict[str, Fields], where: str, path: str) -
     return tables[kind]
 
 
-def read_decoder(config: Any, where: str, path: str = "") -> LlamaConfig:
-    """Reads the config of a LLaMA, Mistral or Qwen2, by its `model_type`."""
-    values = read_llama(config, where, path, model_table(config, DECODERS, where, path))
+def read_decoder(config: Any, where: str, path: str = "", tables: dict[str, Fields] = DECODERS) -> LlamaConfig:
+    """Reads the config of a decoder by its `model_type`, a key of `tables`."""
+    values = read_llama(config, where, path, model_table(config, tables, where, path))
     names = {field.name for field in dataclasses.fields(LlamaConfig)}
     kinds, window = layer_kinds(values, where, path)
     decoder = {name: value for name, value in values.items() if name in names}

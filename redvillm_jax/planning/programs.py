@@ -62,6 +62,7 @@ def compile_train(
         work.row_length,
         heads // math.gcd(heads, mesh.shape["tensor"]),
         base.config.head_dim,
+        base.config.window,
     )
     lower = training.step.lower
     return compile_program(

@@ -22,16 +22,20 @@ def step_flops(matrices: tuple[int, int], tokens: float, supervised: float) -> f
     return 4 * (body * tokens + head * supervised)
 
 
-def attention_pairs(row_length: int) -> int:
-    """Counts the visible pairs of slots under a causal mask; packed rows have fewer."""
-    return row_length * (row_length + 1) // 2
+def attention_pairs(row_length: int, window: int | None = None) -> int:
+    """Counts the visible pairs of slots under a causal mask, in a window if there is one; packed rows have fewer."""
+    hidden = max(row_length - (window or row_length), 0)
+    return (row_length * (row_length + 1) - hidden * (hidden + 1)) // 2
 
 
-def kernel_flops(rows: int, row_length: int, num_heads: int, head_dim: int) -> dict[str, float]:
+def kernel_flops(
+    rows: int, row_length: int, num_heads: int, head_dim: int, window: int | None = None
+) -> dict[str, float]:
     """Returns the flops of one call of each splash attention kernel, by the beginning of its name, under a causal mask.
 
-    Matrix products per visible pair: 2 in the forward pass; 3 for the gradient of the queries and 4 for the gradient of
+    window: of window layers; all layers are counted as such, because one call in the program serves both kinds. Matrix
+    products per visible pair: 2 in the forward pass; 3 for the gradient of the queries and 4 for the gradient of
     keys and values, which both compute the scores again.
     """
-    product = 2 * rows * attention_pairs(row_length) * num_heads * head_dim
+    product = 2 * rows * attention_pairs(row_length, window) * num_heads * head_dim
     return {"splash_mha_fwd": 2 * product, "splash_mha_dq": 3 * product, "splash_mha_dkv": 4 * product}

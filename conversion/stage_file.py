@@ -1,9 +1,10 @@
-"""Shared by the PyTorch and the JAX side: the number of generated ids, and the sampling of large arrays."""
+"""What both sides of conversion.compare share: their inputs' names, and samples of large arrays."""
 
 import numpy as np
 
-NEW_TOKENS = 12  # ids that are generated greedily
+NEW_TOKENS = 8  # ids that are generated greedily
 MOST = 200_000  # numbers that are kept of one array
+ROWS = ("text", "picture", "clip")  # what the language model reads; pictures and clips stand within a prompt
 
 
 def sample(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,182 @@
+"""conversion.compare on tiny published folders: its table, what it says of a changed weight, and what it refuses."""
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from conversion import compare
+from conversion.stage_file import MOST, ROWS, sample
+from data_pipeline.common.errors import UserError
+from tests.helpers import REFERENCE, without_hashes
+from tests.test_llava import tiny_transformers
+from tests.tiny_tokenizers import TEMPLATES, write_template, write_tokenizer
+
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs the reference models in ../shared")
+
+
+def verdicts(table: str) -> dict[str, str]:
+    """Stage -> "yes" or "NO"."""
+    rows = [line.split() for line in table.splitlines() if line.endswith((" yes", " NO"))]
+    return {row[0]: row[-1] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A random LLaVA that transformers has written, with a tokenizer and a chat template."""
+    source = tmp_path_factory.mktemp("published")
+    vocab = write_tokenizer("llama", source)
+    write_template(TEMPLATES["vicuna"], source, "chat_template.json")
+    tiny_transformers(vocab_size=vocab).save_pretrained(source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def finished(published, tmp_path_factory) -> tuple[Path, str]:
+    """The base folder and the output of a comparison."""
+    base, output = tmp_path_factory.mktemp("compared") / "base", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert compare.main([f"--source={published}", f"--base={base}"]) == 0
+    return base, output.getvalue()
+
+
+def test_a_published_llava_agrees_at_every_stage(finished):
+    _, table = finished
+    found = verdicts(table)
+    assert set(found.values()) == {"yes"}
+    visual = ("encoder_embeds", "encoder_layer_1", "features", "pictures", "mean_over_time", "clip_tokens")
+    stages = ("embeds", "layer_1", "logits", "greedy")
+    assert {*visual, *(f"{row}_{stage}" for row in ROWS for stage in stages)} <= set(found)
+    assert "not run here: encoder_layer_2\n" in table  # the layer above the feature layer
+    assert table.endswith(f"{len(found)} stages compared, 0 over their limits\n")
+
+
+def changed(base: Path, folder: Path, name: str) -> Path:
+    """A copy of a base with another value in one tensor."""
+    copy = without_hashes(shutil.copytree(base, folder / "base"))
+    (file,) = copy.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name] = tensors[name] + 1e-2
+    save_file(tensors, file, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("language_model.model.layers.1.mlp.down_proj.weight", "text_layer_1"),
+        ("multi_modal_projector.linear_1.weight", "pictures"),
+        ("vision_tower.encoder.layers.1.mlp.fc2.bias", "encoder_layer_1"),
+    ],
+)
+def test_a_changed_weight_shows_from_its_stage_on(name, first, published, finished, tmp_path, capsys):
+    base = changed(finished[0], tmp_path, name)
+    reference = compare.run_reference(published, None, inputs_of(base), tmp_path, None, False)
+    from conversion.stages import run_ours
+
+    over = compare.print_table(run_ours(compare.open_base(base), inputs_of(base)), reference, 1e-4)
+    found = verdicts(capsys.readouterr().out)
+    assert over == list(found.values()).count("NO") > 0
+    wrong = [stage for stage, verdict in found.items() if verdict == "NO"]
+    assert wrong[0] == first and wrong[-1].startswith("clip_") and "picture_logits" in wrong
+
+
+@functools.cache
+def inputs_of(base: Path) -> dict:
+    return compare.make_inputs(compare.open_base(base), 4, tokenizer=True)
+
+
+@pytest.mark.slow
+def test_a_base_that_is_over_its_limit_ends_with_1(finished, capsys):
+    """A base by itself, whose own files are the published ones."""
+    assert compare.main([f"--base={finished[0]}", "--limit=1e-12"]) == 1
+    found = verdicts(capsys.readouterr().out)
+    assert found["pictures"] == "NO" and found["text_embeds"] == found["text_greedy"] == "yes"
+
+
+def test_the_prompt_is_the_models_own(finished):
+    base, inputs = compare.open_base(finished[0]), inputs_of(finished[0])
+    tokenizer = base.module.Tokenizer(base.path)
+    assert inputs["frames"].shape == (4, base.config.image_size, base.config.image_size, 3)
+    assert not np.array_equal(inputs["frames"][0], inputs["frames"][3])
+    assert tokenizer.decode(inputs["before_ids"][0].tolist()).startswith("USER:")
+    assert f"{compare.QUESTION} ASSISTANT:" in tokenizer.decode(inputs["behind_ids"][0].tolist())
+
+
+@needs_reference
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["orig_v1", "hf"])
+def test_llava_made_elsewhere(form, capsys):
+    folder = REFERENCE / "llava_tiny"
+    vision = folder / "clip" if form == "orig_v1" else None
+    assert compare.compare(folder / form, None, vision=vision, tokenizer=False) == 0
+    assert set(verdicts(capsys.readouterr().out).values()) == {"yes"}
+
+
+@needs_reference
+def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path):
+    source = REFERENCE / "qwen_vl_tiny" / "ckpt"
+    with pytest.raises(UserError, match=r"runs with its own code alone.*--trust_remote_code"):
+        compare.compare(source, tmp_path / "base", tokenizer=False)
+
+
+def test_another_python_runs_the_published_model(tmp_path):
+    """Its arrays are read, and a failure ends in one line."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/bash\n[[ $2 == conversion.reference ]] || exit 3\nexec {sys.executable} {tmp_path}/run.py $@\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "run.py").write_text(
+        "import sys, numpy as np\nflags = dict(arg[2:].split('=') for arg in sys.argv[3:] if '=' in arg)\n"
+        "assert '--trust_remote_code' in sys.argv\n"
+        "np.savez(flags['out'], features=2 * np.load(flags['inputs'])['x'])\n"
+    )
+    arguments = Path("source"), None, {"x": np.arange(3.0)}, tmp_path
+    got = compare.run_reference(*arguments, str(python), True)
+    assert got["features"].tolist() == [0, 2, 4]
+    with pytest.raises(UserError, match="did not run under"):
+        compare.run_reference(*arguments, str(python), False)
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="--source or --base is needed"):
+        compare.main([])
+    with pytest.raises(UserError, match="--frames is 8"):
+        compare.main([f"--source={tmp_path}", "--frames=8"])
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    with pytest.raises(UserError, match="model_type qwen2_vl: it is trained on video already"):
+        compare.main([f"--source={tmp_path}"])
+
+
+def test_stages_that_one_side_lacks_are_named(capsys):
+    arrays = {"a": np.ones(2, np.float32), "b": np.zeros(3, np.float32)}
+    assert compare.print_table({"a": arrays["a"]}, arrays, 1e-4) == 0
+    assert "not run here: b\n" in capsys.readouterr().out
+    assert compare.print_table(arrays, {"a": arrays["a"]}, 1e-4) == 1
+    assert "not in the published model: b\n" in capsys.readouterr().out
+
+
+def test_large_arrays_are_thinned_out():
+    large = np.arange(3 * MOST).reshape(3, -1)
+    thin = sample(large)
+    assert thin.ndim == 1 and 0.7 * MOST < thin.size <= MOST and (np.diff(thin) % 2 == 1).all()
+    assert sample(large[:1]).shape == (1, MOST)
+
+
+def test_differences():
+    ones = np.ones(3, np.float32)
+    assert compare.differences(ones, ones) == (0, 0, 0)
+    assert compare.differences(ones[:2], ones) == (np.inf,) * 3
+    assert compare.differences(np.array([1, 2]), np.array([1, 3])) == (1, 1, 1)
+    largest, mean, relative = compare.differences(np.array([10.0, 0.0]), np.array([11.0, 0.0]))
+    assert (largest, mean) == (1, 0.5) and relative == pytest.approx(1 / 11)
+    assert np.isnan(compare.differences(ones * np.nan, ones)[2])

@@ -320,6 +320,8 @@ def test_the_original_form_is_read(converted, tmp_path):
     (source / "vision").mkdir(parents=True)
     save_file({rename(name): tensor for name, tensor in tensors.items()}, source / "model.safetensors")
     (source / "vision" / "config.json").write_text(json.dumps(CLIP))
+    transform = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24, "resample": 3}
+    (source / "vision" / "preprocessor_config.json").write_text(json.dumps(transform | {"do_center_crop": True}))
     said = {name: value for name, value in (TEXT | MISTRAL).items() if name != "model_type"} | {
         "model_type": "llava_mistral",
         "mm_vision_tower": "openai/clip-vit-tiny",

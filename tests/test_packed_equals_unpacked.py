@@ -28,6 +28,7 @@ ROW_LENGTH = {
     "llava": 105,
     "qwen_vl": 170,
     "gemma3": 180,
+    "llava_onevision": 120,
     "smolvlm": 100,
     TOY: 80,
 }  # too short for nine questions on a video, enough for two videos with three

@@ -21,9 +21,9 @@ BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm, "gemma3": gemma
 
 
 @pytest.fixture(scope="module")
-def tokenizers(published):
+def tokenizers(downloads):
     """The tiny folders' own, LLaVA's with v1's markers added."""
-    made = {family: base.Tokenizer(published[family]) for family, base in BASES.items()}
+    made = {family: base.Tokenizer(downloads[family]) for family, base in BASES.items()}
     made["llava"].tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     return made
 

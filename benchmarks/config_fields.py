@@ -20,12 +20,14 @@ table, when a checkpoint is converted and again when a base folder is opened:
 * **changes nothing**: the field has no effect on the computation.
 
 A field that no table has is refused, because it may change the computation. Report such a field, or remove it from the
-file if you know that it changes nothing. A field that the file omits has the default of transformers' class (LLaVA), or
-is required (Qwen-VL).
+file if you know that it changes nothing. A field that the file omits has the default of transformers' class; Qwen-VL's
+fields are required.
 
-`python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/config_fields.py`,
-`redvillm_jax/modules/clip_fields.py`, `redvillm_jax/modules/llama_fields.py`,
-`redvillm_jax/modules/image_processor_fields.py` and `redvillm_jax/bases/`.
+No field of LLaVA-OneVision's files tells whether a checkpoint is of the single-image stage (`-si` in its name) or the
+later stage that trained on videos (`-ov`). Both convert; only the first was never trained on videos.
+
+`python -m benchmarks.config_fields` writes this page from the tables in `redvillm_jax/modules/*_fields.py` and
+`redvillm_jax/bases/`.
 """
 
 

@@ -33,7 +33,7 @@ from tests.test_llava import tiny_transformers
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
+def saved(tmp_path_factory) -> Path:
     """A tiny LLaVA as transformers saves it."""
     folder = tmp_path_factory.mktemp("published")
     tiny_transformers().save_pretrained(folder)
@@ -48,13 +48,13 @@ def put(config: dict, path: str, value) -> None:
     config[last] = value
 
 
-def with_field(published: Path, folder: Path, path: str, value) -> Path:
+def with_field(saved: Path, folder: Path, path: str, value) -> Path:
     """The published folder with one field changed; its weights are links."""
-    config = json.loads((published / "config.json").read_text())
+    config = json.loads((saved / "config.json").read_text())
     put(config, path, value)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").symlink_to(published / "model.safetensors")
+    (folder / "model.safetensors").symlink_to(saved / "model.safetensors")
     return folder
 
 
@@ -116,8 +116,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("path", "value"), REFUSED, ids=lambda value: str(value)[:40])
-def test_a_field_that_changes_the_computation_is_refused(path, value, published, tmp_path):
-    source = with_field(published, tmp_path / "source", path, value)
+def test_a_field_that_changes_the_computation_is_refused(path, value, saved, tmp_path):
+    source = with_field(saved, tmp_path / "source", path, value)
     with pytest.raises(UserError) as caught:
         from_torch("llava", source, tmp_path / "base", tokenizer=False)
     message = str(caught.value)
@@ -129,8 +129,8 @@ def test_a_field_that_changes_the_computation_is_refused(path, value, published,
     assert not (tmp_path / "base").exists()
 
 
-def test_a_vocabulary_that_the_weights_do_not_have_is_refused(published, tmp_path):
-    source = with_field(published, tmp_path / "source", "text_config.vocab_size", 97)
+def test_a_vocabulary_that_the_weights_do_not_have_is_refused(saved, tmp_path):
+    source = with_field(saved, tmp_path / "source", "text_config.vocab_size", 97)
     with pytest.raises(UserError, match=r"embed_tokens.weight \(96, 48\) should be \(97, 48\)"):
         from_torch("llava", source, tmp_path / "base", tokenizer=False)
 
@@ -155,15 +155,15 @@ SAME = [  # other ways to say what is there
 
 
 @pytest.mark.parametrize(("path", "value"), SAME, ids=lambda value: str(value)[:40])
-def test_a_field_that_changes_nothing_is_left(path, value, published):
-    config = json.loads((published / "config.json").read_text())
+def test_a_field_that_changes_nothing_is_left(path, value, saved):
+    config = json.loads((saved / "config.json").read_text())
     changed = copy.deepcopy(config)
     put(changed, path, value)
     assert llava.Config.from_published(changed) == llava.Config.from_published(config)
 
 
-def test_what_a_base_computes_with_is_read(published):
-    config = json.loads((published / "config.json").read_text())
+def test_what_a_base_computes_with_is_read(saved):
+    config = json.loads((saved / "config.json").read_text())
 
     def read(path: str, value):
         changed = copy.deepcopy(config)
@@ -181,8 +181,8 @@ def test_what_a_base_computes_with_is_read(published):
     assert read("text_config.rope_theta", 500.0).num_key_value_heads == 4
 
 
-def test_the_options_of_other_decoders_are_read(published):
-    config = json.loads((published / "config.json").read_text())
+def test_the_options_of_other_decoders_are_read(saved):
+    config = json.loads((saved / "config.json").read_text())
     text = config["text_config"]
     scaled = copy.deepcopy(config)
     scaled["text_config"] |= {
@@ -203,8 +203,8 @@ def test_the_options_of_other_decoders_are_read(published):
     assert llava.Config.from_published(config).tie_word_embeddings
 
 
-def test_all_refused_fields_are_in_one_line(published):
-    config = json.loads((published / "config.json").read_text())
+def test_all_refused_fields_are_in_one_line(saved):
+    config = json.loads((saved / "config.json").read_text())
     config["text_config"] |= {"hidden_act": "gelu", "mlp_bias": True, "a_new_field": 1}
     with pytest.raises(UserError) as caught:
         llava.Config.from_published(config, where="there.json")
@@ -589,8 +589,8 @@ def test_another_transform_is_refused(field, value):
             read_transform(written, table, "preprocessor_config.json")
 
 
-def test_a_folder_s_transform_is_looked_at(published, tmp_path):
-    source = with_field(published, tmp_path / "source", "ignore_index", -100)
+def test_a_folder_s_transform_is_looked_at(saved, tmp_path):
+    source = with_field(saved, tmp_path / "source", "ignore_index", -100)
     own = TRANSFORM | {"size": 24, "crop_size": 24}
     for name in ("preprocessor_config.json", "processor_config.json"):
         (source / name).write_text(json.dumps(own | {"image_mean": [0.5, 0.5, 0.5]}))

@@ -1,6 +1,8 @@
 """LLaVA against the reference arrays, against transformers' own classes, and at its real sizes."""
 
 import dataclasses
+import hashlib
+import json
 import re
 
 import jax
@@ -356,6 +358,27 @@ def test_original_v15_config():
         "image_aspect_ratio": "pad",
     }
     assert llava.Config.from_published(published) == llava.SIZES["v1.5-7b"]
+
+
+IDENTITIES = {  # parts of fingerprints of bases that runs have recorded
+    "v1-7b": "fe9e20c595304e17",
+    "v1.5-7b": "9437de281916043a",
+    "tiny": "20af1fc47b20237e",
+}
+
+
+@pytest.mark.parametrize("size", IDENTITIES)
+def test_a_fingerprint_says_nothing_of_what_llava_1_lacks(size):
+    config = llava.SIZES[size]
+
+    def digest(config: llava.Config) -> str:
+        return hashlib.sha256(json.dumps(llava.identity(config), sort_keys=True).encode()).hexdigest()
+
+    assert digest(config).startswith(IDENTITIES[size])
+    changes = {"head_dim": 8, "qkv_bias": True, "image_newline": True, "image_grid_pinpoints": ((336, 672),)}
+    changes |= {"rope_theta": 5.0, "tie_word_embeddings": True, "sliding_window": 7, "layer_kinds": ("window",)}
+    others = [digest(dataclasses.replace(config, **{name: value})) for name, value in changes.items()]
+    assert len({digest(config), *others}) == 1 + len(changes)
 
 
 def test_every_weight_has_a_sharding_rule():

@@ -4,20 +4,17 @@ import re
 
 import pytest
 
-from redvillm_jax.bases import gemma3, llava, qwen_vl, smolvlm
-from redvillm_jax.bases.contract import known_families
+from redvillm_jax.bases import llava, qwen_vl
+from redvillm_jax.bases.contract import known_families, load_family
 
 QUESTION, ANSWER = "Which colour appears first?", "red"
+BASES = {family: load_family(family) for family in known_families()}
 TEMPLATES = [
     ("llava", llava.SIZES["v1-7b"]),
     ("llava", llava.SIZES["v1.5-7b"]),
-    ("llava", llava.SIZES["tiny"]),  # without a system prompt
     ("qwen_vl", qwen_vl.SIZES["7b"]),
-    ("qwen_vl", qwen_vl.SIZES["tiny"]),
-    ("smolvlm", smolvlm.SIZES["tiny"]),
-    ("gemma3", gemma3.SIZES["tiny"]),
+    *((family, base.SIZES["tiny"]) for family, base in BASES.items()),  # LLaVA's without a system prompt
 ]
-BASES = {"llava": llava, "qwen_vl": qwen_vl, "smolvlm": smolvlm, "gemma3": gemma3}
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +23,6 @@ def tokenizers(downloads):
     made = {family: base.Tokenizer(downloads[family]) for family, base in BASES.items()}
     made["llava"].tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     return made
-
-
-def test_every_family_is_here():
-    assert {family for family, _ in TEMPLATES} == set(known_families())
 
 
 @pytest.mark.parametrize("labels", ["answer", "finetune"])

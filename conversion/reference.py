@@ -89,7 +89,7 @@ def load_transformers(source: Path) -> Published:
 
     def sequence(features: torch.Tensor) -> torch.Tensor:
         """Each feature as a picture of equal features: also through a projector that pools a grid, to one token."""
-        return torch.cat([project(one.expand(1, num_features, -1))[:, 0] for one in features[:, None]])
+        return torch.cat([project(one.repeat(1, num_features, 1))[:, 0] for one in features[:, None]])
 
     def logits(before: torch.Tensor, tokens: torch.Tensor | None, behind: torch.Tensor) -> torch.Tensor:
         visual = [] if tokens is None else [tokens[None]]

@@ -110,6 +110,7 @@ class Case:
         image = text.convert_tokens_to_ids("<image>")
         torch.manual_seed(0)
         self.model, pictures, more = make(size + 2, image)
+        self.newline = int(hasattr(self.model.model, "image_newline"))
         self.reduces = hasattr(self.model.config, "vision_aspect_ratio")
         self.model.eval()
         with torch.no_grad():
@@ -150,8 +151,11 @@ def opened(request, tmp_path_factory):
     return case, redvillm_jax.load(folder / "base", config=config), files
 
 
-def all_logits(assistant: Any, asked: list[tuple[Arrays, Prompt]]) -> list[np.ndarray]:
-    """Logits (tokens, vocab_size) of whole picture questions by the parts of the assistant's model, in one program."""
+def all_logits(assistant: Any, asked: list[tuple[Arrays, Prompt]]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Logits (tokens, vocab_size) of whole picture questions by the parts of the assistant's model, in one program.
+
+    The second is the table of their visual tokens.
+    """
     inference = assistant.inference
     rows = num_batch_shards(inference.mesh)
     places, sources, weights = [], [], []
@@ -166,18 +170,18 @@ def all_logits(assistant: Any, asked: list[tuple[Arrays, Prompt]]) -> list[np.nd
     arrays |= {name: [media[name] for media, _ in asked] for name in ("pictures", "num_tiles")}
 
     @jax.jit
-    def logits(weights: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+    def logits(weights: Any, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(inference.graphdef, weights)
-        tokens = model.tile_tokens(arrays["pictures"], arrays["num_tiles"], jnp.float32)
-        tokens = weighted(tokens, arrays["sources"], arrays["weights"])
+        table = model.tile_tokens(arrays["pictures"], arrays["num_tiles"], jnp.float32)
+        tokens = weighted(table, arrays["sources"], arrays["weights"])
         ids, slots = arrays["places"][..., 0], arrays["places"][..., 1]
         positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
         masks = model.masks(jnp.ones_like(positions), 0 * positions, positions, slots)
-        return model.llm.logits(model.llm(model.embed(ids, slots, tokens), positions, masks)[0])
+        return model.llm.logits(model.llm(model.embed(ids, slots, tokens), positions, masks)[0]), table
 
     with jax.set_mesh(inference.mesh):
-        found = logits(inference.weights, {name: pad_rows(values, rows) for name, values in arrays.items()})
-    return [np.asarray(row)[: prompt.length] for row, (_, prompt) in zip(found, asked, strict=False)]
+        found, table = logits(inference.weights, {name: pad_rows(values, rows) for name, values in arrays.items()})
+    return [np.asarray(row)[: prompt.length] for row, (_, prompt) in zip(found, asked, strict=False)], np.asarray(table)
 
 
 @pytest.mark.parametrize("opened", CASES, indirect=True)
@@ -185,7 +189,7 @@ def test_logits_are_transformers_own(opened):
     case, assistant, files = opened
     arrays = [read_media(assistant.reading, Picture(file)) for file in files.values()]
     prompts = [assistant.picture_prompt(QUESTION, one) for one in arrays]
-    found = all_logits(assistant, list(zip(arrays, prompts, strict=True)))
+    found, table = all_logits(assistant, list(zip(arrays, prompts, strict=True)))
     image, tokens = case.model.config.image_token_id, []
     for name, got, prompt in zip(files, found, prompts, strict=True):
         inputs = case.inputs(Image.open(files[name]))
@@ -196,6 +200,8 @@ def test_logits_are_transformers_own(opened):
         np.testing.assert_allclose(got, want, atol=1e-4, err_msg=name)
         tokens.append(prompt.num_visual)
     assert len(set(tokens)) > 2
+    most = max(one["num_tiles"] for one in arrays) * assistant.picture_tokens + case.newline
+    assert table[:, most - 1].any() and not table[:, most:].any()  # padding is not encoded
 
 
 @pytest.mark.parametrize("opened", ONE, indirect=True)

@@ -11,7 +11,7 @@ from flax import nnx
 from data_pipeline.media.tiles import AnyResolution
 from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.any_resolution import any_resolution_places
-from redvillm_jax.modules.chat_template import chat_prompt
+from redvillm_jax.modules.chat_template import FILES, chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
 from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, read_clip
 from redvillm_jax.modules.config_fields import read_fields, require
@@ -306,6 +306,14 @@ def unused(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 Tokenizer = HfTokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
+    """Raises UserError for a folder without a chat template whose language model is not the LLaMA of v1 and v1.5."""
+    kind = published.get("text_config", published).get("model_type", "llama")
+    other = any(name in kind for name in ("mistral", "qwen"))
+    supported = f"LLaMA, or a chat template in {', '.join(FILES)}; copy the model's own files"
+    require(tokenizer.template is not None or not other, where, f"its language model is {kind}, supported: {supported}")
 
 
 def prompt(

@@ -19,6 +19,7 @@ from torch import nn
 from conversion import compare, reference
 from conversion.stage_file import MOST, NEW_TOKENS, ROWS, sample
 from data_pipeline.common.errors import UserError
+from redvillm_jax.bases.contract import known_families
 from tests.helpers import REFERENCE, without_hashes
 from tests.test_llava import tiny_transformers
 from tests.tiny_tokenizers import TEMPLATES, write_template, write_tokenizer
@@ -60,6 +61,19 @@ def test_a_published_llava_agrees_at_every_stage(finished):
     assert {*visual, *(f"{row}_{stage}" for row in ROWS for stage in stages)} <= set(found)
     assert "not run here: encoder_layer_2\n" in table  # the layer above the feature layer
     assert table.endswith(f"{len(found)} stages compared, 0 over their limits\n")
+
+
+OWN_CODE = ("qwen_vl",)  # families that run by their folder's code alone
+TILES = ("llava_onevision", "smolvlm")  # whose tiny folders cut pictures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in known_families() if family not in OWN_CODE])
+def test_every_family_agrees_with_transformers(family, downloads, capsys):
+    assert compare.main([f"--source={downloads[family]}", "--frames=1"]) == 0
+    found = verdicts(capsys.readouterr().out)
+    assert set(found.values()) == {"yes"} and len(found) > 20
+    assert ("tiles_logits" in found) == (family in TILES)
 
 
 def changed(base: Path, folder: Path, name: str) -> Path:

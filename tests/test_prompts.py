@@ -18,9 +18,9 @@ TEMPLATES = [
 
 
 @pytest.fixture(scope="module")
-def tokenizers(published):
+def tokenizers(downloads):
     """The tiny folders' own, LLaVA's with v1's markers added."""
-    made = {family: base.Tokenizer(published[family]) for family, base in BASES.items()}
+    made = {family: base.Tokenizer(downloads[family]) for family, base in BASES.items()}
     made["llava"].tokenizer.add_tokens(["<im_patch>", "<im_start>", "<im_end>"], special_tokens=True)
     return made
 

@@ -107,7 +107,7 @@ def test_a_cell_is_the_frame_scaled_down():
 
 
 @kinds
-@pytest.mark.parametrize("family", ["llava", "qwen_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen_vl", marks=pytest.mark.slow)])
 def test_a_short_video_equals_a_run_with_fewer_frames(kind, family, bases):
     if (kind, family) == ("slow_fast", "qwen_vl"):
         pytest.skip("the other slow_fast has all that this one has")

@@ -76,8 +76,8 @@ LLAVA = "from redvillm_jax.checks import model_checks\nmodel_checks.known_famili
 @pytest.mark.parametrize(
     ("processes", "devices", "patch"),
     [
-        (1, 1, ""),
         (1, 4, LLAVA),
+        pytest.param(1, 1, "", marks=pytest.mark.slow),
         pytest.param(2, 2, LLAVA, marks=pytest.mark.slow),
         pytest.param(1, 4, "", marks=pytest.mark.slow),
         pytest.param(2, 2, "", marks=pytest.mark.slow),

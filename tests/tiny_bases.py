@@ -23,24 +23,6 @@ from tests.tiny_tokenizers import TEMPLATES, write_template, write_tokenizer
 TOY = "tests.toy_base"  # a base from outside; no file of the product names it
 
 
-WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {  # family -> writes all but the weights; returns config.json
-    "llava": functools.partial(write_text_files, "llava"),
-    "qwen_vl": functools.partial(write_text_files, "qwen_vl"),
-    TOY: toy_base.write_text_files,
-}
-PUBLISHED_NAMES = {TOY: toy_base.published_names}  # families whose canonical names are no published ones
-
-
-def write_published(family: str, folder: Path) -> None:
-    """Writes the tiny published folder of a family."""
-    folder.mkdir(parents=True)
-    base = load_family(family)
-    config = base.Config.from_published(WRITERS[family](folder))
-    tensors = tensors_of(base, config, random_parts(base, config))
-    tensors = PUBLISHED_NAMES.get(family, dict)(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def write_json(file: Path, content: Any) -> None:
     """Writes a JSON file."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -117,10 +99,6 @@ def smolvlm_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {rename(name): array for name, array in tensors.items()}
 
 
-WRITERS["smolvlm"] = write_smolvlm
-PUBLISHED_NAMES["smolvlm"] = smolvlm_names
-
-
 # ---- LLaVA-OneVision
 
 ONEVISION_TEMPLATE = (  # in the form of its own
@@ -174,10 +152,6 @@ def llava_onevision_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return {name.replace("language_model.image_newline", "image_newline"): array for name, array in tensors.items()}
 
 
-WRITERS["llava_onevision"] = write_llava_onevision
-PUBLISHED_NAMES["llava_onevision"] = llava_onevision_names
-
-
 # ---- Gemma 3
 
 
@@ -228,4 +202,28 @@ def write_gemma3(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-WRITERS["gemma3"] = write_gemma3
+# ---- all families
+
+WRITERS: dict[str, Callable[[Path], dict[str, Any]]] = {  # family -> writes all but the weights; returns config.json
+    "llava": functools.partial(write_text_files, "llava"),
+    "qwen_vl": functools.partial(write_text_files, "qwen_vl"),
+    "llava_onevision": write_llava_onevision,
+    "smolvlm": write_smolvlm,
+    "gemma3": write_gemma3,
+    TOY: toy_base.write_text_files,
+}
+PUBLISHED_NAMES = {  # of families whose canonical names are no published ones
+    "llava_onevision": llava_onevision_names,
+    "smolvlm": smolvlm_names,
+    TOY: toy_base.published_names,
+}
+
+
+def write_published(family: str, folder: Path) -> None:
+    """Writes the tiny published folder of a family."""
+    folder.mkdir(parents=True)
+    base = load_family(family)
+    config = base.Config.from_published(WRITERS[family](folder))
+    tensors = tensors_of(base, config, random_parts(base, config))
+    tensors = PUBLISHED_NAMES.get(family, dict)(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

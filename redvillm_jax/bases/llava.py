@@ -11,7 +11,7 @@ from flax import nnx
 from data_pipeline.media.tiles import AnyResolution
 from redvillm_jax.bases.contract import Segment
 from redvillm_jax.modules.any_resolution import any_resolution_places
-from redvillm_jax.modules.chat_template import chat_prompt
+from redvillm_jax.modules.chat_template import FILES, chat_prompt
 from redvillm_jax.modules.clip import ClipConfig, ClipEncoder, unused_shapes
 from redvillm_jax.modules.clip_fields import CLIP, WHOLE_CLIP, read_clip
 from redvillm_jax.modules.config_fields import read_fields, require
@@ -192,9 +192,11 @@ def read_image_processor(config: Config, published: dict[str, Any], where: str) 
     The file of a separate CLIP describes what the original LLaVA-NeXT does with each tile.
     """
     sizes = config.image_size, config.patch_size, MEAN, STD
-    table = clip_transform(*sizes, pads=picture_fit(config) != "crop")
-    if config.image_grid_pinpoints and published.get("image_processor_type") != "CLIPImageProcessor":
+    kind = published.get("image_processor_type", published.get("feature_extractor_type"))
+    if config.image_grid_pinpoints and not str(kind).startswith("CLIP"):
         table = any_resolution_transform(*sizes, pinpoints=config.image_grid_pinpoints, strategy="default")
+    else:
+        table = clip_transform(*sizes, pads=picture_fit(config) != "crop")
     read_transform(published, table, where)
     return config
 
@@ -306,6 +308,14 @@ def unused(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 Tokenizer = HfTokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: Config, published: dict[str, Any], where: str) -> None:
+    """Raises UserError for a folder without a chat template whose language model is not the LLaMA of v1 and v1.5."""
+    kind = published.get("text_config", published).get("model_type", "llama")
+    other = any(name in kind for name in ("mistral", "qwen"))
+    supported = f"LLaMA, or a chat template in {', '.join(FILES)}; copy the model's own files"
+    require(tokenizer.template is not None or not other, where, f"its language model is {kind}, supported: {supported}")
 
 
 def prompt(

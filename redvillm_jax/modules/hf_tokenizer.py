@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import UserError
-from redvillm_jax.modules.chat_template import Turn, answer_turn, control_tokens, find_template, read_object
+from redvillm_jax.modules.chat_template import FILES, Turn, answer_turn, control_tokens, find_template, read_object
 
 
 class HfTokenizer:
@@ -44,6 +44,10 @@ class HfTokenizer:
         self.starts = [self.bos_id] if self.bos_id in self.tokenizer.encode("") else []
         self.turn: Turn | None = None
         if self.template is None:
+            if not (self.knows("<s>") and self.knows("</s>")):
+                places = ", ".join(FILES)
+                wrong = f"no chat template in {places}, and no <s> and </s> for the prompt of the first LLaVA"
+                raise UserError(f"{folder}: its tokenizer has {wrong}; copy the model's own files")
             self.bos_id, self.eos_id = self.special("<s>"), self.special("</s>")
         else:
             self.turn = answer_turn(self)

@@ -320,6 +320,8 @@ def test_the_original_form_is_read(converted, tmp_path):
     (source / "vision").mkdir(parents=True)
     save_file({rename(name): tensor for name, tensor in tensors.items()}, source / "model.safetensors")
     (source / "vision" / "config.json").write_text(json.dumps(CLIP))
+    transform = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24, "resample": 3}
+    (source / "vision" / "preprocessor_config.json").write_text(json.dumps(transform | {"do_center_crop": True}))
     said = {name: value for name, value in (TEXT | MISTRAL).items() if name != "model_type"} | {
         "model_type": "llava_mistral",
         "mm_vision_tower": "openai/clip-vit-tiny",
@@ -487,6 +489,50 @@ def test_real_sizes_have_the_names_and_shapes_of_transformers(size):
     loaded = {name: leaf.shape for name, leaf in expected_tensors(family, ours).items()}
     assert loaded | family.unused(ours) == want
     assert sum(int(np.prod(shape)) for shape in want.values()) == count
+
+
+NEXT_HF = {  # llava-hf/llava-v1.6-mistral-7b-hf's
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_token_index": 32000,
+    "model_type": "llava_next",
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "architectures": ["MistralForCausalLM"],
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "float16",
+    "transformers_version": "4.39.0.dev0",
+    "use_image_newline_parameter": True,
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+
+
+def test_the_config_that_transformers_4_wrote_is_read():
+    assert llava.Config.from_published(NEXT_HF) == llava.SIZES["next-mistral-7b"]
 
 
 def test_every_field_that_transformers_writes_is_in_a_table():

@@ -192,9 +192,11 @@ def read_image_processor(config: Config, published: dict[str, Any], where: str) 
     The file of a separate CLIP describes what the original LLaVA-NeXT does with each tile.
     """
     sizes = config.image_size, config.patch_size, MEAN, STD
-    table = clip_transform(*sizes, pads=picture_fit(config) != "crop")
-    if config.image_grid_pinpoints and published.get("image_processor_type") != "CLIPImageProcessor":
+    kind = published.get("image_processor_type", published.get("feature_extractor_type"))
+    if config.image_grid_pinpoints and not str(kind).startswith("CLIP"):
         table = any_resolution_transform(*sizes, pinpoints=config.image_grid_pinpoints, strategy="default")
+    else:
+        table = clip_transform(*sizes, pads=picture_fit(config) != "crop")
     read_transform(published, table, where)
     return config
 

@@ -4,7 +4,8 @@ python -m conversion.compare --source=FOLDER [--base=BASE]
 python -m conversion.compare --base=BASE
 
 One picture, one clip and one text go through transformers' own class and through this project, both in fp32 on the CPU,
-with the prompt of the model around picture and clip. FOLDER is a published folder; it is converted to BASE first, or to
+with the prompt of the model around picture and clip; where the family cuts pictures into tiles, a second picture does,
+too. FOLDER is a published folder; it is converted to BASE first, or to
 a temporary folder. With --base alone the base's own files are the published ones. Qwen-VL has its own code, which runs
 with --trust_remote_code only, and under transformers 4.32: --python names a Python that has it.
 
@@ -13,19 +14,24 @@ the unequal ones. Exit code 1 when a row is over its limit: send the table to wh
 """
 
 import contextlib
+import math
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from conversion.from_torch import from_torch
 from conversion.names import read_json
 from data_pipeline.common.cli import Parser, local_path
 from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.tables import table_row
+from data_pipeline.media.tiles import Cut, cut_picture
 from redvillm_jax.model.base_folder import Base, open_base
+from redvillm_jax.model.weights import abstract_part
 
 TEXT = "A red square moves over coloured grain, from left to right. 一个红色的方块从左向右移动。In 2.5 s."
 QUESTION = "What moves, and where does it go?"
@@ -50,8 +56,8 @@ def make_inputs(base: Base, num_frames: int, tokenizer: bool) -> dict[str, np.nd
     """The inputs of both models.
 
     frames: (T, H, W, 3) uint8, the first one also the picture; mean, std: of its pixels; text_ids, before_ids,
-    behind_ids: (1, length) int64, a text, and the model's own prompt around visual tokens. tokenizer: whether the base
-    has one; otherwise the ids are arbitrary.
+    behind_ids: (1, length) int64, a text, and the model's own prompt around visual tokens; those of `make_tiles` for a
+    family that cuts pictures. tokenizer: whether the base has one; otherwise the ids are arbitrary.
     """
     if tokenizer:
         tokens = base.module.Tokenizer(base.path)
@@ -64,8 +70,30 @@ def make_inputs(base: Base, num_frames: int, tokenizer: bool) -> dict[str, np.nd
         if start is not None:  # Qwen-VL finds the picture by the marks around it
             rows = rows[0], [*rows[1], start], [start + 1, *rows[2]]
     ids = {f"{n}_ids": np.asarray([row], np.int64) for n, row in zip(("text", "before", "behind"), rows, strict=True)}
+    if tokenizer and not isinstance(cut := base.module.picture_fit(base.config), str):
+        ids |= make_tiles(base, tokens, cut, rows[1], rows[2])
     norm = {"mean": np.asarray(base.module.MEAN), "std": np.asarray(base.module.STD)}
     return {"frames": make_clip(num_frames, base.config.image_size)} | norm | ids
+
+
+def make_tiles(base: Base, tokenizer: Any, cut: Cut, before: list[int], behind: list[int]) -> dict[str, np.ndarray]:
+    """A wide picture as the family cuts it, and its prompt.
+
+    tiles: (n, S, S, 3) uint8; tiles_size: height and width of the picture; tiles_ids: (1, length) int64, -1 for visual
+    tokens; tiles_slots: (1, length), -1 for text, else a slot of `Places`; tiles_sources, tiles_weights: of `Places`.
+    """
+    side = base.config.image_size
+    picture = Image.fromarray(make_clip(1, side)[0]).resize((side * 17 // 10, side))
+    squares, grid = cut_picture(picture, side, cut)
+    size = picture.size[::-1]
+    count = math.prod(abstract_part(base.module, "projector", base.config).token_layout(base.config.grid))
+    places = base.module.picture_places(tokenizer, base.config, count, grid, size)
+    ids = [*before, *(-1 if slot >= 0 else token for token, slot in places.placed), *behind]
+    slots = [*[-1] * len(before), *(slot for _, slot in places.placed), *[-1] * len(behind)]
+    arrays = {"tiles": squares, "tiles_size": size, "tiles_ids": [ids], "tiles_slots": [slots]}
+    if places.sources is not None:
+        arrays |= {"tiles_sources": places.sources[None], "tiles_weights": places.weights[None]}
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 # ---- the published model

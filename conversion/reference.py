@@ -29,7 +29,8 @@ class Published(NamedTuple):
     encoder, decoder: modules whose longest list is of their layers. swapped: whether the encoder's layers have the
     batch in their second axis. encode: pixels (T, 3, H, W) -> features (T, N, D). project: features (B, N, D) -> (B, V,
     K). sequence: features (T, D) of a sequence -> (V, K). logits: (ids before, visual tokens (V, K) or None, ids
-    behind) -> (1, S, vocab_size); ids are (1, any).
+    behind) -> (1, S, vocab_size); ids are (1, any). tiled: (pixels (n, 3, S, S) of a picture's squares, its size, ids
+    with -1 for visual tokens) -> (1, S, vocab_size), by the model's own forward as a whole; None: it cuts no pictures.
     """
 
     encoder: nn.Module
@@ -39,11 +40,12 @@ class Published(NamedTuple):
     project: Callable[[torch.Tensor], torch.Tensor]
     sequence: Callable[[torch.Tensor], torch.Tensor]
     logits: Callable[..., torch.Tensor]
+    tiled: Callable[..., torch.Tensor] | None = None
 
 
-def normalised(inputs: dict[str, np.ndarray]) -> torch.Tensor:
-    """frames (T, H, W, 3) uint8 -> (T, 3, H, W) fp32, by the mean and standard deviation of the inputs."""
-    pixels = torch.from_numpy(inputs["frames"]).permute(0, 3, 1, 2).float() / 255
+def normalised(inputs: dict[str, np.ndarray], name: str) -> torch.Tensor:
+    """inputs[name] (T, H, W, 3) uint8 -> (T, 3, H, W) fp32, by the mean and standard deviation of the inputs."""
+    pixels = torch.from_numpy(inputs[name]).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.from_numpy(inputs[name]).float()[:, None, None] for name in ("mean", "std"))
     return (pixels - mean) / std
 
@@ -99,6 +101,11 @@ def load_transformers(source: Path) -> Published:
         options = {"token_type_ids": kinds} if "mm_tokens_per_image" in config.to_dict() else {}  # Gemma 3
         return model(inputs_embeds=embeds, **options).logits
 
+    def tiled(pixels: torch.Tensor, size: np.ndarray, ids: np.ndarray) -> torch.Tensor:
+        options = {"image_sizes": torch.from_numpy(size)[None]} if hasattr(config, "image_grid_pinpoints") else {}
+        slots = torch.from_numpy(np.where(ids < 0, config.image_token_id, ids))
+        return model(input_ids=slots, pixel_values=pixels[None], **options).logits
+
     num_features = 0
 
     def counted(pixels: torch.Tensor) -> torch.Tensor:
@@ -108,7 +115,7 @@ def load_transformers(source: Path) -> Published:
         return features
 
     decoder = body.language_model if hasattr(body, "language_model") else body.text_model
-    return Published(encoder, decoder, False, counted, project, sequence, logits)
+    return Published(encoder, decoder, False, counted, project, sequence, logits, tiled)
 
 
 def refuse_missing(source: Path, report: dict[str, Any]) -> None:
@@ -209,7 +216,13 @@ def run_published(
     else:
         raise ValueError("it runs with its own code alone: read its .py files, then pass --trust_remote_code")
     with torch.no_grad():
-        stages = run(model, normalised(inputs), {k: torch.from_numpy(v) for k, v in inputs.items() if k in IDS})
+        stages = run(model, normalised(inputs, "frames"), {k: torch.from_numpy(inputs[k]) for k in IDS})
+        if "tiles" in inputs and model.tiled is not None:
+            hooks = record(model.decoder, stages, "tiles")
+            pixels = normalised(inputs, "tiles")
+            stages["tiles_logits"] = model.tiled(pixels, inputs["tiles_size"], inputs["tiles_ids"])
+            for hook in hooks:
+                hook.remove()
     return {name: sample(array.numpy()) for name, array in stages.items()}
 
 

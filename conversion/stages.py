@@ -71,12 +71,16 @@ def run_ours(base: Base, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]
         pixels = normalize(jnp.asarray(inputs["frames"]), base.module.MEAN, base.module.STD, FP32)
         out = compiled(model, visual_stages, pixels)
         pictures, clip = out["pictures"][:1], out["clip_tokens"][None]
+        tiles = compiled(model, square_tokens, jnp.asarray(inputs["tiles"])) if "tiles" in inputs else None
         del model
         model = load_model(base, settings, mesh, dtype=FP32, parts=("llm",))
         tokens = {"text": jnp.zeros((1, 1, base.config.hidden_size)), "picture": pictures, "clip": clip}
         rows = [row_of_ids(inputs, name, tokens[name]) for name in ROWS]
         for name, row in zip(ROWS, rows, strict=True):
             out |= compiled(model, lambda model, *row, name=name: text_stages(model, name, *row), *row)
+        if tiles is not None:
+            row = row_of_tiles(inputs, model, tiles)
+            out |= compiled(model, lambda model, *row: text_stages(model, "tiles", *row), *row)
         new = compiled(model, continued, *padded(rows))
         out |= {f"{name}_greedy": ids[None] for name, ids in zip(ROWS, new, strict=True)}
     out["clip_tokens"] = clip[0]
@@ -97,6 +101,20 @@ def visual_stages(model: VideoLLM, pixels: jax.Array) -> Arrays:
         "mean_over_time": pooled["spatial"][0],
         "clip_tokens": model.project(pooled, count)[0],
     }
+
+
+def square_tokens(model: VideoLLM, squares: jax.Array) -> jax.Array:
+    """The visual tokens of a picture's squares (n, S, S, 3) uint8 in one row: (1, n * V, K)."""
+    return model.picture_tokens(squares, FP32).reshape(1, -1, model.config.hidden_size)
+
+
+def row_of_tiles(inputs: dict[str, np.ndarray], model: VideoLLM, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    """`row_of_ids` for a picture in tiles, whose table of tokens `Places` describes."""
+    newline = getattr(model.llm, "image_newline", None)
+    table = tokens if newline is None else jnp.concatenate([newline[...][None, None].astype(FP32), tokens], axis=1)
+    if "tiles_sources" in inputs:
+        table = generate.weighted(table, jnp.asarray(inputs["tiles_sources"]), jnp.asarray(inputs["tiles_weights"]))
+    return table, jnp.maximum(jnp.asarray(inputs["tiles_ids"]), 0), jnp.asarray(inputs["tiles_slots"])
 
 
 def row_of_ids(inputs: dict[str, np.ndarray], name: str, tokens: jax.Array) -> tuple[jax.Array, ...]:

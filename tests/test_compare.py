@@ -7,14 +7,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
-from conversion import compare
-from conversion.stage_file import MOST, ROWS, sample
+from conversion import compare, reference
+from conversion.stage_file import MOST, NEW_TOKENS, ROWS, sample
 from data_pipeline.common.errors import UserError
+from redvillm_jax.bases.contract import known_families
 from tests.helpers import REFERENCE, without_hashes
 from tests.test_llava import tiny_transformers
 from tests.tiny_tokenizers import TEMPLATES, write_template, write_tokenizer
@@ -58,6 +63,19 @@ def test_a_published_llava_agrees_at_every_stage(finished):
     assert table.endswith(f"{len(found)} stages compared, 0 over their limits\n")
 
 
+OWN_CODE = ("qwen_vl",)  # families that run by their folder's code alone
+TILES = ("llava_onevision", "smolvlm")  # whose tiny folders cut pictures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in known_families() if family not in OWN_CODE])
+def test_every_family_agrees_with_transformers(family, downloads, capsys):
+    assert compare.main([f"--source={downloads[family]}", "--frames=1"]) == 0
+    found = verdicts(capsys.readouterr().out)
+    assert set(found.values()) == {"yes"} and len(found) > 20
+    assert ("tiles_logits" in found) == (family in TILES)
+
+
 def changed(base: Path, folder: Path, name: str) -> Path:
     """A copy of a base with another value in one tensor."""
     copy = without_hashes(shutil.copytree(base, folder / "base"))
@@ -79,10 +97,10 @@ def changed(base: Path, folder: Path, name: str) -> Path:
 )
 def test_a_changed_weight_shows_from_its_stage_on(name, first, published, finished, tmp_path, capsys):
     base = changed(finished[0], tmp_path, name)
-    reference = compare.run_reference(published, None, inputs_of(base), tmp_path, None, False)
+    wanted = compare.run_reference(published, None, inputs_of(base), tmp_path, None, False)
     from conversion.stages import run_ours
 
-    over = compare.print_table(run_ours(compare.open_base(base), inputs_of(base)), reference, 1e-4)
+    over = compare.print_table(run_ours(compare.open_base(base), inputs_of(base)), wanted, 1e-4)
     found = verdicts(capsys.readouterr().out)
     assert over == list(found.values()).count("NO") > 0
     wrong = [stage for stage, verdict in found.items() if verdict == "NO"]
@@ -126,6 +144,69 @@ def test_code_of_the_folder_runs_only_when_it_is_trusted(tmp_path):
     source = REFERENCE / "qwen_vl_tiny" / "ckpt"
     with pytest.raises(UserError, match=r"runs with its own code alone.*--trust_remote_code"):
         compare.compare(source, tmp_path / "base", tokenizer=False)
+
+
+class Layers(nn.Module):
+    """Layers of an encoder; patches come before the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.resblocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class Visual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.attn_pool, self.ln_post = Layers(), nn.Linear(3, 3), nn.LayerNorm(3)
+        self.proj = nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.transformer(pixels.flatten(2).permute(2, 0, 1)).transpose(0, 1)
+        return self.ln_post(self.attn_pool(x)) @ self.proj
+
+
+class OwnCode(nn.Module):
+    """A stand-in for the code that Qwen-VL's folder brings along, with what the comparison touches of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.visual, self.transformer.h = Visual(), nn.ModuleList([nn.Linear(5, 5)] * 3)
+        self.transformer.wte, self.config = nn.Embedding(20, 5), SimpleNamespace(visual={"image_start_id": 10})
+
+    def forward(self, input_ids: torch.Tensor) -> SimpleNamespace:
+        x = self.transformer.wte(input_ids)
+        if (input_ids == 10).any():
+            x[:, (input_ids[0] == 12).nonzero()[:, 0]] = self.transformer.visual.encode(["a path"])
+        for layer in self.transformer.h:
+            x = layer(x)
+        return SimpleNamespace(logits=x @ self.transformer.wte.weight.T)
+
+
+def test_code_of_the_folder_runs_when_it_is_trusted(tmp_path, monkeypatch):
+    """Its own way to pictures: marks around them, and patches before the batch in the encoder."""
+    torch.manual_seed(0)
+    model = OwnCode()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda source, **options: model)
+    (tmp_path / "config.json").write_text(json.dumps({"visual": {"image_start_id": 10}}))
+    ids = {"text_ids": [[1, 2, 3]], "before_ids": [[4, 10]], "behind_ids": [[11, 5]]}
+    inputs = {name: np.asarray(rows) for name, rows in ids.items()}
+    inputs |= {"frames": np.random.default_rng(0).integers(0, 255, (4, 2, 2, 3), np.uint8)}
+    inputs |= {"mean": np.zeros(3), "std": np.ones(3)}
+    with pytest.raises(ValueError, match="own code alone"):
+        reference.run_published(tmp_path, None, inputs)
+    got = reference.run_published(tmp_path, None, inputs, trust_remote_code=True)
+    assert got["encoder_layer_1"].shape == got["features"].shape == (4, 4, 3)
+    assert np.array_equal(got["encoder_layer_1"], got["features"])
+    assert got["pictures"].shape == (4, 4, 5) and got["clip_tokens"].shape == (8, 5)
+    assert got["text_layer_2"].shape == (1, 3, 5) and got["clip_logits"].shape == (1, 12, 20)
+    assert np.array_equal(got["picture_embeds"][:, 2:-2], got["pictures"][:1])
+    assert got["clip_greedy"].shape == (1, NEW_TOKENS)
 
 
 def test_another_python_runs_the_published_model(tmp_path):

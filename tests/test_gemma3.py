@@ -39,15 +39,17 @@ TOKENS = 16  # of a picture
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> tuple[Path, Gemma3ForConditionalGeneration]:
-    """A folder as transformers saves it, with random weights, and its model."""
+    """A folder as transformers saves it, and its model, whose random weights let every token change the answer."""
     folder = tmp_path_factory.mktemp("gemma3")
     write_gemma3(folder)
     torch.manual_seed(0)
     config = Gemma3Config.from_pretrained(folder, attn_implementation="eager")
     model = Gemma3ForConditionalGeneration(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3 if parameter.ndim > 1 else 0.5)
+        for name, parameter in model.named_parameters():
+            scale = 1.0 if "language_model" in name else 0.5
+            parameter.normal_(0, 0.6 * scale if parameter.ndim > 1 else scale)
+        model.get_input_embeddings().weight.mul_(0.1)
     model.save_pretrained(folder)
     return folder, model
 
@@ -159,13 +161,17 @@ def test_a_picture_question_gets_the_answer_of_transformers(published, base_fold
     """Pixels, prompt, masks and decoding with a cache, all at once, over more tokens than a window has."""
     folder, theirs = published
     inputs = processed(folder, picture)
-    want = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[])[
-        0, inputs["input_ids"].shape[1] :
-    ]
+
+    def written(inputs: dict[str, torch.Tensor]) -> list[int]:
+        ids = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=[])
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    want = written(inputs)
+    assert written({name: value for name, value in inputs.items() if name != "token_type_ids"}) != want  # causal
     assistant = redvillm_jax.load(base_folder, config=gemma3_config.get_config(), dtype="float32")
     assistant.inference.stop_ids = np.array([-1], np.int32)
     assistant.text = list  # the ids
-    assert assistant.ask(Picture(picture), QUESTION, max_new_tokens=12) == want.tolist()
+    assert assistant.ask(Picture(picture), QUESTION, max_new_tokens=12) == want
 
 
 def v4(name: str) -> str:

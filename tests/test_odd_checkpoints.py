@@ -73,7 +73,12 @@ MODELS: dict[str, tuple] = {  # kind -> transformers' class, its config's class,
         SIGLIP | {"image_size": 32},
     ),
 }
-TOKENIZERS = {"llava": ("llama", "vicuna"), "next": ("mistral", "mistral"), "gemma3": ("gemma", "gemma")}
+TOKENIZERS = {
+    "llava": ("llama", "vicuna"),
+    "next": ("mistral", "mistral"),
+    "onevision": ("qwen2", "onevision"),
+    "gemma3": ("gemma", "gemma"),
+}
 
 
 def write(folder: Path, kind: str, own: Settings, text: Settings, vision: Settings, **save: Any) -> Path:
@@ -296,4 +301,6 @@ def test_an_odd_checkpoint_is_computed_right(name, tmp_path, capsys):
     source = write(tmp_path / "source", kind, own, text, vision, **save)
     edit(source)
     over = compare.compare(source, None, tokenizer=kind in TOKENIZERS, num_frames=1)
-    assert over == 0, capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert over == 0, table
+    assert ("tiles_logits" in table) == (kind in ("next", "onevision"))

@@ -122,23 +122,28 @@ class VideoLLM(nnx.Module):
     def tile_tokens(self, tiles: jax.Array, num_tiles: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Computes the table of visual tokens (B, V, K) of pictures that are several squares (`Places`).
 
-        tiles: (B, T, H, W, 3) uint8; num_tiles: (B,) int32, how many of them are real; the others are not encoded, and
-        their tokens are zeros.
+        tiles: (B, T, H, W, 3) uint8; num_tiles: (B,) int32, how many of them are real; tokens of others are arbitrary.
+        Each device encodes the real tiles of its own pictures one after the other, so padding costs nothing.
         """
+        parts = num_batch_parts()
+        real = rearrange(jnp.arange(tiles.shape[1]) < num_tiles[:, None], "(p b) t -> p (b t)", p=parts)
+        order = jnp.argsort(~real, axis=1, stable=True)  # real tiles first
+        own = pin_batch(rearrange(tiles, "(p b) t ... -> p (b t) ...", p=parts))
         count, width = self.num_square_tokens, self.config.hidden_size
-        table = pin_batch(jnp.zeros((tiles.shape[0], tiles.shape[1], count, width), dtype))
+        tokens = pin_batch(jnp.zeros((*real.shape, count, width), dtype))
 
-        def add_tile(index: jax.Array, table: jax.Array) -> jax.Array:
-            tokens = self.picture_tokens(jax.lax.dynamic_index_in_dim(tiles, index, axis=1, keepdims=False), dtype)
-            return jax.lax.dynamic_update_index_in_dim(table, tokens, index, axis=1)
+        def add_tile(index: jax.Array, tokens: jax.Array) -> jax.Array:
+            tile = jnp.take_along_axis(own, order[:, index, None, None, None, None], axis=1)[:, 0]
+            return jax.lax.dynamic_update_index_in_dim(tokens, self.picture_tokens(tile, dtype), index, axis=1)
 
-        table = jax.lax.fori_loop(0, num_tiles.max(), add_tile, table)
-        tokens = pin_batch(rearrange(table, "b t n k -> b (t n) k"))
+        tokens = jax.lax.fori_loop(0, real.sum(1).max(), add_tile, tokens)
+        tokens = jnp.take_along_axis(tokens, jnp.argsort(order, axis=1)[:, :, None, None], axis=1)
+        table = pin_batch(rearrange(tokens, "p (b t) n k -> (p b) (t n) k", t=tiles.shape[1]))
         newline = getattr(self.llm, "image_newline", None)
         if newline is None:
-            return tokens
-        newlines = jnp.broadcast_to(newline[...].astype(dtype), (len(tokens), 1, width))
-        return jnp.concatenate([newlines, tokens], axis=1)
+            return table
+        newlines = jnp.broadcast_to(newline[...].astype(dtype), (len(table), 1, width))
+        return jnp.concatenate([newlines, table], axis=1)
 
     @property
     def num_square_tokens(self) -> int:

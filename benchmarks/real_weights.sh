@@ -34,7 +34,7 @@ WORKDIR is real_weights/MODEL by default.
     --source=FOLDER       a published folder that is here already: nothing is downloaded
     --vision=FOLDER       the CLIP folder that belongs to --source, when it is published apart (llava-v1)
     --frames=9            frames of the clip, a square number
-    --limit=1e-3          largest allowed |a-b| / max(1, |b|)
+    --limit=1e-3          largest allowed |a-b| / max(|b|, root mean square of the stage)
     --python=PYTHON       a Python that has this project with its extra [convert]: no environment is made
     --qwen-python=PYTHON  a Python with the packages of Qwen-VL's code: no environment is made for it
 

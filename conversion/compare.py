@@ -5,12 +5,13 @@ python -m conversion.compare --base=BASE
 
 One picture, one clip and one text go through transformers' own class and through this project, both in fp32 on the CPU,
 with the prompt of the model around picture and clip; where the family cuts pictures into tiles, a second picture does,
-too. FOLDER is a published folder; it is converted to BASE first, or to
-a temporary folder. With --base alone the base's own files are the published ones. Qwen-VL has its own code, which runs
-with --trust_remote_code only, and under transformers 4.32: --python names a Python that has it.
+too. FOLDER is a published folder; it is converted to BASE first, or to a temporary folder. With --base alone the base's
+own files are the published ones. Qwen-VL has its own code, which runs with --trust_remote_code only, and under
+transformers 4.32: --python names a Python that has it.
 
-A row is over its limit when |a - b| / max(1, |b|) exceeds --limit anywhere; token ids must be equal, their rows count
-the unequal ones. Exit code 1 when a row is over its limit: send the table to whoever made the model or this project.
+A row is over its limit when |a - b| / max(|b|, RMS) exceeds --limit anywhere, where RMS is the root mean square of the
+published stage; token ids must be equal, their rows count the unequal ones. Exit code 1 when a row is over its limit:
+send the table to whoever made the model or this project.
 """
 
 import contextlib
@@ -126,13 +127,14 @@ def run_reference(
 
 
 def differences(got: np.ndarray, want: np.ndarray) -> tuple[float, float, float]:
-    """The largest |a - b|, its mean, and the largest |a - b| / max(1, |b|); ids: the number of unequal ones thrice."""
+    """The largest |a - b|, its mean, and the largest |a - b| / max(|b|, RMS of b); ids: the number of unequal ones."""
     if want.shape != got.shape:
         return (float("inf"),) * 3
     if want.dtype.kind in "iu":
         return (float((got != want).sum()),) * 3
     gap = np.abs(got.astype(np.float64) - want)
-    return float(gap.max()), float(gap.mean()), float((gap / np.maximum(1, np.abs(want))).max())
+    scale = max(float(np.sqrt(np.mean(np.square(want, dtype=np.float64)))), 1e-30)
+    return float(gap.max()), float(gap.mean()), float((gap / np.maximum(scale, np.abs(want))).max())
 
 
 def print_table(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], limit: float) -> int:
@@ -203,7 +205,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--family", help="which image LLM it is, where config.json does not say so")
     parser.add_argument("--vision", type=local_path, metavar="DIR", help="the folder of a CLIP published apart (LLaVA)")
     parser.add_argument("--frames", type=int, default=4, help="frames of the clip, a square number (default 4)")
-    parser.add_argument("--limit", type=float, default=1e-4, help="largest |a - b| / max(1, |b|) (default 1e-4)")
+    parser.add_argument("--limit", type=float, default=1e-4, help="largest |a - b| / max(|b|, RMS) (default 1e-4)")
     parser.add_argument("--without_tokenizer", action="store_true", help="arbitrary ids, for a folder without one")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the folder brings along")
     parser.add_argument("--python", metavar="PYTHON", help="run the published model in this Python")

@@ -260,4 +260,8 @@ def test_differences():
     assert compare.differences(np.array([1, 2]), np.array([1, 3])) == (1, 1, 1)
     largest, mean, relative = compare.differences(np.array([10.0, 0.0]), np.array([11.0, 0.0]))
     assert (largest, mean) == (1, 0.5) and relative == pytest.approx(1 / 11)
+    small = compare.differences(np.array([1e-6, 1e-6]), np.array([1e-6, 2e-6]))  # whatever the size of a stage
+    assert small[2] == pytest.approx(0.5)
+    zeros = np.zeros(2, np.float32)
+    assert compare.differences(zeros, zeros)[2] == 0 and compare.differences(zeros + 1e-9, zeros)[2] > 1
     assert np.isnan(compare.differences(ones * np.nan, ones)[2])

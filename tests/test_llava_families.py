@@ -165,13 +165,6 @@ def parts(base: Base, **changes) -> tuple:
     )
 
 
-def up_to(base: Base, layer: int):
-    """The encoder with the output of a layer as its features."""
-    if base.family == "llava":
-        return parts(base, vision_feature_layer=layer - base.config.vision_num_hidden_layers - 1)[0]
-    return parts(base, vision=dataclasses.replace(base.config.vision, layers_used=layer))[0]
-
-
 @jax.jit
 def project(projector: nnx.Module, features: jax.Array) -> jax.Array:
     return projector(features, jnp.ones(features.shape[:2], bool), (features.shape[1],))
@@ -217,10 +210,9 @@ def test_every_stage_is_transformers(case, converted):
         generated = model.generate(inputs_embeds=embeds[:1], max_new_tokens=8, do_sample=False, eos_token_id=None)
 
     images = jnp.asarray(pixels).transpose(0, 2, 3, 1)
-    run = jax.jit(lambda encoder, images: encoder(images))
-    first = states[1][:, 1:] if family is llava else states[1]
-    table.add("encoder layer 1", run(up_to(base, 1), images), first)
-    features = run(encoder, images)
+    first = encoder.embeddings(images)
+    table.add("embeddings", encoder.pre_layrnorm(first) if family is llava else first, states[0])
+    features = jax.jit(lambda encoder, images: encoder(images))(encoder, images)
     table.add("features", features, want_features)
     tokens = project(projector, features)
     table.add("tokens", tokens, want_tokens.detach())
@@ -258,7 +250,8 @@ def test_every_stage_is_transformers(case, converted):
     table.check()
 
 
-@pytest.mark.parametrize("case", ["next mistral", pytest.param("onevision tied", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_llama.py has the same of the decoder with each of its options
+@pytest.mark.parametrize("case", ORDINARY)
 def test_cached_decoding_is_a_full_pass(case, converted):
     llm = parts(converted(case))[2]
     ids = np.random.default_rng(1).integers(0, IMAGE, (2, 20))

@@ -245,6 +245,11 @@ CUTS = {  # family -> its processor at a small size, the cut
         {"size": {"longest_edge": 75}, "max_image_size": {"longest_edge": 25}},
         LongestSide(75),
     ),
+    "SmolVLM, rounded up": (
+        "idefics3.Idefics3",
+        {"size": {"longest_edge": 80}, "max_image_size": {"longest_edge": 24}},
+        LongestSide(80),
+    ),
     "SmolVLM, one square": (
         "idefics3.Idefics3",
         {"size": {"longest_edge": 20}, "max_image_size": {"longest_edge": 24}},
@@ -257,7 +262,7 @@ CUTS = {  # family -> its processor at a small size, the cut
 def test_tiles_are_the_processor_s(family):
     name, arguments, cut = CUTS[family]
     own, most = processor(name, **arguments), 0
-    for width, height in (*ODD, (75, 75), (49, 48), (95, 94)):
+    for width, height in (*ODD, (75, 75), (49, 48), (95, 94), (121, 100)):
         picture = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
         options = {"return_row_col_info": True} if "Idefics3" in name else {}
         want = own(picture, return_tensors="np", **options)

@@ -281,6 +281,7 @@ SHARDING = (  # canonical name -> the mesh axes of torch's axes (out, in)
     (r"multi_modal_projector\.mm_input_projection_weight$", P(None, BATCH_AXES)),  # (in, out)
     (r"(gate_proj|up_proj|embed_tokens)\.weight$", P("tensor", "fsdp")),
     (r"(o_proj|down_proj)\.weight$", P("fsdp", "tensor")),
+    (r"position_embedding\.weight$", P("fsdp", None)),  # 4096 positions
     (r"norm\.weight$", P()),
     *vit.SHARDING,  # and the decoder's queries, keys and values
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -39,11 +40,13 @@ def test_from_published_files_to_an_export(family, bases, stores, videos, tmp_pa
 
     config = make_config(family, base.path, streams, **ONE)
     train.train(config, run, jax.devices()[:1])
-    assert train.train(config | {"num_epochs": 2}, run, jax.devices()[:1]) == 0
-    assert len(losses(run)) == 18 and losses(run)[-1] < losses(run)[0]
+    undisturbed = losses(run)
+    shutil.rmtree(run / "checkpoints" / "9")
+    assert train.train(config, run, jax.devices()[:1]) == 0
+    assert losses(run) == undisturbed and len(undisturbed) == 9 and min(undisturbed[4:]) < undisturbed[0]
     copies = (f"{copy}.{name}" for copy in ("spatial", "temporal") for name in projector_leaves(base.path))
     assert set(leaves(run)) == set(copies)
-    assert "continuing after step 9" in capsys.readouterr().out
+    assert "continuing after step 8" in capsys.readouterr().out
 
     ask = [f"--model={run}", "--max_new_tokens=3"]
     assert evaluate.main([*ask, f"--data={streams}", f"--out={told}"]) == 0

@@ -16,8 +16,10 @@ NO_FAMILY = ("common", "demo")
 def family_config(family: str) -> ConfigDict:
     """Returns the config of a family: its file in this folder, or the common defaults for a module of your own."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem not in NO_FAMILY)
-    files = (importlib.import_module(f"configs.{name}").get_config() for name in names)
-    configs = {config.family: config for config in files}
+    configs: dict[str, ConfigDict] = {}
+    for name in names:  # the first of several configs of one family: llava before llava_next
+        config = importlib.import_module(f"configs.{name}").get_config()
+        configs.setdefault(config.family, config)
     if family in configs:
         return configs[family]
     if "." not in family:

@@ -14,6 +14,7 @@ import collections
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from data_pipeline.common.errors import UserError, run
 from data_pipeline.common.file_hashes import check_files, hash_files
 from data_pipeline.common.locks import locked
 from redvillm_jax.bases.contract import Family, known_families, load_family
-from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, read_config
+from redvillm_jax.model.base_folder import BASE_MARK, canonical_name, head_name, read_config
 from redvillm_jax.model.weights import expected_tensors
 from redvillm_jax.modules.chat_template import find_template
 
@@ -112,6 +113,7 @@ def convert(family: str | None, source: Path, out: Path, vision: Path | None, to
             copy_small_files(vision, folder / "vision")
         if tower:
             write_shards(folder / "vision", tower, watch)
+        check_copied_head(base, config, published, digests, source)
         meta = describe(base, config, both, published, digests) | asked
         meta["vision_source"] = str(vision.resolve()) if vision else None
         meta["chat_template"] = (find_template(source) or (None,))[0]
@@ -205,6 +207,18 @@ def check_tokenizer(base: Family, config: Any, source: Path) -> None:
         )
     base.prompt(tokenizer, config, "What happens?", None)  # raises where the tokenizer lacks one of its markers
     base.check_tokenizer(tokenizer, config, read_json(source / "config.json"), str(source))
+
+
+def check_copied_head(
+    base: Family, config: Any, published: Mapping[str, str], digests: Mapping[str, str], source: Path
+) -> None:
+    """Raises UserError when a model with a tied output head has a separate one that differs from its embedding table."""
+    head, copy = head_name(base, config), f"{base.PREFIX['llm']}lm_head.weight"
+    if copy != head and copy in published and digests[published[copy]] != digests[published[head]]:
+        raise UserError(
+            f"{source}: {published[copy]} differs from {published[head]}, which its config.json ties to it; set "
+            "tie_word_embeddings to false if the model was trained so"
+        )
 
 
 def check_finite(name: str, array: np.ndarray, where: Path) -> None:

@@ -145,6 +145,12 @@ def head_beside_the_embedding(tensors: dict[str, np.ndarray]) -> dict[str, np.nd
     return tensors | {head: tensors[embedding].copy()}
 
 
+def head_unlike_the_embedding(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    tensors = head_beside_the_embedding(tensors)
+    (head,) = (name for name in tensors if "lm_head" in name)
+    return tensors | {head: tensors[head] + 1}
+
+
 def with_nan(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     name = next(name for name in tensors if "o_proj" in name)
     tensors[name][0, 0] = np.nan
@@ -196,6 +202,14 @@ RIGHT = {  # name -> (kind, settings, of the text, of the encoder, options of sa
     "names of transformers 4": ("next", {}, {}, {}, {}, edit_tensors(v4_names)),
     "names of transformers 5": ("onevision", {}, {}, {}, {}, edit_tensors(v5_names)),
     "tied head": ("onevision", {"tie_word_embeddings": True}, {"tie_word_embeddings": True}, {}, {}, nothing),
+    "a copy of the tied head": (
+        "onevision",
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True},
+        {},
+        {},
+        edit_tensors(head_beside_the_embedding),
+    ),
     "separate head": ("smolvlm", {"tie_word_embeddings": False}, {"tie_word_embeddings": False}, {}, {}, nothing),
     "odd head_dim": ("llava", {}, {"head_dim": 20}, {}, {}, nothing),
     "llama3 rope": ("llava", {}, {"rope_parameters": LLAMA3}, {}, {}, nothing),
@@ -263,14 +277,14 @@ REFUSED = {  # name -> (kind, settings, of the text, of the encoder, options of 
     "NaN": ("onevision", {}, {}, {}, {}, edit_tensors(with_nan), "that are NaN or infinite"),
     "truncated": ("llava", {}, {}, {}, {}, truncate, "model.safetensors: "),
     "a lost shard": ("next", {}, {}, {}, {"max_shard_size": "50KB"}, without_a_shard, "model-00002-of-"),
-    "a head beside a tied one": (
+    "a head unlike the tied one": (
         "onevision",
         {"tie_word_embeddings": True},
         {"tie_word_embeddings": True},
         {},
         {},
-        edit_tensors(head_beside_the_embedding),
-        "lm_head",
+        edit_tensors(head_unlike_the_embedding),
+        "which its config.json ties to it",
     ),
     "SmolVLM 2": ("smolvlm", {}, {}, {}, {}, config_edit(model_type="smolvlm"), "trained on video already (SmolVLM 2)"),
 }

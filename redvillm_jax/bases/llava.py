@@ -288,7 +288,8 @@ class Encoder(ClipEncoder):
         super().__init__(config.clip, rngs=rngs)
 
 
-IGNORED = (  # buffers, and the text half of a full CLIP: kept in the base folder, never loaded
+IGNORED = (  # buffers, a copy of a tied embedding table, and the text half of a full CLIP
+    r"^language_model\.lm_head\.weight$",
     r"\.inv_freq$",
     r"\.position_ids$",
     r"^text_model\.",

@@ -231,6 +231,9 @@ class Encoder(SiglipEncoder):
         super().__init__(config.vision, rngs=rngs)
 
 
+IGNORED = (r"^language_model\.lm_head\.weight$",)  # a copy of a tied embedding table
+
+
 def unused(config: Config) -> dict[str, tuple[int, ...]]:
     """Returns canonical names and shapes of tensors that never run: SigLIP's layers above the features, norm, head."""
     return unused_shapes(config.vision, PREFIX["encoder"])

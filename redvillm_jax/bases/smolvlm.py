@@ -317,7 +317,7 @@ CANONICAL = (
     (r"^model\.text_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
-IGNORED = (r"\.inv_freq$",)  # a buffer
+IGNORED = (r"\.inv_freq$", r"^language_model\.lm_head\.weight$")  # a buffer; a copy of a tied embedding
 
 SHARDING = (  # canonical name -> the mesh axes of torch's axes (out, in)
     (r"connector\.proj\.weight$", P(BATCH_AXES, None)),  # the trained weights are small

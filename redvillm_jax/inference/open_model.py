@@ -169,7 +169,7 @@ def model_fingerprint(base: Base, settings: ModelSettings, trained: Mapping[str,
         if has_random_start(video, base.config.grid):
             switches["seed"] = settings.seed
     if settings.int8:
-        switches["int8"] = [SCHEME, f"^{re.escape(head_name(base))}$"]
+        switches["int8"] = [SCHEME, f"^{re.escape(head_name(base.module, base.config))}$"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, switches], sort_keys=True).encode())
     for path, array in jax.tree_util.tree_flatten_with_path(trained)[0]:  # dicts by their sorted keys
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -32,11 +32,11 @@ ADDED = re.compile(rf"\w+_module\.|{EXTRA_PREFIX}")  # the beginning of names th
 REMEDY = BASE.remedy
 
 
-def head_name(base: "Base") -> str:
+def head_name(base: Family, config: Any) -> str:
     """Returns the canonical name of the weight that makes the logits."""
-    llm = abstract_part(base.module, "llm", base.config)
+    llm = abstract_part(base, "llm", config)
     path = next(path for path, module in nnx.iter_modules(llm) if module is llm.head)
-    return base.module.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
+    return base.PREFIX["llm"] + ".".join(map(str, (*path, "weight")))
 
 
 def canonical_name(base: Family, published: str) -> str:

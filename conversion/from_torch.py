@@ -212,7 +212,7 @@ def check_tokenizer(base: Family, config: Any, source: Path) -> None:
 def check_copied_head(
     base: Family, config: Any, published: Mapping[str, str], digests: Mapping[str, str], source: Path
 ) -> None:
-    """Raises UserError when a model with a tied output head has a separate one that differs from its embedding table."""
+    """Raises UserError when a folder holds an output head that differs from the table to which the model ties it."""
     head, copy = head_name(base, config), f"{base.PREFIX['llm']}lm_head.weight"
     if copy != head and copy in published and digests[published[copy]] != digests[published[head]]:
         raise UserError(

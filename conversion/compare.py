@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -212,6 +213,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.source is None and args.base is None:
         raise UserError("--source or --base is needed (see --help)")
+    jax.config.update("jax_platforms", "cpu")  # also keeps libtpu from looking for a TPU
     over = compare(
         args.source,
         args.base,

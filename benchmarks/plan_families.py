@@ -1,6 +1,6 @@
 """Compiles the train step of every family's real sizes for TPU slices: does it fit, and what bounds its speed?
 
-python benchmarks/plan_families.py [--config=smolvlm] [--size=256m] [--topology=v5e-16]
+python benchmarks/plan_families.py [--config=smolvlm:paper] [--size=256m] [--topology=v5e-16]
 
 Rows have VideoInstruct's lengths, and streams come from the cache. A line takes a chip's best settings (`BEST` in
 redvillm_jax/plan.py); where these do not fit, and on v5e-4, it takes the config's own, which split the weights over all
@@ -9,7 +9,6 @@ chips and recompute all activations. Compiling a line takes about a minute.
 
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from data_pipeline.common.errors import run
 from redvillm_jax.bases.contract import load_family
 from redvillm_jax.model.base_folder import Base, sized_base
 from redvillm_jax.model.places import VideoPlaces
-from redvillm_jax.model.settings import model_settings, plain_config
+from redvillm_jax.model.settings import complete, model_settings
 from redvillm_jax.plan import BEST, gb
 from redvillm_jax.planning.programs import compile_train, model_flops
 from redvillm_jax.planning.workload import QUESTIONS, fill_rows, paper_lengths
 from redvillm_jax.runtime.chips import parse_topology, tpu_devices
+from redvillm_jax.runtime.cli import read_config
 from redvillm_jax.runtime.sharding import make_mesh, num_batch_shards
 from redvillm_jax.training.recipe import recipe_of
 
-CONFIGS = ("llava", "qwen", "llava_next", "llava_onevision", "smolvlm", "gemma3")
+CONFIGS = ("llava", "qwen", "llava_next", "llava_onevision", "smolvlm:paper", "gemma3")
 SLICES = ("v5e-4", "v5e-16", "v5p-16", "v6e-16")
 ROW_LENGTH = 2048
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     print("| config | size | slice | settings | GiB peak | fits | bound | real tokens | ms a step | tokens a video |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in [flags.config] if flags.config else CONFIGS:
-        config = plain_config(import_module(f"configs.{name}").get_config())
+        config = read_config(name, complete=complete)
         for size in [flags.size] if flags.size else sizes(name, config["family"]):
             base = sized_base(config["family"], size)
             for topology in [flags.topology] if flags.topology else SLICES:

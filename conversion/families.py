@@ -61,4 +61,4 @@ def check_family(base: Family, source: Path) -> None:
     if families:
         raise UserError(f"{wrong}; it looks like --family={families[0]}")
     if model_type in UNFIT:
-        raise UserError(f"{wrong}: {UNFIT[model_type]}")
+        raise UserError(f"{wrong}: {UNFIT[model_type]}; supported: {', '.join(base.MODEL_TYPES)}")

@@ -133,8 +133,8 @@ def test_each_device_encodes_as_many_pictures_at_once_as_it_may(devices, frames)
         seen.append(pixels.shape[0])
         return pixels.mean((1, 2))[:, None]
 
-    base = SimpleNamespace(MEAN=(0.5, 0.5, 0.5), STD=(0.5, 0.25, 0.125))
-    model = VideoLLM(base, None, None, encoder=encoder, projectors={}, llm=None)
+    base = SimpleNamespace(MEAN=(0.5, 0.5, 0.5), STD=(0.5, 0.25, 0.125), BOTH_DIRECTIONS=False)
+    model = VideoLLM(base, SimpleNamespace(grid=(1, 1)), None, encoder=encoder, projectors={}, llm=None)
     pictures = np.random.default_rng(0).integers(0, 256, (8, frames, 2, 2, 3), np.uint8)
     with jax.set_mesh(make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])):
         features = jax.jit(lambda frames: model.encode(frames, jnp.float32))(pictures)

@@ -144,7 +144,7 @@ def load(base: Base, **changes: int) -> VideoLLM:
         load_part(base, part, dtype=jnp.float32, sharding=place) for part in ("encoder", "projector", "llm")
     )
     return VideoLLM(
-        qwen_vl, base.config, red_villm.Video(1), encoder=encoder, projectors={"spatial": projector}, llm=llm
+        base.module, base.config, red_villm.Video(1), encoder=encoder, projectors={"spatial": projector}, llm=llm
     )
 
 

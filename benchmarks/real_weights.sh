@@ -56,6 +56,9 @@ absolute() { if [[ $1 == */* ]]; then realpath -ms "$1"; else echo "$1"; fi; }
 revision_llava_15=b234b804b114d9e37bb655e11cbbb5f5e971b7a9
 revision_clip=32bd64288804d66eefd0ccbe215aa642df71cc41
 revision_qwen_vl=f57cfbd358cb56b710d963669ad1bcfb44cdcdd8
+revision_next_mistral=2424fdd47412fccc66d91719126b420e9fbd7065
+revision_smolvlm_256m=7e3e67edbbed1bf9888184d9df282b700a323964
+revision_gemma3_4b=093f9f388b31de276ce2de164bdc2081324b9767
 
 model="" workdir="" source="" vision="" frames=9 limit=1e-3 python="" qwen_python=""
 for argument in "$@"; do
@@ -85,15 +88,15 @@ case $model in
     repository=Qwen/Qwen-VL-Chat revision=$revision_qwen_vl
     files=('*.json' '*.py' '*.tiktoken' '*.bin')
     ;;
-  llava-next-mistral) repository=llava-hf/llava-v1.6-mistral-7b-hf ;;
+  llava-next-mistral) repository=llava-hf/llava-v1.6-mistral-7b-hf revision=$revision_next_mistral ;;
   llava-next-vicuna) repository=llava-hf/llava-v1.6-vicuna-7b-hf ;;
   llava-next-llama3) repository=llava-hf/llama3-llava-next-8b-hf ;;
   llava-onevision-0.5b) repository=llava-hf/llava-onevision-qwen2-0.5b-si-hf ;;
   llava-onevision-7b) repository=llava-hf/llava-onevision-qwen2-7b-si-hf ;;
-  smolvlm-256m) repository=HuggingFaceTB/SmolVLM-256M-Instruct ;;
+  smolvlm-256m) repository=HuggingFaceTB/SmolVLM-256M-Instruct revision=$revision_smolvlm_256m ;;
   smolvlm-500m) repository=HuggingFaceTB/SmolVLM-500M-Instruct ;;
   smolvlm-2.2b) repository=HuggingFaceTB/SmolVLM-Instruct ;;
-  gemma3-4b) repository=google/gemma-3-4b-it ;;
+  gemma3-4b) repository=google/gemma-3-4b-it revision=$revision_gemma3_4b ;;
   gemma3-12b) repository=google/gemma-3-12b-it ;;
   medgemma-4b) repository=google/medgemma-4b-it ;;
   "") fail "which model? (see --help)" ;;

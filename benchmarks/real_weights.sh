@@ -38,9 +38,9 @@ WORKDIR is real_weights/MODEL by default.
     --python=PYTHON       a Python that has this project with its extra [convert]: no environment is made
     --qwen-python=PYTHON  a Python with the packages of Qwen-VL's code: no environment is made for it
 
-Revisions are pinned in this script for llava-1.5, qwen-vl and the CLIP of llava-v1. None could be established for the
-others: the newest is taken. The commit of every download is written to REVISION next to its files, and later runs keep
-it.
+Revisions are pinned in this script for llava-1.5, qwen-vl, llava-next-mistral, smolvlm-256m, gemma3-4b and the CLIP of
+llava-v1. None could be established for the others: the newest is taken. The commit of every download is written to
+REVISION next to its files, and later runs keep it.
 HELP
 }
 

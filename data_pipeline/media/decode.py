@@ -72,8 +72,8 @@ def read_video(
     counted first, without decoding. When fewer than half of the frames need decoding, each wanted frame is reached
     from the key frame before it, as long as every frame on the way has the timestamp of its packet. Otherwise all
     frames are decoded, and decoded again if their number differs from that of the packets. Memory holds the kept frames
-    and all timestamps. resize: a rule of
-    `resizing.resizer`. threads: of the decoder, 0 = its own choice. Raises VideoError.
+    and all timestamps. resize: a rule of `resizing.resizer`. threads: of the decoder, 0 = its own choice. Raises
+    VideoError.
     """
 
     def choose(times: np.ndarray) -> list[int]:

@@ -38,7 +38,7 @@ from redvillm_jax.modules.layers import BATCH_AXES, product
 from redvillm_jax.modules.llama import RopeScaling
 from redvillm_jax.modules.llama_fields import ROPE
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder
-from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip
+from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip, siglip_config
 
 PUBLISHED = "google/gemma-3-4b-it, google/gemma-3-12b-it or google/medgemma-4b-it"
 
@@ -79,9 +79,7 @@ class Config:
         """
         own = read_fields(config, GEMMA3, where)
         vision = read_siglip(own["vision_config"], where, "vision_config.")
-        used = {"layers_used": vision["num_hidden_layers"], "post_layernorm": True}
-        names = {field.name for field in dataclasses.fields(SiglipConfig)}
-        tower = SiglipConfig(**{name: value for name, value in vision.items() if name in names} | used)
+        tower = siglip_config(vision, layers_used=vision["num_hidden_layers"], post_layernorm=True)
         tokens, side = own["mm_tokens_per_image"], tower.grid[0]
         square = f"the square of a divisor of the {side} patches on a side"
         fits = math.isqrt(tokens) ** 2 == tokens and side % math.isqrt(tokens) == 0

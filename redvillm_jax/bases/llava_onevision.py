@@ -24,7 +24,7 @@ from redvillm_jax.modules.llava_fields import SHARED, TILED, Pinpoints, from_the
 from redvillm_jax.modules.llava_parts import CANONICAL, LLM, PREFIX, SHARDING, Projector
 from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder, unused_shapes
-from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip
+from redvillm_jax.modules.siglip_fields import SIGLIP, read_siglip, siglip_config
 
 __all__ = ["CANONICAL", "LLM", "PREFIX", "SHARDING", "Projector"]  # of the contract, beside what this file defines
 
@@ -87,11 +87,10 @@ class Config(LlamaConfig):
         own = read_fields(config, ONEVISION, where)
         vision = read_siglip(own["vision_config"], where, "vision_config.")
         layers = vision["num_hidden_layers"]
-        names = {field.name for field in dataclasses.fields(SiglipConfig)}
         return cls(
             **vars(read_text(own, where)),
-            vision=SiglipConfig(
-                **{name: value for name, value in vision.items() if name in names},
+            vision=siglip_config(
+                vision,
                 layers_used=layers + 1 + from_the_end(own, "vision_feature_layer", layers, where),
                 post_layernorm=False,
             ),

@@ -42,7 +42,7 @@ from redvillm_jax.modules.llama import LlamaConfig, LlamaDecoder
 from redvillm_jax.modules.llama_fields import LLAMA, ROPE, read_decoder
 from redvillm_jax.modules.picture_places import Places
 from redvillm_jax.modules.siglip import SiglipConfig, SiglipEncoder
-from redvillm_jax.modules.siglip_fields import read_siglip
+from redvillm_jax.modules.siglip_fields import read_siglip, siglip_config
 from redvillm_jax.modules.vit import SHARDING as VIT_SHARDING
 
 PUBLISHED = "HuggingFaceTB/SmolVLM-256M-Instruct, SmolVLM-500M-Instruct or SmolVLM-Instruct (2.2B)"
@@ -90,17 +90,7 @@ class Config:
         own = read_fields(config, IDEFICS3, where)
         text = read_decoder(own["text_config"], where, "text_config.", {"llama": TEXT})
         vision = read_siglip(own["vision_config"], where, "vision_config.", VISION)
-        tower = SiglipConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            hidden_size=vision["hidden_size"],
-            intermediate_size=vision["intermediate_size"],
-            num_hidden_layers=vision["num_hidden_layers"],
-            num_attention_heads=vision["num_attention_heads"],
-            layer_norm_eps=vision["layer_norm_eps"],
-            layers_used=vision["num_hidden_layers"],
-            post_layernorm=True,
-        )
+        tower = siglip_config(vision, layers_used=vision["num_hidden_layers"], post_layernorm=True)
         side, scale = tower.grid[0], own["scale_factor"]
         fits = f"a divisor of image_size / patch_size = {side}"
         require(side % scale == 0, where, f"scale_factor is {scale}, supported: {fits}")

@@ -3,6 +3,7 @@
 Defaults are the defaults of transformers' classes, because transformers omits equal values from its files.
 """
 
+import dataclasses
 from typing import Any
 
 from redvillm_jax.modules.config_fields import (
@@ -21,6 +22,7 @@ from redvillm_jax.modules.config_fields import (
     read_fields,
     require,
 )
+from redvillm_jax.modules.siglip import SiglipConfig
 
 SIGLIP: Fields = COMMON | {
     "model_type": only("siglip_vision_model"),
@@ -45,3 +47,10 @@ def read_siglip(config: Any, where: str, path: str = "", fields: Fields = SIGLIP
     side, patch = values["image_size"], values["patch_size"]
     require(side >= patch, where, f"{path}image_size is {side}, supported: at least {path}patch_size = {patch}")
     return values
+
+
+def siglip_config(values: dict[str, Any], *, layers_used: int, post_layernorm: bool) -> SiglipConfig:
+    """Makes the config of a SigLIP from the fields of `read_siglip` and the base's choice of layers."""
+    names = {field.name for field in dataclasses.fields(SiglipConfig)}
+    sizes = {name: value for name, value in values.items() if name in names}
+    return SiglipConfig(**sizes, layers_used=layers_used, post_layernorm=post_layernorm)
